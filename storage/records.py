@@ -1,0 +1,124 @@
+"""What the ledger holds: clients, spends, runs and events, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeAlias, get_args
+
+Status: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled"]
+"""Where a run stands."""
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+FINAL: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})
+
+
+def now() -> datetime:
+    """Return the time, UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRecord:
+    """A data set that takes part in federated runs.
+
+    Attributes:
+        name: unique.
+        data: URI of the data set, such as ``jsonl:/data/notes.jsonl``.
+        population: whose data it is; budgets and spends belong to the population.
+        fields: weft's column name to the file's own.
+        num_examples: declared size, >= 0, or None.
+        epsilon: the population's budget, > 0, or None for no budget.
+        delta: in (0, 1); None exactly where ``epsilon`` is.
+        labels: the operator's labels, such as ``{"gpu": "a100"}``.
+        public: whether the data are public.
+        created_at: when it was registered, UTC.
+    """
+
+    name: str
+    data: str
+    population: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    num_examples: int | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    public: bool = False
+    created_at: datetime = field(default_factory=now, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SpendRow:
+    """One privacy event: a mechanism applied to one population's data.
+
+    Attributes:
+        event: the caller's key; the same event is recorded once.
+        population: whose data.
+        client: who trained.
+        run: the run's id.
+        round: the round, >= 1.
+        assignment: digest of the assignment.
+        mechanism: such as ``gaussian``.
+        unit: whose presence is hidden, such as ``example``.
+        adjacency: such as ``add-remove``.
+        parameters: of the mechanism, JSON.
+        void: why it does not count, or None while it does.
+        created_at: when it was recorded, UTC.
+    """
+
+    event: str
+    population: str
+    client: str
+    run: str
+    round: int
+    assignment: str
+    mechanism: str
+    unit: str
+    adjacency: str
+    parameters: Mapping[str, Any]
+    void: str | None = None
+    created_at: datetime = field(default_factory=now, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run.
+
+    Attributes:
+        id: unique.
+        name: what people call it; several runs may share it.
+        status: where it stands.
+        config: the resolved config, JSON.
+        plan: what was planned from it, JSON.
+        version: id of the last committed version, or None.
+        round: the last committed round, 0 before the first.
+        rounds: how many there will be; 0 where that is not known.
+        error: why it failed, or None.
+        created_at: when it was asked for, UTC.
+        started_at: when it first ran, or None.
+        finished_at: when it completed, failed or was cancelled, or None.
+    """
+
+    id: str
+    name: str
+    status: Status
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    version: str | None
+    round: int
+    rounds: int
+    error: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of a run's log: ``seq`` counts from 1 without gaps; ``at`` is UTC."""
+
+    seq: int
+    kind: str
+    data: dict[str, Any]
+    at: datetime

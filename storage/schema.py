@@ -1,0 +1,184 @@
+"""The tables, as SQLAlchemy sees them; ``migrations/`` creates them.
+
+Rows are only ever added, but for a run's progress, a registered client, a population's budget and
+whether a spend counts: history is not rewritten. ``number`` columns give the order of insertion,
+which no clock can disturb.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+HEAD = "0001"
+"""The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """An aware datetime in UTC; SQLite, which knows no zones, stores it without."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Return what is stored."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Return what is read."""
+        if value is None:
+            return None
+        moment: datetime = value
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+# Named constraints: SQLite can only drop what has a name.
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("tensors", String, nullable=False),
+    Column("auxiliary", String),
+    Column("memory", String),
+    Column("recipe", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+parents = Table(
+    "version_parents",
+    metadata,
+    Column("child", String, ForeignKey("versions.id"), primary_key=True),
+    Column("parent", String, ForeignKey("versions.id"), primary_key=True, index=True),
+    Column("kind", String, primary_key=True),
+)
+
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("version", String, ForeignKey("versions.id"), primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("value", Float(53), nullable=False),
+)
+
+names = Table(
+    "names",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+named_versions = Table(
+    "named_versions",
+    metadata,
+    Column("name", String, ForeignKey("names.name"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("version", String, ForeignKey("versions.id"), nullable=False, index=True),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+# The newest row of a (name, alias) says where the alias points; the others are its history.
+promotions = Table(
+    "promotions",
+    metadata,
+    Column("name", String, ForeignKey("names.name"), primary_key=True),
+    Column("alias", String, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("version", String, ForeignKey("versions.id"), nullable=False, index=True),
+    Column("who", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+populations = Table(
+    "populations",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("epsilon", Float(53)),
+    Column("delta", Float(53)),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+clients = Table(
+    "clients",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("population", String, ForeignKey("populations.name"), nullable=False, index=True),
+    Column("data", Text, nullable=False),
+    Column("fields", Text, nullable=False),
+    Column("num_examples", Integer),
+    Column("labels", Text, nullable=False),
+    Column("public", Boolean, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+# No foreign keys: a spend outlives the client, and is recorded even where nothing else is known.
+spends = Table(
+    "spends",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("event", String, nullable=False, unique=True),
+    Column("population", String, nullable=False, index=True),
+    Column("client", String, nullable=False),
+    Column("run", String, nullable=False, index=True),
+    Column("round", Integer, nullable=False),
+    Column("assignment", String, nullable=False),
+    Column("mechanism", String, nullable=False),
+    Column("unit", String, nullable=False),
+    Column("adjacency", String, nullable=False),
+    Column("parameters", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("void", Text),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("name", String, nullable=False, index=True),
+    Column("status", String, nullable=False, index=True),
+    Column("config", Text, nullable=False),
+    Column("plan", Text, nullable=False),
+    Column("version", String, ForeignKey("versions.id")),
+    Column("round", Integer, nullable=False),
+    Column("rounds", Integer, nullable=False),
+    Column("error", Text),
+    Column("created_at", Timestamp, nullable=False),
+    Column("started_at", Timestamp),
+    Column("finished_at", Timestamp),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("run", String, ForeignKey("runs.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("kind", String, nullable=False),
+    Column("data", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)

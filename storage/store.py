@@ -1,0 +1,378 @@
+"""The adapter store: versions are commits, names are numbered, aliases move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, Engine, func, insert, select
+from torch import Tensor
+
+from storage import schema
+from storage.blobs import BlobStore
+from storage.canonical import canonical_json
+from storage.database import insert_missing, insert_or_update, writing
+from storage.lineage import (
+    PARENT_KINDS,
+    Lineage,
+    Parent,
+    Version,
+    current_aliases,
+    load_versions,
+    trace,
+    version_id,
+)
+from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
+from storage.schema import named_versions, promotions
+
+__all__ = [
+    "AdapterStore",
+    "AmbiguousRef",
+    "BadMetric",
+    "BadName",
+    "BadParents",
+    "Lineage",
+    "NameRow",
+    "Parent",
+    "Promotion",
+    "UnknownVersion",
+    "Version",
+]
+
+
+class BadParents(ValueError):
+    """A parent's kind that lineage does not know."""
+
+
+class BadMetric(ValueError):
+    """A metric that is not a finite number."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameRow:
+    """One name of the store.
+
+    Attributes:
+        name: such as ``task-1``.
+        num_versions: how many versions it numbers, >= 1; the newest is ``name:v{num_versions}``.
+        newest: id of the newest.
+        aliases: id by alias, such as ``{"production": "733e..."}``.
+    """
+
+    name: str
+    num_versions: int
+    newest: str
+    aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """One move of an alias: who pointed it at which version, when and why."""
+
+    version: str
+    who: str
+    why: str
+    created_at: datetime
+
+
+class AdapterStore:
+    """Versions, their names and their lineage.
+
+    Every ``ref`` is a version's id, a prefix of it that no other has (at least 4 digits), a name
+    (its newest version), ``name:vN`` or ``name@alias``. A name wins over a prefix.
+
+    Args:
+        engine: from :func:`storage.database.open_database`.
+        blobs: where the tensors are.
+    """
+
+    def __init__(self, engine: Engine, blobs: BlobStore) -> None:
+        self._engine = engine
+        self._blobs = blobs
+
+    def commit(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        auxiliary: Mapping[str, Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
+        parents: Mapping[str, str] | Sequence[Parent],
+        recipe: Mapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+    ) -> str:
+        """Store a version, durably, and return its id: the hash of all arguments but ``metrics``.
+
+        Idempotent: the same content has the same id and is stored once. Empty ``auxiliary`` or
+        ``memory`` counts as none. A crash leaves at most blobs that no version names.
+
+        Args:
+            tensors: the adapter's.
+            auxiliary: the rest of the strategy's state.
+            memory: the regularisers' memory.
+            parents: kind by full id, or (id, kind) pairs; empty for a first version.
+            recipe: JSON; what besides tensors and parents determined the bytes.
+            metrics: finite numbers; added to those that the version has.
+
+        Raises:
+            UnknownVersion: if a parent is not in the store.
+            BadParents: if a kind is none of :data:`storage.lineage.PARENT_KINDS`.
+            BadTensor: if a tensor holds a value that is not finite.
+            NotJson: if the recipe is not JSON.
+            BadMetric: if a metric is not finite.
+        """
+        lineage = _parents(parents)
+        recipe_text = canonical_json(recipe, "recipe")
+        measured = _metrics(metrics or {})
+        with self._engine.connect() as connection:  # versions stay: what is there now stays there
+            _require(connection, [parent.id for parent in lineage])
+
+        blobs = (
+            self._blobs.put(tensors),
+            self._blobs.put(auxiliary) if auxiliary else None,
+            self._blobs.put(memory) if memory else None,
+        )
+        content = version_id(*blobs, lineage, recipe)
+        row = {
+            "id": content,
+            "tensors": blobs[0],
+            "auxiliary": blobs[1],
+            "memory": blobs[2],
+            "recipe": recipe_text,
+            "created_at": _now(),
+        }
+        with writing(self._engine) as connection:
+            insert_missing(connection, schema.versions, [row])
+            _insert_parents(connection, content, lineage)
+            _write_metrics(connection, content, measured)
+        return content
+
+    def resolve(self, ref: str) -> str:
+        """Return the id of the version that ``ref`` names.
+
+        Raises:
+            UnknownVersion: if there is none, with what was perhaps meant.
+            AmbiguousRef: if several ids begin with it.
+        """
+        with self._engine.connect() as connection:
+            return resolve(connection, ref)
+
+    def version(self, ref: str) -> Version:
+        """Return the version that ``ref`` names, its content checked against its id.
+
+        Raises:
+            UnknownVersion, AmbiguousRef: as :meth:`resolve`.
+            VersionCorrupt: if its row was changed behind weft's back.
+        """
+        with self._engine.connect() as connection:
+            found = resolve(connection, ref)
+            return load_versions(connection, [found])[found]
+
+    def tensors(self, ref: str) -> dict[str, Tensor]:
+        """Return the adapter's tensors.
+
+        Raises:
+            UnknownVersion, AmbiguousRef, VersionCorrupt: as :meth:`version`.
+            BlobMissing, BlobCorrupt: if they are not on the disk as they were committed.
+        """
+        return self._blobs.get(self.version(ref).tensors)
+
+    def auxiliary(self, ref: str) -> dict[str, Tensor]:
+        """Return the rest of the strategy's state; empty if none. Raises as :meth:`tensors`."""
+        digest = self.version(ref).auxiliary
+        return self._blobs.get(digest) if digest else {}
+
+    def memory(self, ref: str) -> dict[str, Tensor]:
+        """Return the regularisers' memory; empty if none. Raises as :meth:`tensors`."""
+        digest = self.version(ref).memory
+        return self._blobs.get(digest) if digest else {}
+
+    def name(self, name: str, ref: str) -> str:
+        """Make a version the newest of ``name`` and return its new name, ``name:vN``.
+
+        Numbers start at 1 and have no gaps, however many write at once. Idempotent: what is the
+        newest of ``name`` already keeps its number.
+
+        Raises:
+            BadName: if the name could be taken for an id, a number or an alias.
+            UnknownVersion, AmbiguousRef: as :meth:`resolve`.
+        """
+        check_name("name", name)
+        with writing(self._engine) as connection:
+            version = resolve(connection, ref)
+            insert_missing(connection, schema.names, [{"name": name, "created_at": _now()}])
+            connection.execute(
+                select(schema.names).where(schema.names.c.name == name).with_for_update()
+            )
+            newest = newest_of(connection, name)
+            if newest is not None and newest[1] == version:
+                return f"{name}:v{newest[0]}"
+            number = newest[0] + 1 if newest else 1
+            connection.execute(
+                insert(named_versions).values(
+                    name=name, number=number, version=version, created_at=_now()
+                )
+            )
+        return f"{name}:v{number}"
+
+    def promote(self, name: str, alias: str, ref: str, *, who: str, why: str) -> None:
+        """Point ``name@alias`` at one of the name's versions; where it pointed before is kept.
+
+        Raises:
+            BadName: if the alias breaks the grammar of names.
+            UnknownVersion: if ``ref`` is no version, or none of ``name``.
+            AmbiguousRef: as :meth:`resolve`.
+        """
+        check_name("alias", alias)
+        with writing(self._engine) as connection:
+            version = resolve(connection, ref)
+            connection.execute(
+                select(schema.names).where(schema.names.c.name == name).with_for_update()
+            )
+            belongs = select(named_versions.c.number).where(
+                named_versions.c.name == name, named_versions.c.version == version
+            )
+            if connection.execute(belongs).first() is None:
+                raise UnknownVersion(
+                    f"{version[:12]} is not a version of {name!r}, and an alias points at one; "
+                    "give it that name first"
+                )
+            of_alias = (promotions.c.name == name) & (promotions.c.alias == alias)
+            last = connection.scalar(select(func.max(promotions.c.number)).where(of_alias)) or 0
+            connection.execute(
+                insert(promotions).values(
+                    name=name,
+                    alias=alias,
+                    number=last + 1,
+                    version=version,
+                    who=who,
+                    why=why,
+                    created_at=_now(),
+                )
+            )
+
+    def promotions(self, name: str, alias: str) -> list[Promotion]:
+        """Return where ``name@alias`` has pointed, newest first; empty if it never did."""
+        query = (
+            select(
+                promotions.c.version, promotions.c.who, promotions.c.why, promotions.c.created_at
+            )
+            .where(promotions.c.name == name, promotions.c.alias == alias)
+            .order_by(promotions.c.number.desc())
+        )
+        with self._engine.connect() as connection:
+            return [Promotion(*row) for row in connection.execute(query)]
+
+    def names(self) -> list[NameRow]:
+        """Return every name, sorted."""
+        newest = (
+            select(named_versions.c.name, func.max(named_versions.c.number).label("number"))
+            .group_by(named_versions.c.name)
+            .subquery()
+        )
+        query = select(named_versions.c.name, named_versions.c.number, named_versions.c.version)
+        query = query.join(
+            newest,
+            (named_versions.c.name == newest.c.name) & (named_versions.c.number == newest.c.number),
+        )
+        with self._engine.connect() as connection:
+            rows = sorted(tuple(row) for row in connection.execute(query))
+            pointing = sorted(tuple(row) for row in connection.execute(current_aliases()))
+        return [
+            NameRow(name, number, version, {a: v for n, a, v in pointing if n == name})
+            for name, number, version in rows
+        ]
+
+    def versions(
+        self, *, name: str | None = None, limit: int = 100, offset: int = 0
+    ) -> list[Version]:
+        """Return versions, newest first; those of ``name`` by the highest number they have there.
+
+        A name that does not exist has no versions.
+        """
+        if name is None:
+            page = select(schema.versions.c.id).order_by(schema.versions.c.number.desc())
+        else:
+            page = (
+                select(named_versions.c.version)
+                .where(named_versions.c.name == name)
+                .group_by(named_versions.c.version)
+                .order_by(func.max(named_versions.c.number).desc())
+            )
+        with self._engine.connect() as connection:
+            ids = connection.scalars(page.limit(limit).offset(offset)).all()
+            loaded = load_versions(connection, ids)
+        return [loaded[version] for version in ids]
+
+    def lineage(self, ref: str, *, depth: int | None = None) -> Lineage:
+        """Return what a version came from, itself included.
+
+        Args:
+            ref: the version.
+            depth: most steps to go back, >= 0; None for all of them.
+
+        Raises:
+            UnknownVersion, AmbiguousRef, VersionCorrupt: as :meth:`version`.
+        """
+        with self._engine.connect() as connection:
+            return trace(connection, resolve(connection, ref), "parents", depth)
+
+    def descendants(self, ref: str) -> Lineage:
+        """Return what came from a version, itself included. Raises as :meth:`lineage`."""
+        with self._engine.connect() as connection:
+            return trace(connection, resolve(connection, ref), "children")
+
+    def record_metrics(self, ref: str, metrics: Mapping[str, float]) -> None:
+        """Add measured values to a version; a key that it has gets the new value.
+
+        Raises:
+            BadMetric: if a value is not finite.
+            UnknownVersion, AmbiguousRef: as :meth:`resolve`.
+        """
+        measured = _metrics(metrics)
+        with writing(self._engine) as connection:
+            _write_metrics(connection, resolve(connection, ref), measured)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _parents(given: Mapping[str, str] | Sequence[Parent]) -> list[Parent]:
+    pairs = given.items() if isinstance(given, Mapping) else given
+    found = sorted({Parent(*pair) for pair in pairs})
+    for parent in found:
+        if parent.kind not in PARENT_KINDS:
+            allowed = ", ".join(PARENT_KINDS)
+            raise BadParents(f"a parent is one of {allowed}; got {parent.kind!r}")
+    return found
+
+
+def _metrics(given: Mapping[str, float]) -> dict[str, float]:
+    for key, value in given.items():
+        if not math.isfinite(value):
+            raise BadMetric(f"metric {key!r} must be a finite number, got {value}; leave it out")
+    return {key: float(value) for key, value in given.items()}
+
+
+def _insert_parents(connection: Connection, child: str, lineage: Sequence[Parent]) -> None:
+    rows = [{"child": child, "parent": parent.id, "kind": parent.kind} for parent in lineage]
+    insert_missing(connection, schema.parents, rows)
+
+
+def _write_metrics(connection: Connection, version: str, measured: Mapping[str, float]) -> None:
+    rows = [{"version": version, "key": key, "value": value} for key, value in measured.items()]
+    insert_or_update(connection, schema.metrics, rows)
+
+
+def _require(connection: Connection, ids: Sequence[str]) -> None:
+    found = set(
+        connection.scalars(select(schema.versions.c.id).where(schema.versions.c.id.in_(ids)))
+    )
+    for version in ids:
+        if version not in found:
+            raise UnknownVersion(
+                f"no version has the id {version!r}, and a parent must be in the store; "
+                "commit it first, or give its full id"
+            )
