@@ -1,0 +1,141 @@
+"""The vocabulary of federated learning that every other module speaks, and the Strategy protocol.
+
+A strategy is three pure functions over named tensors. It holds no state of its own: what it must
+remember between rounds is in :class:`ServerState`, which is committed whole with every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+"""An adapter's tensors by state-dict name.
+
+For a low-rank layer ``NAME`` these are ``NAME.lora_A.weight`` ``[rank, in_features]``,
+``NAME.lora_B.weight`` ``[out_features, rank]`` and ``NAME.scaling`` (0-d); a task head is
+``head.weight`` ``[labels, features]`` and ``head.bias`` ``[labels]``.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSpec:
+    """What a strategy may know of a client: nothing about its data.
+
+    Attributes:
+        name: unique within the federation.
+        rank: the rank the client can train, or None for the run's rank.
+        labels: the operator's labels, such as ``{"gpu": "a100"}``.
+    """
+
+    name: str
+    rank: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacySpend:
+    """One composable privacy event: a mechanism applied to one population's data.
+
+    Attributes:
+        mechanism: ``"gaussian"`` for DP-SGD (a Poisson-subsampled Gaussian mechanism).
+        unit: whose presence is hidden: ``"example"`` or a column name such as ``"patient_id"``.
+        adjacency: ``"add-remove"``.
+        parameters: for ``gaussian``: ``noise_multiplier`` (> 0), ``sample_rate`` (0..1],
+            ``steps`` (a whole number >= 1).
+    """
+
+    mechanism: str
+    unit: str
+    adjacency: str
+    parameters: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What a client of a round receives.
+
+    Attributes:
+        tensors: the adapter (and head), complete.
+        trainable: regular expression, matched with ``re.fullmatch`` against tensor names: which
+            of them this round trains and returns. ``NAME.scaling`` is never trained.
+        mask: optional 0/1 tensor per trainable tensor, of its shape: entries at 0 stay exactly
+            as they are. Applied before DP clipping and again after the noise.
+        extra: what the method needs besides (a control variate, a teacher's tensors).
+    """
+
+    tensors: Tensors
+    trainable: str = ".*"
+    mask: Tensors = field(default_factory=dict)
+    extra: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a client sends back: trained tensors, counts and privacy spend; never data.
+
+    Attributes:
+        client: who trained.
+        round: the round it was trained in, >= 1.
+        base: id of the version it was trained from.
+        tensors: trained values of the trainable tensors, with the broadcast's names and shapes.
+        num_examples: the weight of this client; its *declared* size under DP.
+        metrics: such as ``loss``; empty under DP.
+        memory: regulariser memory, only from a consolidating round.
+        spends: what producing this update spent.
+        fingerprint: keyed digest of the data set that was trained on.
+    """
+
+    client: str
+    round: int
+    base: str
+    tensors: Tensors
+    num_examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+    spends: tuple[PrivacySpend, ...] = ()
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """Everything a strategy carries between rounds; plain tensors, committed whole.
+
+    Attributes:
+        adapter: the global adapter (and head).
+        auxiliary: momentum, masks, bases, round counters, factored residuals.
+    """
+
+    adapter: Tensors
+    auxiliary: Tensors = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """How client updates become the next global adapter.
+
+    A strategy is deterministic in its arguments, changes none of them, and imports nothing but
+    torch and the standard library. Its constructor's signature is its option schema.
+    """
+
+    def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
+        """Return the state before round 1, from a freshly initialised or continued adapter.
+
+        Args:
+            adapter: the tensors the run starts from.
+            library: adapters that the orchestrator read from the store for the strategy.
+        """
+        ...
+
+    def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
+        """Return what ``client`` receives; the same object where clients are alike."""
+        ...
+
+    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """Return the next state from updates that arrive in client order.
+
+        ``updates`` may be read lazily and only once. No update at all leaves the adapter as it is.
+        """
+        ...

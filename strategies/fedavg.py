@@ -1,0 +1,47 @@
+"""FedAvg on adapters (FedIT): every tensor is trained, and averaged on its own.
+
+Source: arXiv 1602.05629 (Algorithm 1); on LoRA, arXiv 2305.05644.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from strategies.base import Broadcast, ClientSpec, ServerState, Tensors, Update
+from strategies.tensors import Weighting, weighted_mean
+
+
+@dataclass(frozen=True, slots=True)
+class FedAvg:
+    """Clients train A, B and head; the server averages each of them.
+
+    Averaging the factors is not averaging their products: with weights ``p_k`` the result differs
+    from the mean change of the base by ``sum p_k (B_k - B)(A_k - A)``, B and A being the averages.
+    It is exact where clients differ in one factor only.
+
+    Attributes:
+        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
+    """
+
+    weighting: Weighting = "examples"
+
+    mean_options: ClassVar[Mapping[str, Any]] = {}
+
+    def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
+        """Return ``adapter`` as the state; ``library`` is not used."""
+        return ServerState(dict(adapter))
+
+    def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
+        """Return the adapter, all of it to be trained but the scalings."""
+        return Broadcast(state.adapter, trainable=r"(?!.*\.scaling$).*")
+
+    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """Return the state with every trained tensor replaced by its weighted mean.
+
+        Raises:
+            BadUpdate: if the updates do not fit the adapter or each other.
+        """
+        mean = weighted_mean(updates, state.adapter, self.weighting)
+        return ServerState({**state.adapter, **mean}, state.auxiliary)

@@ -1,0 +1,345 @@
+"""Algebra on named tensors: the weighted mean of updates, and low-rank products in factored form.
+
+A low-rank layer changes its base weight by ``scaling * B @ A`` with ``A: [rank, in_features]`` and
+``B: [out_features, rank]``. Nothing here forms that ``[out_features, in_features]`` product: every
+function works on the factors, in float64, at a cost linear in ``in_features + out_features``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from strategies.base import Tensors, Update
+
+Weighting: TypeAlias = Literal["examples", "uniform"]
+"""What an update counts: its ``num_examples``, or 1."""
+
+
+class NotLowRank(ValueError):
+    """The tensors are not those of a low-rank adapter."""
+
+
+class BadUpdate(ValueError):
+    """An update does not fit the adapter, or the other updates of its round."""
+
+
+class BadMerge(ValueError):
+    """These adapters cannot be merged this way."""
+
+
+class Factors(NamedTuple):
+    """One low-rank layer: its base weight changes by ``scaling * b @ a``.
+
+    Attributes:
+        a: ``[rank, in_features]``.
+        b: ``[out_features, rank]``.
+        scaling: 0-d; ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: Tensor
+
+
+_A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
+
+B_AND_HEAD = r".*\.lora_B\..*|head\..*"
+"""What is trained by methods that keep A frozen; see :class:`strategies.base.Broadcast`."""
+
+
+def lora_layers(tensors: Tensors) -> dict[str, Factors]:
+    """Return the low-rank layers of an adapter by layer name, sorted; other tensors are left out.
+
+    Raises:
+        NotLowRank: if there is none, or one lacks a factor or its scaling, or the factors' shapes
+            do not fit each other.
+    """
+    layers = {}
+    for name in sorted(n for n in tensors if n.endswith((_A, _B))):
+        layer = name.removesuffix(_A).removesuffix(_B)
+        names = [layer + suffix for suffix in (_A, _B, _SCALING)]
+        missing = [n for n in names if n not in tensors]
+        if missing:
+            raise NotLowRank(f"layer {layer!r} is incomplete: the adapter has no {missing[0]!r}")
+        factors = Factors(*(tensors[n] for n in names))
+        a, b = factors.a.shape, factors.b.shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or factors.scaling.dim() != 0:
+            shapes = ", ".join(str(list(t.shape)) for t in factors)
+            raise NotLowRank(
+                f"layer {layer!r} has lora_A, lora_B and scaling of shapes {shapes}; they must be "
+                "[rank, in_features], [out_features, rank] and []"
+            )
+        layers[layer] = factors
+    if not layers:
+        raise NotLowRank(
+            "the adapter has no low-rank layer (NAME.lora_A.weight, NAME.lora_B.weight, "
+            "NAME.scaling); use an adapter of the LoRA family"
+        )
+    return layers
+
+
+def lora_tensors(layers: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return layers as named tensors; the inverse of :func:`lora_layers`."""
+    return {
+        layer + suffix: tensor
+        for layer, factors in layers.items()
+        for suffix, tensor in zip((_A, _B, _SCALING), factors, strict=True)
+    }
+
+
+def weighted_mean(
+    updates: Iterable[Update], like: Tensors, weighting: Weighting
+) -> dict[str, Tensor]:
+    """Return the weighted mean of the updates' tensors, or nothing if no update has weight.
+
+    Reads ``updates`` once and keeps one of them at a time beside the running sum. The sum is in
+    float64 and divided once, at the end: clients that agree get their float32 values back exactly,
+    and so do the entries that a mask kept from being trained. For the same reason this is the mean
+    of the values rather than the old value plus the mean change; the two are the same number.
+
+    Args:
+        updates: the round's updates; all train the same tensors.
+        like: the adapter they were trained from; gives the result's dtypes.
+        weighting: ``examples`` or ``uniform``.
+
+    Raises:
+        BadUpdate: if an update has a tensor that ``like`` has not, or of another shape, or trained
+            other tensors than the updates before it, or counts a negative number of examples.
+    """
+    sums: dict[str, Tensor] | None = None
+    total = 0
+    for update in updates:
+        _check_update(update, like)
+        if sums is None:
+            sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in update.tensors.items()}
+        if sums.keys() != update.tensors.keys():
+            odd = min(sums.keys() ^ update.tensors.keys())
+            raise BadUpdate(
+                f"the update of {update.client!r} and those before it do not train the same "
+                f"tensors ({odd!r} is in one only); all clients of a round must"
+            )
+        weight = update.num_examples if weighting == "examples" else 1
+        for name, tensor in update.tensors.items():
+            sums[name].add_(tensor.to(torch.float64), alpha=weight)
+        total += weight
+    if sums is None or total == 0:
+        return {}
+    return {name: (sums[name] / total).to(like[name].dtype) for name in sorted(sums)}
+
+
+def _check_update(update: Update, like: Tensors) -> None:
+    """Raise BadUpdate unless ``update`` fits ``like``; other shapes would silently broadcast."""
+    who = f"the update of {update.client!r}"
+    if update.num_examples < 0:
+        raise BadUpdate(f"{who} counts {update.num_examples} examples; it must be at least 0")
+    for name, tensor in update.tensors.items():
+        if name not in like:
+            raise BadUpdate(f"{who} has {name!r}, which the adapter has not")
+        if tensor.shape != like[name].shape:
+            raise BadUpdate(
+                f"{who} has {name!r} of shape {list(tensor.shape)}, "
+                f"the adapter has it of shape {list(like[name].shape)}"
+            )
+
+
+def factored_svd(
+    b: Tensor, a: Tensor, rank_of: Callable[[Tensor], int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition of ``b @ a`` without forming the product.
+
+    QR of both factors, then the SVD of the small core: O((out + in) rank²). Unlike the SVD of a
+    dense product it is defined for a rank-deficient ``b`` too: the rows of ``vh`` stay in the row
+    space of ``a`` (arXiv 2505.12805 leaves that to whatever the SVD returns).
+
+    The result is canonical: the entry of largest magnitude of every row of ``vh`` is positive, and
+    singular values that are only the rounding of zero are exactly zero.
+
+    Args:
+        b: ``[out, rank]``.
+        a: ``[rank, in]``.
+        rank_of: from the singular values, how many of them to return; None for all.
+
+    Returns:
+        In float64, with ``k = min(out, rank, in)`` and ``q = min(rank, in)``: ``u``, ``[out, k]``
+        with orthonormal columns; the singular values, ``[k]``, descending; and ``vh``, ``[q, in]``
+        with orthonormal rows. ``b @ a = u @ diag(s) @ vh[:k]``; the rows of ``vh`` beyond ``k``
+        complete the row space. With ``rank_of``, only the first so many of each.
+    """
+    left, right = _QR.of(b), _QR.of(a.T)
+    core = left.r @ right.r.T
+    u, s, vh = torch.linalg.svd(core, full_matrices=True)
+    rounding = max(core.shape) * torch.finfo(core.dtype).eps * left.r.norm() * right.r.norm()
+    s = torch.where(s > rounding, s, 0.0)
+    if rank_of is not None:
+        keep = rank_of(s)
+        s, vh = s[:keep], vh[:keep]
+    k = s.numel()
+    u, vh = left.q_times(u[:, :k]), right.q_times(vh.T).T
+    peaks = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True))
+    signs = torch.where(peaks < 0, -1.0, 1.0)
+    return u * signs[:k].T, s, vh * signs
+
+
+class _QR(NamedTuple):
+    """A thin QR decomposition in float64 whose Q stays a product of reflections.
+
+    Applying them to the few columns that are wanted costs a fraction of writing Q out.
+
+    Attributes:
+        reflections: ``[rows, k]``, LAPACK's form; ``k = min(rows, columns)``.
+        lengths: ``[k]``, of the reflections (LAPACK's tau).
+        r: ``[k, columns]``, upper triangular.
+    """
+
+    reflections: Tensor
+    lengths: Tensor
+    r: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _QR:
+        """Decompose ``matrix``, ``[rows, columns]``."""
+        reflections, lengths = torch.geqrf(matrix.to(torch.float64))
+        k = lengths.numel()
+        return cls(reflections[:, :k], lengths, reflections[:k].triu())
+
+    def q_times(self, matrix: Tensor) -> Tensor:
+        """Return ``Q @ matrix``; ``matrix`` is ``[k, n]``."""
+        padded = matrix.new_zeros(self.reflections.shape[0], matrix.shape[1])
+        padded[: matrix.shape[0]] = matrix
+        return torch.ormqr(self.reflections, self.lengths, padded)
+
+
+def refactor(factors: Factors, row_norm: float = 1.0) -> Factors:
+    """Return the same product with orthonormal rows of ``a``, up to their common norm.
+
+    FedSVD's step (arXiv 2505.12805, Algorithm 1): ``a`` becomes the right singular vectors and
+    ``b`` the left ones times the singular values, in descending order. The product ``b @ a``, the
+    row space of ``a``, shapes and dtypes are unchanged; the scaling takes no part. Where the
+    singular values are distinct, doing it twice changes nothing more. A zero ``b`` stays zero. If
+    the rank exceeds ``in_features``, the rows of ``a`` beyond it are zero.
+
+    Args:
+        factors: one layer.
+        row_norm: norm of the rows of the new ``a``, > 0.
+    """
+    u, s, vh = factored_svd(factors.b, factors.a)
+    a, b = torch.zeros_like(factors.a), torch.zeros_like(factors.b)
+    a[: vh.shape[0]] = (vh * row_norm).to(a.dtype)
+    b[:, : s.numel()] = (u * s / row_norm).to(b.dtype)
+    return Factors(a, b, factors.scaling)
+
+
+def refactored(adapter: Tensors, row_norm: float = 1.0) -> dict[str, Tensor]:
+    """Return ``adapter`` with :func:`refactor` done to every low-rank layer.
+
+    Raises:
+        NotLowRank: as :func:`lora_layers`.
+    """
+    layers = lora_layers(adapter)
+    return {
+        **adapter,
+        **lora_tensors({name: refactor(factors, row_norm) for name, factors in layers.items()}),
+    }
+
+
+def product_norm(b: Tensor, a: Tensor) -> float:
+    """Return the Frobenius norm of ``b @ a``, from the factors.
+
+    >>> product_norm(torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, 2.0]]))
+    10.0
+    """
+    return float(torch.linalg.matrix_norm(_QR.of(b).r @ _QR.of(a.T).r.T))
+
+
+class Term(NamedTuple):
+    """One adapter's share in one layer of a merge: ``weight * scaling * b @ a``.
+
+    Attributes:
+        adapter: index of the adapter, from 0.
+        weight: finite, not 0.
+        factors: the adapter's layer.
+    """
+
+    adapter: int
+    weight: float
+    factors: Factors
+
+
+def merge_terms(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, list[Term]]:
+    """Return what is to be summed in every layer, by layer name, sorted.
+
+    Adapters of weight 0 are left out. A layer that an adapter has not is a zero product there.
+
+    Raises:
+        BadMerge: if there is nothing to merge, the weights do not fit, an adapter has tensors
+            that are not of a low-rank layer, or a layer's shapes differ between adapters.
+    """
+    if len(adapters) != len(weights):
+        raise BadMerge(
+            f"{len(adapters)} adapters and {len(weights)} weights; give one for each adapter"
+        )
+    for index, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise BadMerge(f"weight {index} is {weight}; weights must be finite")
+    if not any(weights):
+        raise BadMerge("nothing to merge; give at least one adapter whose weight is not 0")
+    layers: dict[str, list[Term]] = {}
+    for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        if weight != 0:
+            for name, factors in _only_low_rank(adapter, index).items():
+                layers.setdefault(name, []).append(Term(index, float(weight), factors))
+    for name, terms in layers.items():
+        _check_same_base(name, terms)
+    return dict(sorted(layers.items()))
+
+
+def _only_low_rank(adapter: Tensors, index: int) -> dict[str, Factors]:
+    """Return the layers of ``adapter``; raise BadMerge if it has anything else."""
+    try:
+        layers = lora_layers(adapter)
+    except NotLowRank as error:
+        raise BadMerge(f"adapter {index} cannot be merged: {error}") from error
+    others = sorted(adapter.keys() - lora_tensors(layers).keys())
+    if others:
+        raise BadMerge(
+            f"adapter {index} has {others[0]!r}, which is no part of a low-rank layer; merges take "
+            "lora_A, lora_B and scaling only, and heads are merged apart, by task"
+        )
+    return layers
+
+
+def _check_same_base(layer: str, terms: Sequence[Term]) -> None:
+    """Raise BadMerge unless the products of ``terms`` have one shape."""
+    shapes = {(t.factors.b.shape[0], t.factors.a.shape[1]): t.adapter for t in reversed(terms)}
+    if len(shapes) > 1:
+        text = ", ".join(f"{list(shape)} in adapter {n}" for shape, n in reversed(shapes.items()))
+        raise BadMerge(
+            f"layer {layer!r} is {text}: they belong to different base models; merge adapters of "
+            "one base model"
+        )
+
+
+def stack(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Return the exact weighted sum of a layer's products as one pair of factors, in float64.
+
+    Returns:
+        ``b``, ``[out, sum of ranks]``, which holds the weights and scalings, and ``a``,
+        ``[sum of ranks, in]``.
+    """
+    b = [t.factors.b.to(torch.float64).T * (t.weight * t.factors.scaling.item()) for t in terms]
+    a = [t.factors.a.to(torch.float64) for t in terms]
+    return torch.cat(b).T, torch.cat(a)
+
+
+def merged_factors(b: Tensor, a: Tensor, terms: Sequence[Term]) -> Factors:
+    """Return float64 factors of scaling 1 in the widest dtype of ``terms``."""
+    dtype = terms[0].factors.a.dtype
+    for tensor in (t for term in terms for t in (term.factors.a, term.factors.b)):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    one = terms[0].factors.scaling.new_ones(())
+    return Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous(), one)

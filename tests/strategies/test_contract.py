@@ -1,0 +1,142 @@
+"""What every strategy owes its callers. A new strategy is tested by existing."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch.testing import assert_close
+
+from strategies import STRATEGIES
+from strategies.base import ClientSpec, ServerState
+
+pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
+
+COUNTS = {"a": 1, "b": 2, "c": 5}
+
+
+@pytest.fixture
+def strategy(name):
+    plugin = STRATEGIES.get(name)
+    return plugin.build(**plugin.factory.mean_options)
+
+
+@pytest.fixture
+def train(strategy, make_update):
+    """Return updates of three clients who each moved the trainable tensors somewhere."""
+
+    def updates(state, *, agree=False):
+        result = []
+        for index, (client, count) in enumerate(COUNTS.items()):
+            broadcast = strategy.broadcast(state, ClientSpec(client))
+            generator = torch.Generator().manual_seed(0 if agree else index)
+            trained = {
+                name: (tensor + torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+                for name, tensor in sorted(broadcast.tensors.items())
+                if re.fullmatch(broadcast.trainable, name)
+            }
+            result.append(make_update(trained, client, count))
+        return result
+
+    return updates
+
+
+def copied(state):
+    return ServerState(*({k: v.clone() for k, v in t.items()} for t in both(state)))
+
+
+def both(state):
+    return state.adapter, state.auxiliary
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_init_keeps_the_product_that_a_run_continues_from(strategy, make_adapter, products):
+    adapter = make_adapter(dtype=torch.float64)
+    assert_close(products(strategy.init(adapter).adapter), products(adapter))
+
+
+def test_broadcast_holds_the_whole_adapter_and_trains_some_of_it(strategy, make_adapter):
+    broadcast = strategy.broadcast(strategy.init(make_adapter()), ClientSpec("a"))
+    trained = {n for n in broadcast.tensors if re.fullmatch(broadcast.trainable, n)}
+    assert broadcast.tensors.keys() == make_adapter().keys()
+    assert {"head.weight", "head.bias"} < trained
+    assert not {n for n in trained if n.endswith(".scaling")}
+
+
+def test_broadcast_shares_its_tensors_between_clients_that_are_alike(strategy, make_adapter):
+    state = strategy.init(make_adapter())
+    first, second = (strategy.broadcast(state, ClientSpec(client)) for client in "ab")
+    assert first.tensors is second.tensors
+
+
+def test_clients_that_agree_get_their_answer(strategy, make_adapter, train, products):
+    state = strategy.init(make_adapter())
+    updates = train(state, agree=True)
+    after = strategy.aggregate(state, updates).adapter
+    expected = {**state.adapter, **updates[0].tensors}
+    assert_close(products(after), products(expected), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after["head.weight"], expected["head.weight"])
+
+
+def test_aggregate_ignores_the_order_of_updates(strategy, make_adapter, train):
+    state = strategy.init(make_adapter())
+    updates = train(state)
+    for left, right in zip(
+        both(strategy.aggregate(state, updates)),
+        both(strategy.aggregate(state, updates[::-1])),
+        strict=True,
+    ):
+        assert_close(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_aggregate_keeps_names_shapes_and_dtypes(strategy, make_adapter, train, dtype):
+    adapter = make_adapter(dtype=dtype)
+    state = strategy.init(adapter)
+    for tensors in (state.adapter, strategy.aggregate(state, train(state)).adapter):
+        assert tensors.keys() == adapter.keys()
+        assert all(tensors[n].shape == adapter[n].shape for n in adapter)
+        assert all(tensors[n].dtype == adapter[n].dtype for n in adapter)
+
+
+def test_no_argument_is_changed(strategy, make_adapter, train):
+    adapter = make_adapter()
+    state = strategy.init(adapter)
+    assert same(adapter, make_adapter())
+    updates = train(state)
+    before, sent = copied(state), [{k: v.clone() for k, v in u.tensors.items()} for u in updates]
+    strategy.aggregate(state, updates)
+    assert all(same(x, y) for x, y in zip(both(before), both(state), strict=True))
+    assert all(same(x, u.tensors) for x, u in zip(sent, updates, strict=True))
+
+
+def test_updates_are_read_once_and_lazily(strategy, make_adapter, train):
+    state = strategy.init(make_adapter())
+    expected = strategy.aggregate(state, train(state))
+    assert same(strategy.aggregate(state, (u for u in train(state))).adapter, expected.adapter)
+
+
+def test_a_round_without_updates_leaves_the_adapter_as_it_is(strategy, make_adapter):
+    state = strategy.init(make_adapter())
+    assert same(strategy.aggregate(state, []).adapter, state.adapter)
+
+
+def test_aggregate_is_deterministic(strategy, make_adapter, train):
+    state = strategy.init(make_adapter())
+    first, second = (strategy.aggregate(state, train(state)) for _ in range(2))
+    assert all(same(x, y) for x, y in zip(both(first), both(second), strict=True))
+
+
+def test_a_run_continued_from_saved_state_is_the_same_run(strategy, make_adapter, train):
+    state = strategy.aggregate(s := strategy.init(make_adapter()), train(s))
+    restored = ServerState(*(load(save(dict(t))) for t in both(state)))
+    on, again = (strategy.aggregate(s, train(s)) for s in (state, restored))
+    assert all(same(x, y) for x, y in zip(both(on), both(again), strict=True))
+
+
+def test_the_plugin_has_a_summary_and_a_source(name):
+    assert STRATEGIES.get(name).summary.endswith(".")
+    assert STRATEGIES.get(name).source
