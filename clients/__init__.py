@@ -1,0 +1,1 @@
+"""The only package that sees data: training, evaluation and privacy at a client."""

@@ -1,0 +1,201 @@
+"""All that one client needs for one round: frozen, picklable, no live objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+import torch
+
+from strategies.base import Broadcast, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class PluginChoice:
+    """A plug-in by name, with checked options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which base model, and how it is loaded.
+
+    Attributes:
+        id: Hugging Face id, local folder, or ``builtin:NAME``.
+        revision: Git revision on the Hub, or None.
+        hash: sha256 of the weights, as :func:`clients.models.base_hash` gives it; checked on load.
+        kind: ``classification`` or ``causal-lm``.
+        labels: the declared label set, in index order; empty for ``causal-lm``.
+        pooling: ``mean``, ``cls``, ``last`` or ``auto`` (classification).
+        max_length: tokens kept of an example, >= 1.
+        quantization: ``none``, ``nf4`` or ``int8``.
+        compute_dtype: ``float32``, ``bf16`` or ``fp16``.
+        gradient_checkpointing: trade compute for memory.
+    """
+
+    id: str
+    kind: Literal["classification", "causal-lm"]
+    revision: str | None = None
+    hash: str = ""
+    labels: tuple[str, ...] = ()
+    pooling: str = "auto"
+    max_length: int = 128
+    quantization: str = "none"
+    compute_dtype: str = "float32"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One part of a data set that is split for simulation.
+
+    Attributes:
+        partition: ``iid``, ``dirichlet`` or ``column``.
+        index: which part, 0 <= index < total (not used by ``column``).
+        total: number of parts.
+        seed: of the partition.
+        alpha: Dirichlet concentration, > 0; smaller is less alike.
+        column: the column to split by (``column``).
+        value: the column's value that belongs to this part (``column``).
+    """
+
+    partition: Literal["iid", "dirichlet", "column"]
+    index: int = 0
+    total: int = 1
+    seed: int = 0
+    alpha: float = 0.5
+    column: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """Which records: a URI, the names of its columns, and the part of it that is meant.
+
+    Attributes:
+        uri: such as ``jsonl:/data/notes.jsonl`` or ``builtin:parameter-types?split=test``.
+        fields: weft's column name to the file's own, such as ``{"text": "note", "label": "dx"}``.
+        shard: the part of it, or None for all.
+        labels: keep only examples with these labels; empty keeps all. A label outside the model's
+            label set is an error all the same.
+    """
+
+    uri: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    shard: Shard | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """DP-SGD of one client.
+
+    Attributes:
+        noise_multiplier: noise standard deviation over ``max_grad_norm``, > 0.
+        max_grad_norm: clipping norm of one example's whole gradient, > 0.
+        sample_rate: Poisson sampling probability of an example per step, in (0, 1].
+        unit: whose presence is hidden; ``example``.
+        insecure_seed: replaces the secret key, for tests; marks the version as not private.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    sample_rate: float
+    unit: str = "example"
+    insecure_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker is asked to do for one client.
+
+    Attributes:
+        action: ``init`` makes the adapter's first tensors, ``train`` an Update, ``evaluate`` an
+            Evaluation.
+        run: the run's id; names the client's private key and state, and determines no bytes.
+        client: the client's name.
+        round: >= 1; 0 for ``init``.
+        base: id of the version the round starts from.
+        model: the base model.
+        adapter: the adapter method.
+        broadcast: the round's tensors.
+        underlay: a frozen adapter underneath the trained one (``start: stack``); empty for none.
+        memory: regulariser memory, namespaced ``PLUGIN/NAME``.
+        data: the client's records.
+        num_examples: the client's declared size; 0 where it declares none (then it is counted).
+        optimizer: the local optimizer.
+        regularizers: in the order in which they apply.
+        batch_size: examples a step; expected number under Poisson sampling.
+        steps: optimizer steps in this round, or None for ``epochs``.
+        epochs: passes over the data; not allowed under DP.
+        microbatch: examples a forward pass holds at most.
+        labels: labels that take part in the softmax; empty for the whole label set.
+        head: ``train``, ``freeze`` or ``personal`` (trained, kept at the client).
+        privacy: DP-SGD, or None.
+        seed: of everything random in this round but DP's noise and sample.
+        threads: intra-op threads; changes rounding, so it is in the recipe.
+        device: ``cpu`` or ``cuda``.
+        site: folder of the client's private state (keys, outbox, personal tensors).
+        public: whether the data are public: fingerprints are then unkeyed.
+    """
+
+    action: Literal["init", "train", "evaluate"]
+    run: str
+    client: str
+    round: int
+    base: str
+    model: ModelSpec
+    adapter: PluginChoice
+    broadcast: Broadcast
+    data: DataSpec
+    optimizer: PluginChoice
+    site: str
+    underlay: Tensors = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
+    num_examples: int = 0
+    regularizers: tuple[PluginChoice, ...] = ()
+    batch_size: int = 16
+    steps: int | None = None
+    epochs: float = 1.0
+    microbatch: int = 64
+    labels: tuple[str, ...] = ()
+    head: Literal["train", "freeze", "personal"] = "train"
+    privacy: Privacy | None = None
+    seed: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    public: bool = False
+
+    def digest(self) -> str:
+        """Return the sha256 that binds DP noise to everything this assignment says.
+
+        Covers every field but ``run`` and ``site``, which name a place rather than a computation.
+        """
+        document = {
+            f.name: _plain(getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in ("run", "site")
+        }
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON, tensors as digests of dtype, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().cpu()
+        head = f"{data.dtype}{tuple(data.shape)}".encode()
+        body = data.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(head + body).hexdigest()
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,309 @@
+"""A client's data: read, validate, select, split, check. The door to everything about data sets.
+
+A URI is opened in :mod:`clients.sources`, its records are validated in :mod:`clients.records`, and
+examples become tensors in :mod:`clients.examples`; one data set is split in
+:mod:`clients.partition`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from clients import partition as splitting
+from clients.assignment import DataSpec, ModelSpec, Shard
+from clients.examples import (
+    Batch,
+    Encoded,
+    Example,
+    collate,
+    digest,
+    encode,
+    padding_id,
+    record_digest,
+)
+from clients.records import BadSelection, listed, validated
+from clients.sources import (
+    BadDataURI,
+    BadRecord,
+    DataNotFound,
+    DataURI,
+    MissingExtra,
+    is_public,
+    parse_uri,
+)
+
+__all__ = [
+    "BadDataURI",
+    "BadRecord",
+    "BadSelection",
+    "Batch",
+    "DataNotFound",
+    "DataReport",
+    "DataURI",
+    "Encoded",
+    "Example",
+    "Lengths",
+    "MissingExtra",
+    "check",
+    "collate",
+    "encode",
+    "examples",
+    "fingerprint",
+    "is_public",
+    "padding_id",
+    "parse_uri",
+    "partition_specs",
+    "record_digest",
+]
+
+
+def examples(spec: DataSpec, model: ModelSpec) -> list[Example]:
+    """Return the examples that ``spec`` means, in the order of the records.
+
+    Every record is validated, whether it is selected or not. The shard is taken of what is left
+    after the selection by label.
+
+    Raises:
+        BadDataURI, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
+        BadRecord: for the first record that cannot be used.
+        BadSelection: if the spec asks for what is not there.
+    """
+    if spec.shard is not None:
+        _check_shard(spec.shard)
+    found = _selected(spec, model)
+    if spec.shard is None:
+        return [example for example, _ in found]
+    if spec.shard.partition == "column":
+        return [example for example, value in found if value == spec.shard.value]
+    part = list(_parts(found, spec.shard, model).values())[spec.shard.index]
+    return [found[i][0] for i in part]
+
+
+def partition_specs(  # noqa: PLR0913  (a Shard's fields, spelled out)
+    spec: DataSpec,
+    partition: Literal["iid", "dirichlet", "column"],
+    *,
+    model: ModelSpec,
+    parts: int = 1,
+    alpha: float = 0.5,
+    column: str = "",
+    seed: int = 0,
+) -> list[tuple[str, DataSpec]]:
+    """Return one named spec for each part of a data set; reads the data once.
+
+    Args:
+        spec: the data set; it must not be a part already.
+        partition: how to split.
+        model: whose label set the labels are of.
+        parts: how many, >= 1 (not used by ``column``).
+        alpha: Dirichlet concentration, > 0; smaller is less alike.
+        column: the source's own name of the column to split by (``column``).
+        seed: of the partition.
+
+    Returns:
+        ``part-0``, ``part-1``, … in order, for ``iid`` and ``dirichlet``; one for each distinct
+        value, sorted and named by it, for ``column``. No part is empty.
+
+    Raises:
+        BadSelection: if there are fewer examples than parts, or as :func:`examples`.
+    """
+    if spec.shard is not None:
+        raise BadSelection(f"{spec.uri} is a part already and cannot be split again")
+    split = Shard(partition, total=parts, seed=seed, alpha=alpha, column=column)
+    _check_shard(split)
+    found = _selected(replace(spec, shard=split), model)
+    named = _parts(found, split, model)
+    if not named or not all(named.values()):
+        raise BadSelection(
+            f"{spec.uri} has {len(found)} examples to split, and each of {parts} parts needs one; "
+            "ask for fewer parts"
+        )
+    return [
+        (
+            name,
+            replace(spec, shard=replace(split, value=name))
+            if partition == "column"
+            else replace(spec, shard=replace(split, index=index)),
+        )
+        for index, name in enumerate(named)
+    ]
+
+
+def fingerprint(spec: DataSpec, examples: Sequence[Example], key: bytes | None) -> str:
+    """Return the digest of a data set's examples, in hex; their order does not matter.
+
+    Public data (:func:`is_public`) have the same fingerprint everywhere, whatever the key. All
+    others have one that only the site can make or compare: a plain hash would let anyone who has
+    a record confirm that it is there.
+
+    Args:
+        spec: where ``examples`` come from.
+        examples: what it selected.
+        key: the site's secret; None for data that were declared public.
+    """
+    return digest(examples, None if is_public(spec.uri) else key)
+
+
+def _check_shard(shard: Shard) -> None:
+    """Raise BadSelection unless the shard's numbers make sense."""
+    if shard.partition == "column":
+        if not shard.column:
+            raise BadSelection("a partition by column needs the name of a column")
+    elif shard.total < 1 or not 0 <= shard.index < shard.total:
+        raise BadSelection(
+            f"a part must be between 0 and total - 1, got part {shard.index} of {shard.total}"
+        )
+    elif shard.partition == "dirichlet" and not shard.alpha > 0:
+        raise BadSelection(f"alpha must be > 0, got {shard.alpha}")
+
+
+def _parts(
+    found: list[tuple[Example, str]], split: Shard, model: ModelSpec
+) -> dict[str, list[int]]:
+    """Return the indices of every part, by the part's name."""
+    if split.partition == "column":
+        return splitting.column([value for _, value in found])
+    if split.partition == "iid":
+        parts = splitting.iid(len(found), split.total, split.seed)
+    elif model.kind == "classification":
+        labels = [example.label or 0 for example, _ in found]
+        parts = splitting.dirichlet(labels, split.total, split.alpha, split.seed)
+    else:
+        raise BadSelection("a dirichlet partition needs labels, and causal-lm has none; use iid")
+    return {f"part-{i}": part for i, part in enumerate(parts)}
+
+
+def _selected(spec: DataSpec, model: ModelSpec) -> list[tuple[Example, str]]:
+    """Return the examples with the wanted labels, each with its value of the shard's column."""
+    unknown = sorted(set(spec.labels) - set(model.labels))
+    if unknown:
+        raise BadSelection(
+            f"the label {unknown[0]!r} is selected, which is outside the label set "
+            f"({listed(model.labels)})"
+        )
+    wanted = {model.labels.index(label) for label in spec.labels}
+    column = spec.shard.column if spec.shard and spec.shard.partition == "column" else ""
+    found = []
+    for record in validated(spec, model, column):
+        if record.example is None:
+            raise BadRecord(f"{record.place}: {record.problem}")
+        if not wanted or record.example.label in wanted:
+            found.append((record.example, record.value))
+    return found
+
+
+# --- what `weft data check` shows ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths of examples in tokens, before truncation.
+
+    Attributes:
+        shortest: the smallest.
+        median: the middle one.
+        percentile_95: what 95 % do not exceed.
+        longest: the largest.
+        num_truncated: examples longer than the model's ``max_length``.
+    """
+
+    shortest: int
+    median: float
+    percentile_95: int
+    longest: int
+    num_truncated: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What is in a data set, and what is wrong with it.
+
+    Attributes:
+        total: records, bad ones too.
+        num_bad: records that a run would refuse.
+        problems: of the first 20 of them, where and what.
+        labels: number of good examples by label, in index order; empty without labels.
+        num_duplicates: good examples that repeat an earlier one.
+        lengths: None without a tokenizer or without a good example.
+    """
+
+    total: int
+    num_bad: int
+    problems: tuple[str, ...]
+    labels: Mapping[str, int]
+    num_duplicates: int
+    lengths: Lengths | None
+
+
+def check(
+    spec: DataSpec,
+    model: ModelSpec | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> DataReport:
+    """Return what is in the whole data set of ``spec``, whichever labels and shard it selects.
+
+    Bad records are counted, never raised.
+
+    Args:
+        spec: the data set.
+        model: what the records are for. Without one any record that has a text is good, and labels
+            are counted as they are written.
+        tokenizer: measures lengths; without a model nothing is truncated.
+
+    Raises:
+        BadDataURI, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
+        BadSelection: for a mapping of a column that weft does not have.
+    """
+    good: list[Example] = []
+    written: list[str] = []
+    problems: list[str] = []
+    for record in validated(spec, model):
+        if record.example is None:
+            problems.append(f"{record.place}: {record.problem}")
+        else:
+            good.append(record.example)
+            written.append(record.value)
+    return DataReport(
+        total=len(good) + len(problems),
+        num_bad=len(problems),
+        problems=tuple(problems[:20]),
+        labels=_label_counts(good, written, model),
+        num_duplicates=len(good) - len(set(good)),
+        lengths=_lengths(good, tokenizer, model) if tokenizer is not None and good else None,
+    )
+
+
+def _label_counts(
+    good: list[Example], written: list[str], model: ModelSpec | None
+) -> dict[str, int]:
+    if model is None:
+        return dict(sorted(Counter(label for label in written if label).items()))
+    counts = Counter(example.label for example in good)
+    return {name: counts[index] for index, name in enumerate(model.labels)}
+
+
+def _lengths(
+    good: list[Example], tokenizer: PreTrainedTokenizerBase, model: ModelSpec | None
+) -> Lengths:
+    limit = sys.maxsize if model is None else model.max_length
+    kind = "causal-lm" if model is None else model.kind
+    unlimited = ModelSpec(id="", kind=kind, max_length=2**31 - 1)
+    lengths = sorted(
+        len(encoded.input_ids)
+        for start in range(0, len(good), 1000)  # not all tokens of a large data set at once
+        for encoded in encode(good[start : start + 1000], tokenizer, unlimited)
+    )
+    return Lengths(
+        shortest=lengths[0],
+        median=statistics.median(lengths),
+        percentile_95=lengths[round(0.95 * (len(lengths) - 1))],
+        longest=lengths[-1],
+        num_truncated=sum(length > limit for length in lengths),
+    )

@@ -1,0 +1,166 @@
+"""From a record as it stands in its source to an example that a model can take.
+
+Every record is validated. A message says what is wrong and where, by names of fields, and never
+what a record's text says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clients.assignment import DataSpec, ModelSpec
+from clients.examples import Example
+from clients.sources import Source, open_source
+
+COLUMNS = ("text", "text_pair", "label", "prompt", "completion")
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what a tokenizer cannot take
+
+
+class BadSelection(ValueError):
+    """A data spec asks for columns, labels or a part that its data set does not have."""
+
+
+class _Problem(Exception):
+    """What is wrong with one record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What became of one record.
+
+    Attributes:
+        place: of the record, such as ``notes.jsonl, line 17``.
+        example: None if the record is bad.
+        value: of the column that was asked for; without a model, the label as it is written.
+        problem: what is wrong with a bad record, or empty.
+    """
+
+    place: str
+    example: Example | None = None
+    value: str = ""
+    problem: str = ""
+
+
+def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iterator[Validated]:
+    """Yield what became of every record of ``spec.uri``, in order, whatever the spec selects.
+
+    Args:
+        spec: the data set.
+        model: what the records are for; without one, any record that has a text is good.
+        column: the source's own name of a column whose values are wanted, or empty.
+
+    Raises:
+        BadDataURI, BadRecord, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
+        BadSelection: for a mapping of a column that weft does not have.
+    """
+    unknown = sorted(set(spec.fields) - set(COLUMNS))
+    if unknown:
+        raise BadSelection(f"no column is called {unknown[0]!r} (columns: {', '.join(COLUMNS)})")
+    source = open_source(spec.uri)
+    for record in source.records:
+        place = f"{source.name}, {source.unit} {record.number}"
+        if record.problem:
+            yield Validated(place, problem=record.problem)
+            continue
+        columns = _Columns(record.fields, spec.fields, source)
+        try:
+            example = columns.example(model)
+            value = columns.value(column) if column else ""
+            outcome = Validated(place, example, value if model else columns.written_label())
+        except _Problem as problem:
+            outcome = Validated(place, problem=str(problem))
+        yield outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of one record, by weft's names."""
+
+    record: Mapping[str, Any]
+    names: Mapping[str, str]
+    source: Source
+
+    def has(self, column: str) -> bool:
+        """Whether a column that may be left out is there; one that was mapped may not."""
+        name = self.names.get(column, column)
+        return column in self.names or self.record.get(name) is not None
+
+    def get(self, column: str) -> Any:
+        name = self.names.get(column, column)
+        if name not in self.record:
+            have = listed([str(key) for key in self.record])
+            hint = "" if column in self.names else f"; map it with --fields {column}=NAME"
+            raise _Problem(f"has no field {name!r} (fields: {have}){hint}")
+        return self.record[name]
+
+    def example(self, model: ModelSpec | None) -> Example:
+        generative = model is not None and model.kind == "causal-lm"
+        if (generative or model is None) and (self.has("prompt") or self.has("completion")):
+            return Example(prompt=self.text("prompt"), completion=self.text("completion"))
+        if generative:
+            return Example(self.text("text"))
+        return Example(
+            text=self.text("text"),
+            text_pair=self.text("text_pair") if self.has("text_pair") else None,
+            label=None if model is None else self.label(model.labels),
+        )
+
+    def written_label(self) -> str:
+        value = self.get("label") if self.has("label") else None
+        return "" if value is None else _shown(value, str(value))
+
+    def text(self, column: str) -> str:
+        value, name = self.get(column), self.names.get(column, column)
+        if value is None or value == "":
+            raise _Problem(f"the field {name!r} is empty")
+        if not isinstance(value, str):
+            raise _Problem(f"the field {name!r} must be text, got {type(value).__name__}")
+        if not value.strip():
+            raise _Problem(f"the field {name!r} is empty")
+        if _SURROGATE.search(value):
+            raise _Problem(f"the field {name!r} is not UTF-8")
+        return value
+
+    def label(self, labels: tuple[str, ...]) -> int:
+        value = self.get("label")
+        if isinstance(value, str) and value in labels:
+            return labels.index(value)
+        # In CSV everything is text: what is no name may be an index.
+        untyped = isinstance(value, str) and not self.source.typed
+        index = int(value) if untyped and re.fullmatch(r"\d{1,9}", value) else value
+        if isinstance(index, bool) or not isinstance(index, (int, str)):
+            kind = type(index).__name__ if index is not None else "null"
+            raise _Problem(f"the label must be a name or an index, got {kind}")
+        if isinstance(index, str) or not 0 <= index < len(labels):
+            raise _Problem(
+                f"label {_shown(value, repr(value))} is outside the label set ({listed(labels)})"
+            )
+        return index
+
+    def value(self, column: str) -> str:
+        if column not in self.record:
+            have = listed([str(key) for key in self.record])
+            raise _Problem(f"has no field {column!r} to split by (fields: {have})")
+        value = self.record[column]
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            kind = type(value).__name__ if value is not None else "null"
+            raise _Problem(
+                f"the field {column!r} to split by must be text or an integer, got {kind}"
+            )
+        return str(value)
+
+
+def _shown(label: object, written: str) -> str:
+    """Return a label as written; what is too long for a label may be somebody's text."""
+    return written if len(written) <= 40 else f"of {len(str(label))} characters"
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return names for a message: the first few, each of bounded length."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:37]}…" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "") or "none"

@@ -1,0 +1,313 @@
+"""Where records come from: data URIs, and one reader for each scheme.
+
+``jsonl:PATH``, ``csv:PATH`` (both also gzipped), ``parquet:PATH``, ``hf:NAME[/CONFIG]`` and
+``builtin:NAME``, with options as a query: ``hf:stanfordnlp/imdb?split=train``.
+
+A reader yields every record with its number, and a broken one with what is wrong with it, so that a
+check can count what a run refuses. No message holds a record's content: only names of fields,
+numbers of lines and, where it is short, a label.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import importlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import parse_qsl
+
+from clients.builtin import DATA_SETS
+
+
+class DataNotFound(FileNotFoundError):
+    """There is no such file, or no such data set on the Hub."""
+
+
+class BadRecord(ValueError):
+    """A record cannot be used; the message says where it is, and not what it says."""
+
+
+class BadDataURI(ValueError):
+    """A data URI names no scheme, or an option that its scheme does not have."""
+
+
+class MissingExtra(ImportError):
+    """A reader needs a package that is an optional extra of weft."""
+
+
+class DataURI(NamedTuple):
+    """A data URI in its parts: ``scheme:path?options``."""
+
+    scheme: str
+    path: str
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as it stands in its source.
+
+    Attributes:
+        number: of its first line or its row, from 1.
+        fields: by the source's own column names. Absent cells are None.
+        problem: why it could not be read, or empty.
+    """
+
+    number: int
+    fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened data URI.
+
+    Attributes:
+        name: for messages; a file's path as given.
+        unit: what a record's number counts, ``line`` or ``row``.
+        typed: whether numbers are numbers; False for CSV, where everything is text.
+        records: to be read once.
+    """
+
+    name: str
+    unit: str
+    typed: bool
+    records: Iterator[Record]
+
+
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "jsonl": (),
+    "csv": (),
+    "parquet": (),
+    "hf": ("split", "revision", "config"),
+    "builtin": ("split", "client"),
+}
+
+
+def parse_uri(uri: str) -> DataURI:
+    """Return the parts of a data URI; opens nothing.
+
+    >>> parse_uri("builtin:parameter-types?split=test")
+    DataURI(scheme='builtin', path='parameter-types', options={'split': 'test'})
+
+    Raises:
+        BadDataURI: for an unknown scheme, data set or option, or no path.
+    """
+    scheme, colon, rest = uri.partition(":")
+    path, _, query = rest.partition("?")
+    if scheme not in _OPTIONS or not colon:
+        raise BadDataURI(_unknown_scheme(uri, scheme if colon else ""))
+    if not path:
+        raise BadDataURI(f"data URI {uri!r} names no data; write {scheme}:PATH")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise BadDataURI(f"data URI {uri!r}: options are ?name=value&name=value") from None
+    for name in options:
+        _known(f"{scheme} option", name, _OPTIONS[scheme])
+    if scheme == "builtin":
+        _known("builtin data set", path, DATA_SETS)
+        for name, value in options.items():
+            _known(name, value, DATA_SETS[path].OPTIONS[name])
+    return DataURI(scheme, path, options)
+
+
+def _unknown_scheme(uri: str, scheme: str) -> str:
+    allowed = ", ".join(f"{known}:" for known in _OPTIONS)
+    if not scheme:
+        suffix = Path(uri.removesuffix(".gz")).suffix.removeprefix(".")
+        guess = suffix if suffix in _OPTIONS else "jsonl"
+        return f"data URI {uri!r} has no scheme ({allowed}); write {guess}:{uri}"
+    close = difflib.get_close_matches(scheme.lower(), _OPTIONS, n=1)
+    hint = f"; did you mean '{close[0]}:'?" if close else ""
+    return f"data URI {uri!r}: there is no scheme '{scheme}:'{hint} (schemes: {allowed})"
+
+
+def _known(what: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if name not in allowed:
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        listed = ", ".join(allowed) or "none"
+        raise BadDataURI(f"there is no {what} {name!r}{hint} (allowed: {listed})")
+
+
+def is_public(uri: str) -> bool:
+    """Return whether everyone has these data: only ``builtin:``.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+    """
+    return parse_uri(uri).scheme == "builtin"
+
+
+def open_source(uri: str) -> Source:
+    """Return the records behind a URI, unread.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`; also for a split or config that a Hub data set lacks.
+        BadRecord: if a parquet file is not one.
+        DataNotFound: if there is nothing there, or it cannot be opened.
+        MissingExtra: if the reader's package is not installed.
+    """
+    scheme, path, options = parse_uri(uri)
+    if scheme == "builtin":
+        rows = DATA_SETS[path].rows(**options)
+        return Source(uri, "row", True, _numbered(iter(rows)))
+    if scheme == "hf":
+        return Source(f"hf:{path}", "row", True, _numbered(_hub_rows(path, options)))
+    _require_file(path)
+    if scheme == "parquet":
+        return Source(path, "row", True, _numbered(_parquet_rows(path)))
+    if scheme == "csv":
+        return Source(path, "line", False, _until_broken(_csv_records(path)))
+    return Source(path, "line", True, _until_broken(_jsonl_records(path)))
+
+
+def _numbered(rows: Iterator[Mapping[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield Record(number, row)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _require_file(path: str) -> None:
+    try:
+        with Path(path).open("rb"):
+            return
+    except IsADirectoryError:
+        raise DataNotFound(f"{path} is a folder; name a file in it") from None
+    except FileNotFoundError:
+        raise DataNotFound(f"there is no file {path} (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise DataNotFound(f"{path} cannot be opened: {error.strerror}") from error
+
+
+def _open(path: str) -> BinaryIO:
+    opened = gzip.open if path.endswith(".gz") else open
+    return cast("BinaryIO", opened(path, "rb"))
+
+
+def _until_broken(records: Iterator[Record]) -> Iterator[Record]:
+    """Yield ``records``; where the file itself breaks off, a last one that says so."""
+    number = 0
+    try:
+        for record in records:
+            number = record.number
+            yield record
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        yield Record(number + 1, problem=f"the gzip file is damaged from here on ({error})")
+
+
+def _jsonl_records(path: str) -> Iterator[Record]:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, from Windows
+            if line.strip():
+                fields, problem = _json_object(line)
+                yield Record(number, fields, problem)
+
+
+def _json_object(line: bytes) -> tuple[dict[str, Any], str]:
+    """Return the object on a line and no problem, or nothing and the problem.
+
+    The problem is returned, not raised: a JSON or decoding error carries the whole line with it.
+    """
+    try:
+        value = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        return {}, f"not JSON ({error.msg} at column {error.colno})"
+    except UnicodeDecodeError as error:
+        return {}, f"not UTF-8 (byte {error.start + 1} of the line)"
+    except (ValueError, RecursionError):
+        return {}, "not JSON (a number is too long, or it is nested too deeply)"
+    if not isinstance(value, dict):
+        return {}, f"not a JSON object but a {type(value).__name__}"
+    return value, ""
+
+
+def _csv_records(path: str) -> Iterator[Record]:
+    with _open(path) as binary:
+        # What is not UTF-8 becomes a lone surrogate, so that one bad line does not end the file.
+        lines = (line.decode("utf-8", "surrogateescape") for line in binary)
+        reader = csv.reader(lines, strict=True)
+        header = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
+        if len(set(header)) < len(header):
+            yield Record(1, problem="the header names a column twice")
+            return
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader starts afresh on the next line
+                yield Record(number, problem=f"not CSV ({error})")
+                continue
+            if len(cells) == len(header):
+                yield Record(number, {k: v or None for k, v in zip(header, cells, strict=True)})
+            elif cells:
+                problem = f"has {len(cells)} cells where the header has {len(header)}"
+                yield Record(number, problem=problem)
+
+
+def _parquet_rows(path: str) -> Iterator[Mapping[str, Any]]:
+    parquet = _extra("pyarrow.parquet", "parquet")
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError):  # pyarrow.ArrowInvalid is a ValueError
+        raise BadRecord(f"{path} is not a parquet file") from None
+    return (row for batch in file.iter_batches() for row in batch.to_pylist())
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise MissingExtra(
+            f"reading this data needs the package {package}, which is not installed; "
+            f"run: pip install 'weft[{extra}]'"
+        ) from error
+
+
+# --- the Hugging Face Hub --------------------------------------------------------------------
+
+
+def _hub_rows(path: str, options: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    """Return the rows of a Hub data set or a local folder, class indices as the classes' names."""
+    datasets = _extra("datasets", "hub")
+    name, config = path, options.get("config")
+    if not Path(path).is_dir() and path.count("/") == 2:
+        name, _, config = path.rpartition("/")
+    try:
+        data = datasets.load_dataset(
+            name, config, split=options.get("split", "train"), revision=options.get("revision")
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise DataNotFound(
+            f"there is no data set hf:{name}, or the Hub cannot be reached"
+        ) from error
+    except ValueError as error:
+        raise BadDataURI(f"hf:{path}: {str(error).splitlines()[0]}") from error
+    except datasets.exceptions.DatasetGenerationError:
+        raise BadRecord(f"hf:{path} holds files that are not a data set") from None
+    # An index belongs to the data set's own label order, which need not be the model's.
+    classes = {k: f for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    return ({**row, **_class_names(row, classes)} for row in data)
+
+
+def _class_names(row: Mapping[str, Any], classes: Mapping[str, Any]) -> dict[str, str | None]:
+    # -1 is the Hub's mark of a hidden label
+    return {
+        name: None if row[name] in (None, -1) else feature.int2str(row[name])
+        for name, feature in classes.items()
+    }
