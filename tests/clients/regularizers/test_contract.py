@@ -1,0 +1,128 @@
+"""What every regularizer keeps to; a new one is tested by existing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from clients.regularizers import REGULARIZERS, namespaced, recall
+
+EVERY = pytest.mark.parametrize("name", REGULARIZERS.names())
+
+
+def adapter(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in ("encoder.0.query", "encoder.0.value"):
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(2, 12, generator=generator)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(5, 2, generator=generator)
+        tensors[f"{layer}.scaling"] = torch.tensor(2.0)
+    tensors["head.weight"] = torch.randn(3, 5, generator=generator)
+    return tensors
+
+
+def trainable(tensors):
+    return {k: nn.Parameter(v.clone()) for k, v in tensors.items() if not k.endswith(".scaling")}
+
+
+def copies(tensors):
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def build(name):
+    return REGULARIZERS.get(name).build()
+
+
+def remembering(name):
+    return build(name).consolidate(adapter(seed=1), {})
+
+
+def test_o_lora_and_proximal_are_there():
+    assert {"o-lora", "proximal"} <= set(REGULARIZERS.names())
+
+
+@EVERY
+def test_it_says_what_it_is_and_where_it_is_from(name):
+    plugin = REGULARIZERS.get(name)
+    assert plugin.summary.endswith(".")
+    assert plugin.source
+    assert not any(option.required for option in plugin.options.values())
+
+
+@EVERY
+def test_its_names_are_regular_expressions(name):
+    regularizer = build(name)
+    assert any(re.fullmatch(regularizer.acts_on, key) for key in adapter())
+    re.compile(regularizer.freezes)
+
+
+@EVERY
+def test_its_penalty_is_a_finite_non_negative_scalar_with_a_finite_gradient(name):
+    params = trainable(adapter())
+    value = build(name).penalty(params, adapter(seed=2), remembering(name))
+    if value is None:
+        return
+    assert value.shape == ()
+    assert value >= 0
+    found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+    assert any(g is not None for g in found)
+    assert all(g.isfinite().all() for g in found if g is not None)
+
+
+@EVERY
+def test_its_penalty_is_zero_before_anything_was_trained_or_remembered(name):
+    value = build(name).penalty(trainable(adapter()), adapter(), {})
+    assert value is None or value == 0
+
+
+@EVERY
+def test_its_memory_round_trips_through_its_namespace(name):
+    memory = remembering(name)
+    kept = namespaced(memory, name)
+    assert all(key.startswith(f"{name}/") for key in kept)
+    assert same(recall(kept, name), memory)
+    assert recall(kept, "another") == {}
+    assert all(type(t) is torch.Tensor and not t.requires_grad for t in memory.values())
+
+
+@EVERY
+def test_consolidating_live_parameters_remembers_plain_tensors(name):
+    memory = build(name).consolidate(trainable(adapter()), {})
+    assert not any(tensor.requires_grad for tensor in memory.values())
+
+
+@EVERY
+def test_it_keeps_names_shapes_and_types_of_an_adapter(name):
+    found = build(name).initialise(adapter(), remembering(name))
+    assert found.keys() == adapter().keys()
+    for key, tensor in adapter().items():
+        assert (found[key].shape, found[key].dtype) == (tensor.shape, tensor.dtype)
+
+
+@EVERY
+def test_it_changes_none_of_its_arguments(name):
+    regularizer, memory, params, reference = build(name), remembering(name), adapter(), adapter(2)
+    grads = {key: torch.ones_like(tensor) for key, tensor in params.items()}
+    given = [memory, params, reference, grads]
+    before = [copies(x) for x in given]
+    regularizer.initialise(params, memory)
+    regularizer.penalty(trainable(params), reference, memory)
+    regularizer.project(grads, memory)
+    regularizer.observe(grads, reference, params, memory)
+    regularizer.consolidate(params, memory)
+    assert all(same(x, y) for x, y in zip(given, before, strict=True))
+
+
+@EVERY
+def test_it_is_deterministic(name):
+    memory = remembering(name)
+    assert same(remembering(name), memory)
+    one, two = (build(name).initialise(adapter(), memory) for _ in range(2))
+    assert same(one, two)
