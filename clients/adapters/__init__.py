@@ -1,0 +1,54 @@
+"""Adapters: how a few tensors change a frozen model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from strategies.base import Tensors
+from strategies.plugins import Family
+
+ADAPTERS = Family("adapter", "clients.adapters")
+
+
+class Adapter(Protocol):
+    """One adapter method, configured.
+
+    Tensor names are the backbone's module names, without any prefix of PEFT's:
+    ``encoder.layer.0.attention.self.query.lora_A.weight``. Every low-rank layer carries its
+    scaling as a 0-d tensor ``encoder.layer.0.attention.self.query.scaling``.
+    """
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What is true of the method, proven by its contract test.
+
+        ``low-rank``: its delta is exactly ``scaling * B @ A``, so it can be stacked, merged and
+        refactored; ``merge``: it can be folded into the base weights; ``dp-hooks``: Opacus' hooks
+        give its exact per-example gradients.
+        """
+        ...
+
+    def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
+        """Return ``backbone`` with a trainable adapter, on top of a frozen ``underlay`` if any.
+
+        The adapter's own random numbers come from torch's global generator: seed it before.
+        """
+        ...
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Return the backbone as it was: base weights bit-identical."""
+        ...
+
+    def read(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a copy of the adapter's tensors, on the CPU."""
+        ...
+
+    def write(self, model: nn.Module, tensors: Tensors) -> None:
+        """Put ``tensors`` (all that :meth:`read` returns, head excepted) into the adapter."""
+        ...
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the live parameters behind :meth:`read`, by the same names, scalings excepted."""
+        ...

@@ -1,0 +1,396 @@
+"""PEFT's own methods, by PEFT's own names: the one door to the ``peft`` library.
+
+Each :class:`Method` is data: what to set in PEFT's config, and what is true of the result. Here
+are the methods whose tensors *are* the adapter: the same tensors on the same untouched base model
+give the same function. Of PEFT 0.21's ``LoraConfig`` variants, left out are those that change the
+base weights (PiSSA, OLoRA, CorDA, LoftQ, KaSA: the tensors alone would mean nothing), read training
+data before the first round (EVA, LoRA-GA), approximate gradients (VeLoRA), or hold more than their
+product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow). MiCA freezes ``B`` by itself, which is
+the strategy's to say.
+
+Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clients import placement
+from strategies.base import Tensors
+from strategies.plugins import BadOptions, Option, Plugin, Range
+
+if TYPE_CHECKING:  # peft takes seconds to import: listing plug-ins does not need it
+    from peft import LoraConfig
+
+_TRAINED, _UNDERLAY = "default", "underlay"
+_A, _B, _MAGNITUDE, _SCALING = (
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_magnitude_vector",
+    ".scaling",
+)
+
+_FACTOR = re.compile(r"\.(lora_[AB]\.weight|scaling)$")
+_REFUSED_INITS = {
+    **dict.fromkeys(
+        ("pissa", "olora", "corda", "loftq"),
+        "moves part of the base weights into the adapter, but weft shares one base model between "
+        "adapters and never changes it",
+    ),
+    **dict.fromkeys(
+        ("eva", "lora_ga"), "reads training data before the first round, where no client is asked"
+    ),
+    "mica": "freezes B by itself, but which tensors train is the strategy's to say",
+}
+
+
+class AdapterMismatch(ValueError):
+    """Tensors do not belong to this adapter on this base model."""
+
+
+class UnsupportedUnderlay(ValueError):
+    """This adapter cannot be trained on top of that one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One of PEFT's methods.
+
+    Attributes:
+        name: PEFT's name, in kebab case.
+        summary: one line.
+        source: arXiv id.
+        settings: what it sets in ``LoraConfig``.
+        capabilities: ``low-rank``: the delta is exactly ``scaling * B @ A`` of its tensors, hence
+            linear in either factor while the other is frozen, and it can be stacked, merged with
+            others and refactored; ``merge``: it can be folded into the base weights; ``dp-hooks``:
+            Opacus' hooks give its exact per-example gradients.
+    """
+
+    name: str
+    summary: str
+    source: str
+    settings: Mapping[str, Any]
+    capabilities: frozenset[str]
+
+
+_LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
+METHODS = (
+    Method("lora", "Low-rank update B A beside each frozen layer.", "2106.09685", {}, _LOW_RANK),
+    Method(
+        "rslora",
+        "LoRA scaled by alpha / sqrt(rank), stable at high ranks.",
+        "2312.03732",
+        {"use_rslora": True},
+        _LOW_RANK,
+    ),
+    Method(
+        "dora",
+        "LoRA on the direction of each weight row, and a trained magnitude.",
+        "2402.09353",
+        {"use_dora": True},
+        frozenset({"merge"}),  # Opacus' hooks raise a TypeError on its keyword-only forward
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftLora:
+    """A method of PEFT's LoRA family, configured.
+
+    The adapter starts at zero delta, whatever the initialisation. ``write`` takes tensors of any
+    rank: a layer gets the rank and the scaling that its tensors have, so that merged and
+    mixed-rank adapters load as they are.
+
+    Attributes:
+        method: which of PEFT's methods.
+        r: rank, at most the smaller side of every layer.
+        alpha: numerator of the scaling ``alpha / r`` (rsLoRA: ``alpha / sqrt(r)``); by default
+            each layer's rank, so that LoRA's scaling is 1.
+        dropout: probability of dropping an input of ``A`` in training; 0 is none.
+        target_modules: ``auto`` (PEFT's choice for the architecture, mostly query and value),
+            ``all-linear`` (every linear layer but the output embedding), or module names: regular
+            expressions of the last parts of their paths.
+        layers: indices of the layers to adapt, from 0; null adapts all.
+        rank_pattern: module name, as in ``target_modules``, to another rank; the first counts.
+        alpha_pattern: module name to another alpha; the first counts.
+        init: how ``A`` and ``B`` start: ``kaiming`` and ``gaussian`` with B = 0, ``orthogonal``
+            with both drawn from one orthogonal matrix and B A = 0 (needs an even rank).
+    """
+
+    method: Method
+    r: Annotated[int, Range(1)] = 8
+    alpha: Annotated[float | None, Range(0, open_low=True)] = None
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    target_modules: str | list[str] = "auto"
+    layers: list[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+
+    def __post_init__(self) -> None:
+        for where, rank in {"r": self.r, **self.rank_pattern}.items():
+            if rank < 1 or (self.init == "orthogonal" and rank % 2):
+                kind = "even and >= 2 for init 'orthogonal'" if rank >= 1 else ">= 1"
+                raise BadOptions(f"the rank of {where} must be {kind}, got {rank}")
+        for where, alpha in self.alpha_pattern.items():
+            if alpha <= 0:
+                raise BadOptions(f"the alpha of {where} must be > 0, got {alpha}")
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What is true of the method; see :class:`Method`."""
+        return self.method.capabilities
+
+    def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
+        """Put a trainable adapter into ``backbone`` (in place), over a frozen ``underlay`` if any.
+
+        The trained adapter's first tensors come from torch's global generator and are the same
+        with and without an underlay. Adapter tensors are float32 whatever the base model is.
+
+        Args:
+            backbone: the base model.
+            underlay: a low-rank adapter's tensors, of any layers and ranks; ``head.*`` is ignored.
+
+        Returns:
+            ``backbone`` itself.
+
+        Raises:
+            BadOptions: if a target does not exist or a rank exceeds its layer.
+            UnsupportedUnderlay: if either adapter is not low-rank.
+            AdapterMismatch: if the underlay does not fit the base model.
+        """
+        from peft import LoraModel
+
+        linear = placement.linear_layers(backbone)
+        below = self._layers_of(underlay, linear)
+        config = self._config(placement.targets(backbone, self.target_modules, self.layers))
+        try:
+            tuner = LoraModel(backbone, config, _TRAINED)
+            if below:
+                # Ranks and scalings come with the tensors, and the random numbers go nowhere.
+                tuner.peft_config[_UNDERLAY] = _lora_config(below, r=1, init_lora_weights=False)
+                with torch.random.fork_rng(devices=[]):
+                    tuner.inject_adapter(backbone, _UNDERLAY)
+                _write(backbone, _UNDERLAY, underlay)
+        except ValueError:
+            self.detach(backbone)
+            raise
+        for layer in _adapted(backbone).values():
+            # set_adapter makes everything active trainable, so freezing comes after it.
+            layer.set_adapter([_UNDERLAY, _TRAINED] if below else [_TRAINED])
+        for adapter in (_TRAINED, _UNDERLAY):
+            for parameter in _parameters(backbone, adapter).values():
+                parameter.requires_grad_(adapter == _TRAINED)
+                parameter.data = parameter.data.float()  # PEFT makes DoRA's in the base's dtype
+        return backbone
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Take every adapter out of ``model`` (in place) and return it, bit for bit as it was."""
+        for name, layer in _adapted(model).items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        return model
+
+    def read(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a copy of the trained adapter's tensors, on the CPU, float32.
+
+        ``NAME.lora_A.weight`` ``[rank, in_features]``, ``NAME.lora_B.weight`` ``[out_features,
+        rank]``, ``NAME.scaling`` (0-d) and with DoRA ``NAME.lora_magnitude_vector``
+        ``[out_features]``: the names of PEFT's files without their prefix.
+        """
+        tensors = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, parameter in self.parameters(model).items()
+        }
+        for name, layer in _adapted(model, _TRAINED).items():
+            tensors[name + _SCALING] = torch.tensor(layer.scaling[_TRAINED], dtype=torch.float32)
+        return tensors
+
+    def write(self, model: nn.Module, tensors: Tensors) -> None:
+        """Put ``tensors`` into the trained adapter; ``head.*`` among them is ignored.
+
+        Rank and scaling become those of ``tensors``. A parameter stays the same object unless its
+        rank changes: take :meth:`parameters` afterwards.
+
+        Raises:
+            AdapterMismatch: if a tensor is missing, unexpected, or does not fit its layer; nothing
+                is written then.
+        """
+        _write(model, _TRAINED, tensors)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the live parameters behind :meth:`read`, by the same names."""
+        return _parameters(model, _TRAINED)
+
+    def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
+        """Return PEFT's config with every layer's rank and alpha spelled out."""
+        ranks = placement.by_pattern("rank_pattern", self.rank_pattern, targets, self.r)
+        alphas = placement.by_pattern("alpha_pattern", self.alpha_pattern, targets, self.alpha)
+        placement.check_ranks(ranks, targets)
+        return _lora_config(
+            targets,
+            r=self.r,
+            lora_alpha=self.alpha or self.r,
+            lora_dropout=self.dropout,
+            init_lora_weights=True if self.init == "kaiming" else self.init,
+            rank_pattern={_exactly(n): r for n, r in ranks.items() if r != self.r},
+            alpha_pattern={
+                _exactly(n): a or ranks[n]
+                for n, a in alphas.items()
+                if (a or ranks[n]) != (self.alpha or self.r)
+            },
+            **self.method.settings,
+        )
+
+    def _layers_of(
+        self, underlay: Tensors, linear: Mapping[str, nn.Module]
+    ) -> dict[str, nn.Module]:
+        """Return the layers of ``underlay``, which must be low-rank and of this base model."""
+        names = sorted(_without_head(underlay))
+        if names and "low-rank" not in self.capabilities:
+            raise UnsupportedUnderlay(
+                f"{self.method.name} cannot be trained on top of a frozen adapter: its delta is "
+                "not a product that adds to the one underneath; use lora or rslora, or start fresh"
+            )
+        for name in names:
+            if not _FACTOR.search(name):
+                raise UnsupportedUnderlay(
+                    f"the adapter underneath has {name}, so its delta is not low-rank; only "
+                    "adapters of lora_A, lora_B and scaling can be stacked on"
+                )
+        layers = sorted({_FACTOR.sub("", name) for name in names})
+        for layer in layers:
+            if layer not in linear:
+                raise AdapterMismatch(
+                    f"the adapter underneath has the layer {layer}, which the base model has not; "
+                    "it belongs to another base model"
+                )
+        return {layer: linear[layer] for layer in layers}
+
+
+def _exactly(name: str) -> str:
+    """Return the pattern that PEFT matches with this layer and no other."""
+    return f"^{re.escape(name)}"
+
+
+def _lora_config(targets: Mapping[str, nn.Module], **settings: Any) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        target_modules="|".join(re.escape(name) for name in targets),
+        fan_in_fan_out=placement.transposed(targets),
+        **settings,
+    )
+
+
+def _without_head(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+
+
+def _adapted(model: nn.Module, adapter: str | None = None) -> dict[str, Any]:
+    """Return the layers that hold ``adapter`` (or any), by the base model's names."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A)
+    }
+
+
+def _parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in _adapted(model, adapter).items():
+        found[name + _A] = layer.lora_A[adapter].weight
+        found[name + _B] = layer.lora_B[adapter].weight
+        if adapter in layer.lora_magnitude_vector:
+            found[name + _MAGNITUDE] = layer.lora_magnitude_vector[adapter].weight
+    return found
+
+
+def _write(model: nn.Module, adapter: str, tensors: Tensors) -> None:
+    layers, given = _adapted(model, adapter), _without_head(tensors)
+    for problem in _mismatches(layers, _parameters(model, adapter), given):
+        raise AdapterMismatch(problem)
+    for name, layer in layers.items():
+        rank = given[name + _A].shape[0]
+        if rank != layer.lora_A[adapter].out_features:
+            _set_rank(layer, adapter, rank)
+        layer.scaling[adapter] = float(given[name + _SCALING])
+    with torch.no_grad():
+        for name, parameter in _parameters(model, adapter).items():
+            parameter.copy_(given[name])
+
+
+def _set_rank(layer: Any, adapter: str, rank: int) -> None:
+    """Give a layer's factors another rank, with values yet to be written."""
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    layer.r[adapter] = down.out_features = up.in_features = rank
+    for factor, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
+        old = factor.weight
+        # A new object: autograd remembers the shape that the old one had in past graphs.
+        factor.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+
+
+def _mismatches(
+    layers: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], given: Tensors
+) -> Iterator[str]:
+    """Yield a sentence for everything that keeps ``given`` from fitting these layers."""
+    expected = set(parameters) | {name + _SCALING for name in layers}
+    for name in sorted(expected - set(given)):
+        yield f"the adapter has no tensor {name}, which target_modules asks for"
+    for name in sorted(set(given) - expected):
+        yield (
+            f"the adapter has the tensor {name}, for which this model has no place; set "
+            "target_modules and the method as they were when it was trained"
+        )
+    for name, layer in layers.items():
+        rank = given[name + _A].shape[0] if given[name + _A].ndim else 0
+        shapes: dict[str, tuple[int, ...]] = {
+            name + _A: (rank, layer.in_features),
+            name + _B: (layer.out_features, rank),
+            name + _MAGNITUDE: (layer.out_features,),
+            name + _SCALING: (),
+        }
+        for key in sorted(shapes.keys() & given.keys()):
+            if tuple(given[key].shape) != shapes[key] or rank < 1:
+                yield f"{key} must be {list(shapes[key])}, got {list(given[key].shape)}"
+
+
+class _InitOption(Option):
+    """The option ``init``, which says why it does not take PEFT's other values."""
+
+    def parse(self, value: Any) -> Any:
+        """Return ``value`` if it is allowed; see :meth:`strategies.plugins.Option.parse`."""
+        reason = _REFUSED_INITS.get(str(value).partition("_niter_")[0])
+        if reason is not None:
+            raise BadOptions(f"init {value!r} {reason}; use {self.describe_type()}")
+        return Option.parse(self, value)
+
+
+def plugins() -> Iterator[Plugin]:
+    """Yield a plug-in for each of PEFT's methods; the fields of :class:`PeftLora` are options."""
+    schema = Plugin("adapter", "", PeftLora, "", context=("method",)).options
+    options = tuple(
+        _InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
+        for o in schema.values()
+    )
+    for method in METHODS:
+        yield Plugin(
+            kind="adapter",
+            name=method.name,
+            factory=partial(PeftLora, method),
+            summary=method.summary,
+            source=method.source,
+            explicit_options=options,
+        )

@@ -1,0 +1,294 @@
+"""What every adapter promises; a new one is tested by existing."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from clients import models
+from clients.adapters import ADAPTERS
+from clients.assignment import ModelSpec
+
+
+def having(capability: str) -> pytest.MarkDecorator:
+    """Run a test for the adapters that declare ``capability`` only."""
+    names = [n for n in ADAPTERS.names() if capability in ADAPTERS.get(n).build().capabilities]
+    return pytest.mark.parametrize("adapter", names, indirect=True)
+
+
+def spec_of(folder: Path, kind: str) -> ModelSpec:
+    labels = ("x", "y", "z") if kind == "classification" else ()
+    return ModelSpec(id=str(folder), kind=kind, labels=labels)
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny_encoder, tiny_decoder):
+    folders = {"classification": tiny_encoder, "causal-lm": tiny_decoder}
+    return {kind: models.load(spec_of(path, kind)).backbone for kind, path in folders.items()}
+
+
+@pytest.fixture(params=["classification", "causal-lm"])
+def backbone(request, backbones):
+    return backbones[request.param]
+
+
+@pytest.fixture(params=ADAPTERS.names())
+def adapter(request):
+    return ADAPTERS.get(request.param).build()
+
+
+@pytest.fixture
+def attached(adapter, backbone):
+    torch.manual_seed(7)
+    yield adapter.attach(backbone, {})
+    adapter.detach(backbone)
+
+
+def run(model) -> torch.Tensor:
+    ids = torch.tensor([[5, 9, 11, 40, 8], [6, 7, 30, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask)[0]
+
+
+def shaken(tensors: dict[str, torch.Tensor], seed: int = 1) -> dict[str, torch.Tensor]:
+    """Tensors near ``tensors``, as training would leave them."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        name: t if name.endswith(".scaling") else t + 0.3 * torch.randn(t.shape, generator=source)
+        for name, t in tensors.items()
+    }
+
+
+def delta(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    layers = [name.removesuffix(".scaling") for name in tensors if name.endswith(".scaling")]
+    return {
+        f"{layer}.weight": tensors[f"{layer}.scaling"]
+        * tensors[f"{layer}.lora_B.weight"]
+        @ tensors[f"{layer}.lora_A.weight"]
+        for layer in layers
+    }
+
+
+def test_a_fresh_adapter_changes_nothing(adapter, backbone):
+    before = run(backbone)
+    model = adapter.attach(backbone, {})
+    after = run(model)
+    adapter.detach(model)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_detaching_restores_the_base_model_bit_for_bit(adapter, backbone):
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    output = run(backbone)
+    model = adapter.attach(backbone, {})
+    adapter.write(model, shaken(adapter.read(model)))
+    restored = adapter.detach(model)
+    assert restored is backbone
+    after = restored.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(run(restored), output)
+
+
+def test_what_is_read_and_written_gives_the_same_logits(adapter, attached):
+    fresh = run(attached)
+    tensors = shaken(adapter.read(attached))
+    adapter.write(attached, tensors)
+    logits = run(attached)
+    assert not torch.allclose(logits, fresh)
+    adapter.detach(attached)
+    torch.manual_seed(8)
+    adapter.attach(attached, {})
+    adapter.write(attached, tensors)
+    assert torch.equal(run(attached), logits)
+    again = adapter.read(attached)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_what_is_read_is_a_float32_copy_on_the_cpu(adapter, attached):
+    tensors = adapter.read(attached)
+    live = adapter.parameters(attached)
+    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors.values())
+    for tensor in tensors.values():
+        tensor.fill_(123.0)
+    assert not any((parameter == 123.0).any() for parameter in live.values())
+
+
+def test_names_are_those_of_the_base_model_without_prefix(adapter, backbone):
+    layers = {name for name, _ in backbone.named_modules()}
+    model = adapter.attach(backbone, {})
+    names = adapter.read(model)
+    adapter.detach(model)
+    for name in names:
+        assert any(name.startswith(f"{layer}.") for layer in layers if layer)
+        assert "default" not in name
+        assert "base_layer" not in name
+
+
+def test_every_low_rank_layer_carries_its_scaling(adapter, attached):
+    tensors = adapter.read(attached)
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            assert tensors[name.replace(".lora_A.weight", ".scaling")].shape == ()
+
+
+def test_parameters_are_the_live_ones_behind_what_is_read(adapter, attached):
+    tensors, live = adapter.read(attached), adapter.parameters(attached)
+    assert live.keys() == {name for name in tensors if not name.endswith(".scaling")}
+    assert all(torch.equal(live[name].detach(), tensors[name]) for name in live)
+    with torch.no_grad():
+        for parameter in live.values():
+            parameter.add_(1.0)
+    again = adapter.read(attached)
+    assert all(torch.equal(again[name], tensors[name] + 1.0) for name in live)
+
+
+def test_writing_keeps_the_parameters_identity(adapter, attached):
+    before = adapter.parameters(attached)
+    adapter.write(attached, shaken(adapter.read(attached)))
+    after = adapter.parameters(attached)
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_only_the_adapter_trains_and_the_base_model_gets_no_gradient(adapter, attached):
+    live = {id(parameter) for parameter in adapter.parameters(attached).values()}
+    trainable = {id(p) for p in attached.parameters() if p.requires_grad}
+    assert trainable == live
+    ids = torch.tensor([[5, 9, 11, 40]])
+    attached(input_ids=ids, attention_mask=torch.ones_like(ids))[0].square().sum().backward()
+    assert {id(p) for p in attached.parameters() if p.grad is not None} == live
+
+
+def test_the_first_tensors_come_from_the_global_seed(adapter, backbone):
+    def first(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        model = adapter.attach(backbone, {})
+        tensors = adapter.read(model)
+        adapter.detach(model)
+        return tensors
+
+    one, same, other = first(3), first(3), first(4)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@having("low-rank")
+def test_an_underlay_and_an_adapter_add_up(adapter, backbone):
+    # The one underneath covers other layers, at another rank and scaling.
+    targets = "all-linear"
+    below = ADAPTERS.get("rslora").build(r=3, alpha=5.0, target_modules=targets)
+    frozen = shaken(below.read(below.attach(backbone, {})), seed=2)
+    below.detach(backbone)
+
+    torch.manual_seed(7)
+    model = adapter.attach(backbone, frozen)
+    tensors = shaken(adapter.read(model))
+    adapter.write(model, tensors)
+    stacked = run(model)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in adapter.parameters(model).values()
+    }
+    adapter.detach(model)
+
+    weights = dict(backbone.named_parameters())
+    original = {name: weights[name].clone() for name in delta(frozen) | delta(tensors)}
+    with torch.no_grad():
+        for change in (delta(frozen), delta(tensors)):
+            for name, value in change.items():
+                weights[name].add_(value)
+        summed = run(backbone)
+        for name, value in original.items():
+            weights[name].copy_(value)
+    torch.testing.assert_close(stacked, summed, rtol=1e-4, atol=1e-4)
+
+
+@having("low-rank")
+def test_an_underlay_does_not_change_the_adapters_first_tensors(adapter, backbone):
+    torch.manual_seed(5)
+    alone = adapter.read(adapter.attach(backbone, {}))
+    after_alone = torch.rand(3)
+    adapter.detach(backbone)
+    torch.manual_seed(5)
+    stacked = adapter.read(adapter.attach(backbone, shaken(alone)))
+    after_stacked = torch.rand(3)
+    adapter.detach(backbone)
+    assert all(torch.equal(alone[name], stacked[name]) for name in alone)
+    assert torch.equal(after_alone, after_stacked)
+
+
+def test_attaching_many_times_leaks_nothing(adapter, backbone):
+    seen = []
+    for _ in range(5):
+        model = adapter.attach(backbone, {})
+        seen += [weakref.ref(parameter) for parameter in adapter.parameters(model).values()]
+        adapter.detach(model)
+    del model
+    gc.collect()
+    assert not any(reference() is not None for reference in seen)
+    assert not hasattr(backbone, "peft_config")
+
+
+@having("low-rank")
+def test_a_low_rank_delta_is_the_product_of_its_tensors(adapter, attached, backbone):
+    tensors = shaken(adapter.read(attached))
+    adapter.write(attached, tensors)
+    for name, value in delta(tensors).items():
+        layer = attached.get_submodule(name.removesuffix(".weight"))
+        torch.testing.assert_close(layer.get_delta_weight("default"), value)
+
+
+@having("merge")
+def test_a_mergeable_adapter_folds_into_the_base_weights(adapter, attached):
+    adapter.write(attached, shaken(adapter.read(attached)))
+    logits = run(attached)
+    layers = [m for m in attached.modules() if hasattr(m, "unmerge")]
+    saved = [layer.get_base_layer().weight.clone() for layer in layers]
+    for layer in layers:
+        layer.merge()
+    folded = run(attached)
+    for layer, weight in zip(layers, saved, strict=True):
+        layer.unmerge()
+        layer.get_base_layer().weight.data.copy_(weight)
+    torch.testing.assert_close(folded, logits, rtol=1e-4, atol=1e-4)
+
+
+@having("dp-hooks")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # frozen below: as it should be
+def test_declared_hooks_give_the_gradients_of_micro_batches_of_one(adapter, attached):
+    from opacus.grad_sample import GradSampleModule
+
+    live = adapter.parameters(attached)
+    ids = torch.tensor([[5, 9, 11], [6, 7, 30]])
+    alone = []
+    for row in ids:
+        attached.zero_grad()
+        loss = attached(input_ids=row[None], attention_mask=torch.ones(1, 3).long())[0]
+        loss.square().sum().backward()
+        alone.append({name: parameter.grad.clone() for name, parameter in live.items()})
+    attached.zero_grad()
+    hooked = GradSampleModule(attached.train(), strict=False, loss_reduction="sum")
+    attached(input_ids=ids, attention_mask=torch.ones(2, 3).long())[0].square().sum().backward()
+    together = {name: parameter.grad_sample.clone() for name, parameter in live.items()}
+    hooked.to_standard_module()
+    for parameter in live.values():
+        for leftover in ("grad_sample", "_forward_counter", "summed_grad"):
+            if hasattr(parameter, leftover):
+                delattr(parameter, leftover)
+    attached.eval()
+    for name in live:
+        expected = torch.stack([grads[name] for grads in alone])
+        torch.testing.assert_close(together[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTERS.names())
+def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
+    plugin = ADAPTERS.get(name)
+    assert plugin.summary.endswith(".")
+    assert plugin.source
+    assert plugin.build().capabilities <= {"low-rank", "merge", "dp-hooks"}
