@@ -1,0 +1,142 @@
+"""How good a model is on a data set: computed where the data are, reported as a few numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clients import data
+from clients.assignment import Assignment
+from clients.session import Session, allowed_labels, move, opened
+from clients.site import Site
+
+
+class NothingToScore(ValueError):
+    """The data set has no example to score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        client: whose data it was.
+        round: the round of the model; 0 for a stored version.
+        num_examples: how many examples were scored.
+        metrics: classification: ``accuracy``, ``macro_f1``, ``loss``; causal-lm: ``loss`` (nats a
+            target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8).
+        label_accuracy: accuracy per label (classification).
+    """
+
+    client: str
+    round: int
+    num_examples: int
+    metrics: Mapping[str, float]
+    label_accuracy: Mapping[str, float] = field(default_factory=dict)
+
+
+def evaluate(assignment: Assignment) -> Evaluation:
+    """Score the assignment's tensors on its data, without dropout and without gradients.
+
+    Raises:
+        clients.data.BadRecord: if a record is malformed.
+        NothingToScore: if no example is left to score.
+    """
+    examples = data.examples(assignment.data, assignment.model)
+    if not examples:
+        raise NothingToScore(f"{assignment.data.uri} holds no example of the asked labels")
+    with opened(assignment) as session, torch.no_grad():
+        tensors = dict(assignment.broadcast.tensors)
+        if assignment.head == "personal":
+            site = Site(assignment.site)
+            tensors |= site.state(assignment.run, assignment.client, assignment.round)
+        session.write(tensors)
+        session.model.eval()
+        encoded = data.encode(examples, session.base.tokenizer, assignment.model)
+        if assignment.model.kind == "classification":
+            return _classification(assignment, session, encoded)
+        return _language_modelling(assignment, session, encoded)
+
+
+def _batches(
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
+) -> list[tuple[list[int], data.Batch]]:
+    """Return batches of examples of like length: less padding, the same scores."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    size, pad = assignment.microbatch, data.padding_id(session.base.tokenizer)
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    return [
+        (chunk, move(data.collate([encoded[i] for i in chunk], pad), assignment.device))
+        for chunk in chunks
+    ]
+
+
+def _classification(
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
+) -> Evaluation:
+    allowed = allowed_labels(assignment)
+    predicted = torch.empty(len(encoded), dtype=torch.long)
+    truth = torch.empty(len(encoded), dtype=torch.long)
+    loss = 0.0
+    for chunk, batch in _batches(assignment, session, encoded):
+        logits = session.model(batch)
+        if allowed is not None:
+            barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            barred[allowed] = False
+            logits = logits.masked_fill(barred, float("-inf"))
+        predicted[chunk] = logits.argmax(dim=1).cpu()
+        truth[chunk] = batch.labels.cpu()
+        loss += float(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
+    right = predicted == truth
+    present = sorted(set(truth.tolist()))
+    names = assignment.model.labels
+    metrics = {
+        "accuracy": float(right.double().mean()),
+        "macro_f1": sum(_f1(predicted, truth, label) for label in present) / len(present),
+    }
+    if math.isfinite(loss):  # infinite where a label outside the softmax occurs
+        metrics["loss"] = loss / len(encoded)
+    return Evaluation(
+        client=assignment.client,
+        round=assignment.round,
+        num_examples=len(encoded),
+        metrics=metrics,
+        label_accuracy={names[i]: float(right[truth == i].double().mean()) for i in present},
+    )
+
+
+def _f1(predicted: Tensor, truth: Tensor, label: int) -> float:
+    hits = int(((predicted == label) & (truth == label)).sum())
+    return 2 * hits / int((predicted == label).sum() + (truth == label).sum())
+
+
+def _language_modelling(
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
+) -> Evaluation:
+    nats, tokens, num_bytes = 0.0, 0, 0
+    for _, batch in _batches(assignment, session, encoded):
+        logits, labels = session.model(batch)[:, :-1], batch.labels[:, 1:]
+        nats += float(
+            torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+        )
+        tokens += int((labels != -100).sum())
+        targets = [row[row != -100].tolist() for row in labels]
+        texts = session.base.tokenizer.batch_decode(targets, skip_special_tokens=True)
+        num_bytes += sum(len(text.encode()) for text in texts)
+    loss = nats / max(tokens, 1)
+    return Evaluation(
+        client=assignment.client,
+        round=assignment.round,
+        num_examples=len(encoded),
+        metrics={
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+        },
+    )

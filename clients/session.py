@@ -1,0 +1,101 @@
+"""A base model with an adapter attached for one assignment, and given back as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clients import models
+from clients.adapters import ADAPTERS, Adapter
+from clients.assignment import Assignment
+from clients.data import Batch
+from strategies.base import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One assignment's model, ready to run.
+
+    Attributes:
+        base: the resident base model and its tokenizer.
+        model: base, adapter and head as one module.
+        adapter: the adapter method that is attached.
+    """
+
+    base: models.Base
+    model: models.TaskModel
+    adapter: Adapter
+
+    def read(self) -> dict[str, Tensor]:
+        """Return a copy of adapter and head tensors by weft's names."""
+        return {**self.adapter.read(self.model.backbone), **self.model.head_tensors()}
+
+    def write(self, tensors: Tensors) -> None:
+        """Put adapter and head tensors into the model."""
+        head = {k: v for k, v in tensors.items() if k.startswith("head.")}
+        self.adapter.write(self.model.backbone, {k: v for k, v in tensors.items() if k not in head})
+        if head:
+            self.model.write_head(head)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live parameters of adapter and head by weft's names."""
+        return {**self.adapter.parameters(self.model.backbone), **self.model.head_parameters()}
+
+
+@contextmanager
+def opened(assignment: Assignment) -> Iterator[Session]:
+    """Attach the assignment's adapter to the resident base model; detach it on leaving.
+
+    Raises:
+        clients.models.ModelNotFound: if the base model is not there.
+        clients.models.BaseMismatch: if it is not the one the assignment names.
+    """
+    torch.set_num_threads(assignment.threads)
+    base = models.load(assignment.model, assignment.device)
+    choice = assignment.adapter
+    adapter: Adapter = ADAPTERS.get(choice.name).build(**choice.options)
+    torch.manual_seed(assignment.seed)
+    attached = adapter.attach(base.backbone, assignment.underlay)
+    try:
+        model = models.TaskModel(attached, assignment.model)
+        model.to(assignment.device)
+        yield Session(base, model, adapter)
+    finally:
+        adapter.detach(attached)
+
+
+def trained_names(assignment: Assignment, names: list[str]) -> list[str]:
+    """Return which of ``names`` this assignment trains, sorted."""
+    pattern = re.compile(assignment.broadcast.trainable)
+    return sorted(
+        name
+        for name in names
+        if pattern.fullmatch(name)
+        and not name.endswith(".scaling")
+        and not (assignment.head == "freeze" and name.startswith("head."))
+    )
+
+
+def returned_names(assignment: Assignment) -> list[str]:
+    """Return the names of the tensors that an Update of this assignment carries, sorted."""
+    names = trained_names(assignment, list(assignment.broadcast.tensors))
+    if assignment.head == "personal":
+        return [name for name in names if not name.startswith("head.")]
+    return names
+
+
+def allowed_labels(assignment: Assignment) -> Tensor | None:
+    """Return the indices of the labels that take part in the softmax, or None for all."""
+    if not assignment.labels or set(assignment.labels) == set(assignment.model.labels):
+        return None
+    return torch.tensor([assignment.model.labels.index(name) for name in assignment.labels])
+
+
+def move(batch: Batch, device: str) -> Batch:
+    """Return ``batch`` on ``device``."""
+    return batch if device == "cpu" else batch.to(device)

@@ -1,0 +1,120 @@
+"""What stays at a client: private keys, the outbox of finished updates, personal tensors.
+
+Everything lies under one folder that no Update, Version, log or recipe ever shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from clients.noise import insecure_key, new_key
+from strategies.base import Tensors
+
+
+class Site:
+    """The private folder of one client's side.
+
+    Args:
+        folder: created with mode 0700 where it does not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def run_key(self, run: str, client: str, insecure_seed: int | None = None) -> bytes:
+        """Return the 256-bit key of (run, client), drawn once and never shown.
+
+        ``insecure_seed`` replaces it for tests.
+        """
+        if insecure_seed is not None:
+            return insecure_key(insecure_seed, client)
+        return self._once(self._run_folder(run, client) / "key")
+
+    def data_key(self, insecure_seed: int | None = None) -> bytes:
+        """Return the key of data fingerprints, the same for all runs of this site."""
+        if insecure_seed is not None:
+            return insecure_key(insecure_seed, "data fingerprints")
+        return self._once(self._folder / "data.key")
+
+    def stored_update(self, run: str, client: str, assignment: str) -> bytes | None:
+        """Return the bytes of the update already made for this assignment digest, or None."""
+        path = self._run_folder(run, client) / f"update-{assignment}"
+        return path.read_bytes() if path.exists() else None
+
+    def store_update(self, run: str, client: str, assignment: str, data: bytes) -> None:
+        """Keep an update before it is sent; updates of earlier assignments are dropped."""
+        folder = self._run_folder(run, client)
+        path = folder / f"update-{assignment}"
+        write_durably(path, data)
+        for other in folder.glob("update-*"):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+    def state(self, run: str, client: str, round_: int) -> dict[str, Tensor]:
+        """Return the client's own tensors as round ``round_`` wrote them; empty for none.
+
+        A client that sat out some rounds reads its newest state at or before ``round_``.
+        """
+        folder = self._run_folder(run, client)
+        for past in range(round_, 0, -1):
+            path = folder / f"state-{past}.safetensors"
+            if path.exists():
+                return dict(load_file(path))
+        return {}
+
+    def store_state(self, run: str, client: str, round_: int, tensors: Tensors) -> None:
+        """Keep the client's own tensors of round ``round_``; retries write the same file."""
+        path = self._run_folder(run, client) / f"state-{round_}.safetensors"
+        write_durably(path, save({k: v.contiguous() for k, v in tensors.items()}))
+
+    def note_error(self, client: str, text: str) -> None:
+        """Keep the newest unexpected error of a client, which may hold data and so stays here."""
+        (self._folder / f"error-{client}.txt").write_text(text, "utf-8")
+
+    def _run_folder(self, run: str, client: str) -> Path:
+        name = hashlib.sha256(f"{run}\0{client}".encode()).hexdigest()[:32]
+        folder = self._folder / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def _once(self, path: Path) -> bytes:
+        """Return the key in ``path``, drawing it first if nobody has; two at once agree."""
+        while not path.exists():
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(new_key())
+                file.flush()
+                os.fsync(file.fileno())
+            draft = Path(file.name)
+            try:
+                os.link(draft, path)  # fails if another process was first
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+            _sync_folder(path.parent)  # a key must not be lost once something was made with it
+        return path.read_bytes()
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` so that after a crash ``path`` holds all of it or is not there."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

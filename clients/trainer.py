@@ -1,0 +1,280 @@
+"""The one local loop: an Assignment becomes an Update.
+
+Per step: the batch's gradient (plain, or DP-SGD) → plus the gradient of the penalties, which see no
+data → projected → optimizer. Everything random follows from the assignment's seed, except DP's
+noise and Poisson sample, which follow from the client's secret key and the assignment's digest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from clients import data
+from clients.assignment import Assignment
+from clients.gradients import PrivateGradient, plain_step, verify_per_example
+from clients.noise import NoiseStream
+from clients.optimizers import OPTIMIZERS
+from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
+from clients.session import (
+    Session,
+    allowed_labels,
+    move,
+    opened,
+    returned_names,
+    trained_names,
+)
+from clients.site import Site
+from clients.wire import pack, unpack
+from strategies.base import PrivacySpend, Update
+
+_VERIFIED: set[tuple[str, ...]] = set()
+
+Losses = Callable[[data.Batch], Tensor]
+
+
+class NothingToTrain(ValueError):
+    """The client has no example, or the round trains no tensor."""
+
+
+def initial_tensors(assignment: Assignment) -> dict[str, Tensor]:
+    """Return the adapter's and head's first tensors, drawn from the assignment's seed."""
+    with opened(assignment) as session:
+        return session.read()
+
+
+def train(assignment: Assignment) -> Update:
+    """Train for one round and return what may leave the client.
+
+    A second call with the same assignment returns the stored first result, byte for byte: no two
+    different updates ever exist for one digest.
+
+    Raises:
+        NothingToTrain: if there is no example or no trainable tensor.
+        clients.data.BadRecord: if a record is malformed.
+    """
+    site = Site(assignment.site)
+    digest = assignment.digest()
+    stored = site.stored_update(assignment.run, assignment.client, digest)
+    if stored is not None:
+        return unpack(stored)
+    examples = data.examples(assignment.data, assignment.model)
+    if not examples:
+        raise NothingToTrain(f"{assignment.client} has no example for this task")
+    with opened(assignment) as session:
+        session.write(_starting_tensors(assignment, site))
+        loop = _Loop(
+            assignment, session, data.encode(examples, session.base.tokenizer, assignment.model)
+        )
+        privacy = assignment.privacy
+        metrics: dict[str, float] = {}
+        spends: tuple[PrivacySpend, ...] = ()
+        if privacy is None:
+            metrics = loop.run_plain()
+        else:
+            key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
+            spends = loop.run_private(NoiseStream(key, digest))
+        trained = session.read()
+    secret = site.data_key(privacy.insecure_seed if privacy else None)
+    update = Update(
+        client=assignment.client,
+        round=assignment.round,
+        base=assignment.base,
+        tensors={name: trained[name] for name in returned_names(assignment)},
+        num_examples=assignment.num_examples if privacy else len(examples),
+        metrics=metrics,
+        memory={},
+        spends=spends,
+        fingerprint=data.fingerprint(
+            assignment.data, examples, None if assignment.public else secret
+        ),
+    )
+    if assignment.head == "personal":
+        head = {k: v for k, v in trained.items() if k.startswith("head.")}
+        site.store_state(assignment.run, assignment.client, assignment.round, head)
+    site.store_update(assignment.run, assignment.client, digest, pack(update))
+    return update
+
+
+def spend_of(assignment: Assignment) -> PrivacySpend:
+    """Return what a private assignment spends, known before it is sent.
+
+    Raises:
+        ValueError: if the assignment is not private.
+    """
+    privacy = assignment.privacy
+    if privacy is None or assignment.steps is None:
+        raise ValueError("only an assignment with privacy and a number of steps has a known spend")
+    return PrivacySpend(
+        mechanism="gaussian",
+        unit=privacy.unit,
+        adjacency="add-remove",
+        parameters={
+            "noise_multiplier": privacy.noise_multiplier,
+            "sample_rate": privacy.sample_rate,
+            "steps": float(assignment.steps),
+        },
+    )
+
+
+def _starting_tensors(assignment: Assignment, site: Site) -> dict[str, Tensor]:
+    personal = {}
+    if assignment.head == "personal":
+        personal = site.state(assignment.run, assignment.client, assignment.round - 1)
+    return {**assignment.broadcast.tensors, **personal}
+
+
+@dataclass(slots=True)
+class _Loop:
+    """The steps of one round at one client."""
+
+    assignment: Assignment
+    session: Session
+    encoded: Sequence[data.Encoded]
+    params: dict[str, nn.Parameter] = field(init=False)
+    mask: dict[str, Tensor] = field(init=False)
+    reference: dict[str, Tensor] = field(init=False)
+    memory: dict[str, Tensor] = field(init=False)
+    regularizers: list[tuple[str, Regularizer]] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    loss_sum: Tensor = field(init=False)
+    num_seen: int = 0
+
+    def __post_init__(self) -> None:
+        a = self.assignment
+        live = self.session.parameters()
+        names = trained_names(a, list(live))
+        if not names:
+            raise NothingToTrain(f"the round trains no tensor ({a.broadcast.trainable!r})")
+        for name, parameter in live.items():
+            parameter.requires_grad_(name in names)
+        self.params = {name: live[name] for name in names}
+        self.mask = {n: a.broadcast.mask[n].to(a.device) for n in names if n in a.broadcast.mask}
+        self.reference = {name: p.detach().clone() for name, p in self.params.items()}
+        self.memory = {name: tensor.to(a.device) for name, tensor in a.memory.items()}
+        self.regularizers = [
+            (r.name, REGULARIZERS.get(r.name).build(**r.options)) for r in a.regularizers
+        ]
+        self.optimizer = OPTIMIZERS.get(a.optimizer.name).build(
+            list(self.params.values()), **a.optimizer.options
+        )
+        self.loss_sum = torch.zeros((), device=a.device)
+        self.session.model.train()
+
+    def run_plain(self) -> dict[str, float]:
+        """Train without privacy; return the mean loss over all examples seen, if it is a number."""
+        for batch in self._plain_batches():
+            plain_step(self.params, self._microbatches(batch), self._losses, len(batch), self.mask)
+            self._finish_step()
+        loss = float(self.loss_sum) / max(self.num_seen, 1)
+        return {"loss": loss} if math.isfinite(loss) else {}
+
+    def run_private(self, stream: NoiseStream) -> tuple[PrivacySpend, ...]:
+        """Train with DP-SGD; return what was spent. Nothing measured on the data is kept."""
+        a = self.assignment
+        assert a.privacy is not None
+        assert a.steps is not None
+        engine = PrivateGradient(
+            self.session.model,
+            self.params,
+            max_grad_norm=a.privacy.max_grad_norm,
+            noise_multiplier=a.privacy.noise_multiplier,
+            # a client declared smaller than a batch is sampled whole, at rate 1
+            expected_batch_size=min(a.batch_size, a.num_examples),
+            stream=stream,
+            mask=self.mask,
+        )
+        self._verify_engine()
+        with engine:
+            for step in range(a.steps):
+                drawn = stream.poisson_sample(step, len(self.encoded), a.privacy.sample_rate)
+                engine.step(self._microbatches(drawn.tolist()), self._losses, step)
+                self._finish_step()
+        return (spend_of(a),)
+
+    def _verify_engine(self) -> None:
+        """Compare per-example gradients with a loop over examples, once a process and method."""
+        a = self.assignment
+        method = (a.model.hash, a.adapter.name, repr(a.adapter.options), *sorted(self.params))
+        if method in _VERIFIED:
+            return
+        few = self._by_length(range(min(2, len(self.encoded))))
+        batch = next(self._microbatches(few))
+        singles = [next(self._microbatches([i])) for i in few]
+        verify_per_example(self.session.model, self.params, batch, singles, self._losses)
+        _VERIFIED.add(method)
+
+    def _losses(self, batch: data.Batch) -> Tensor:
+        """Return ``[batch]`` losses, per-example terms of regularizers included."""
+        model = self.session.model
+        logits = model(batch)
+        losses = model.example_losses(logits, batch, allowed_labels(self.assignment))
+        for name, regularizer in self.regularizers:
+            term = regularizer.example_loss(model, batch, logits, recall(self.memory, name))
+            losses = losses if term is None else losses + term
+        self.loss_sum = self.loss_sum + losses.detach().sum()
+        self.num_seen += len(losses)
+        return losses
+
+    def _finish_step(self) -> None:
+        """Take one optimizer step from the released gradients now in ``p.grad``."""
+        self._add_penalties()
+        names = list(self.params)
+        grads = {name: _gradient(self.params[name]) for name in names}
+        for name, regularizer in self.regularizers:
+            grads = dict(regularizer.project(grads, recall(self.memory, name)))
+        before = {name: self.params[name].detach().clone() for name in names}
+        for name in names:
+            mask = self.mask.get(name)
+            self.params[name].grad = grads[name] if mask is None else grads[name] * mask
+        self.optimizer.step()
+        for name, mask in self.mask.items():  # weight decay and momentum must not move them either
+            self.params[name].data.copy_(torch.where(mask.bool(), self.params[name], before[name]))
+        after = {name: self.params[name].detach() for name in names}
+        for name, regularizer in self.regularizers:
+            observed = regularizer.observe(grads, before, after, recall(self.memory, name))
+            self.memory |= namespaced(observed, name)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _add_penalties(self) -> None:
+        """Add the penalties' gradients: after the noise, because they see no data."""
+        for name, regularizer in self.regularizers:
+            value = regularizer.penalty(self.params, self.reference, recall(self.memory, name))
+            if value is None:
+                continue
+            parameters = list(self.params.values())
+            extra = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, extra, strict=True):
+                if gradient is not None:
+                    parameter.grad = _gradient(parameter) + gradient
+
+    def _plain_batches(self) -> Iterator[list[int]]:
+        """Yield the indices of each step's examples: shuffled passes over the data."""
+        a = self.assignment
+        generator = torch.Generator().manual_seed(a.seed)
+        steps = a.steps or math.ceil(a.epochs * math.ceil(len(self.encoded) / a.batch_size))
+        order: list[int] = []
+        for _ in range(steps):
+            if not order:
+                order = torch.randperm(len(self.encoded), generator=generator).tolist()
+            yield order[: a.batch_size]
+            order = order[a.batch_size :]
+
+    def _microbatches(self, indices: Sequence[int]) -> Iterator[data.Batch]:
+        """Yield a batch in parts of like length: the same sum of gradients, less padding."""
+        a = self.assignment
+        ordered = self._by_length(indices)
+        for start in range(0, len(ordered), a.microbatch):
+            chosen = [self.encoded[i] for i in ordered[start : start + a.microbatch]]
+            yield move(data.collate(chosen, data.padding_id(self.session.base.tokenizer)), a.device)
+
+    def _by_length(self, indices: Sequence[int]) -> list[int]:
+        return sorted(indices, key=lambda i: len(self.encoded[i].input_ids))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
