@@ -1,0 +1,1 @@
+"""The shell: configuration, time, network, processes and people."""

@@ -1,0 +1,123 @@
+"""What a run would cost, before anything starts: memory, bytes and ε."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clients import models
+from clients.adapters import ADAPTERS
+from orchestrator.config import RunConfig
+from orchestrator.launch import make_plan
+from orchestrator.plan import Plan
+from orchestrator.spending import Epsilon, composed
+from storage.ledger import Ledger
+from storage.store import AdapterStore
+from strategies.base import PrivacySpend
+
+_ACTIVATIONS_PER_TOKEN = 34  # values kept a token, layer and hidden unit for the backward pass
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a run would be.
+
+    Attributes:
+        plan: the plan that would run.
+        sizes: from :func:`clients.models.estimate`, in parameters and bytes.
+        worker_bytes: estimated peak memory of one worker's tensors.
+        round_bytes: what travels in a round, both ways, at most.
+        epsilons: what each client would spend in all, under DP.
+    """
+
+    plan: Plan
+    sizes: Mapping[str, int]
+    worker_bytes: int
+    round_bytes: int
+    epsilons: Mapping[str, Epsilon]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        cohort = self.plan.config.cohort or len(self.plan.participants)
+        return {
+            "name": self.plan.config.name,
+            "rounds": self.plan.config.rounds,
+            "clients": [p.name for p in self.plan.participants],
+            "cohort": min(cohort, len(self.plan.participants)),
+            "base_hash": self.plan.model.hash,
+            **self.sizes,
+            "worker_bytes": self.worker_bytes,
+            "round_bytes": self.round_bytes,
+            "run_bytes": self.round_bytes * self.plan.config.rounds,
+            "epsilon": {
+                name: {
+                    "epsilon": e.epsilon,
+                    "delta": e.delta,
+                    "unit": e.unit,
+                    "adjacency": e.adjacency,
+                    "noise_multiplier": self._noise(name),
+                }
+                for name, e in self.epsilons.items()
+            },
+        }
+
+    def _noise(self, name: str) -> float | None:
+        who = next(p for p in self.plan.participants if p.name == name)
+        return who.privacy.noise_multiplier if who.privacy else None
+
+
+def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
+    """Return what a run of ``config`` would cost; trains nothing and writes nothing.
+
+    Raises:
+        BadConfig: if it cannot be run.
+    """
+    plan = make_plan(config, store, ledger)
+    adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
+    sizes = models.estimate(plan.model, adapter)
+    cohort = min(config.cohort or len(plan.participants), len(plan.participants))
+    return Check(
+        plan=plan,
+        sizes=sizes,
+        worker_bytes=_worker_bytes(config, sizes),
+        round_bytes=2 * sizes["adapter_bytes"] * cohort,
+        epsilons=_epsilons(plan),
+    )
+
+
+def _worker_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
+    """Return base + adapter (value, gradient, two moments, per-example gradients) + activations."""
+    batch = min(config.microbatch, config.batch_size)
+    copies = 4 + (batch if config.privacy else 0)
+    layers_hidden = sizes["base_parameters"] // 12  # a block has about 12 hidden² parameters
+    width = max(1, math.isqrt(layers_hidden))
+    activations = batch * config.model.max_length * width * _ACTIVATIONS_PER_TOKEN * _FLOAT
+    held: int = sizes["base_bytes"] + copies * sizes["adapter_bytes"] + activations
+    return held
+
+
+def _epsilons(plan: Plan) -> dict[str, Epsilon]:
+    privacy, steps = plan.config.privacy, plan.config.local_steps
+    if privacy is None or steps is None:
+        return {}
+    rounds = min(plan.max_participations, plan.config.rounds)
+    found = {}
+    for who in plan.participants:
+        assert who.privacy is not None
+        spend = PrivacySpend(
+            "gaussian",
+            privacy.unit,
+            "add-remove",
+            {
+                "noise_multiplier": who.privacy.noise_multiplier,
+                "sample_rate": who.privacy.sample_rate,
+                "steps": steps * rounds,
+            },
+        )
+        found[who.name] = composed(
+            who.population, [spend], privacy.delta, privacy.accountant, who.public
+        )
+    return found

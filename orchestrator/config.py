@@ -1,0 +1,391 @@
+"""RunConfig: one YAML file plus ``--set`` overrides, checked whole before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from clients.adapters import ADAPTERS
+from clients.assignment import ModelSpec, PluginChoice
+from clients.optimizers import OPTIMIZERS
+from clients.regularizers import REGULARIZERS
+from strategies import STRATEGIES
+from strategies.merges import MERGES
+from strategies.plugins import BadOptions, Family, UnknownPlugin
+
+FAMILIES: Mapping[str, Family] = {
+    "strategy": STRATEGIES,
+    "adapter": ADAPTERS,
+    "optimizer": OPTIMIZERS,
+    "regularizer": REGULARIZERS,
+    "merge": MERGES,
+}
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+class BadConfig(ValueError):
+    """A run's configuration is wrong; the message names every place."""
+
+
+def find_plugin(kind: str, name: str) -> Any:
+    """Return the plug-in ``name`` of ``kind``; a hint for an unknown name searches all sockets.
+
+    Raises:
+        UnknownPlugin: naming the nearest of this kind and what the name is elsewhere.
+    """
+    try:
+        return FAMILIES[kind].get(name)
+    except UnknownPlugin as error:
+        wanted = name.lower().replace("_", "-")
+        others = [k for k, f in FAMILIES.items() if k != kind and wanted in f.names()]
+        if others:
+            where = " and ".join(f"a{'n' * (o[0] in 'aeiou')} {o}" for o in others)
+            raise UnknownPlugin(f"no {kind} is called {name!r}; {name!r} is {where}") from None
+        if "did you mean" not in str(error):
+            for other, family in FAMILIES.items():
+                close = difflib.get_close_matches(wanted, family.names(), n=1)
+                if close and other != kind:
+                    raise UnknownPlugin(
+                        f"{error}; the nearest elsewhere is the {other} {close[0]!r}"
+                    ) from None
+        raise
+
+
+def _name_first(value: Any) -> Any:
+    """Accept ``lora`` and ``{name: lora, r: 8}`` alike."""
+    if isinstance(value, str):
+        return {"name": value, "options": {}}
+    if isinstance(value, Mapping) and "options" not in value:
+        rest = {k: v for k, v in value.items() if k != "name"}
+        return {"name": value.get("name"), "options": rest}
+    return value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Choice(_Strict):
+    """A plug-in by name, and its options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def checked(self, kind: str) -> PluginChoice:
+        """Return the choice with every option parsed and every default filled in.
+
+        Raises:
+            UnknownPlugin: if no plug-in of ``kind`` has this name.
+            BadOptions: if an option is unknown or wrong.
+        """
+        plugin = find_plugin(kind, self.name)
+        return PluginChoice(plugin.name, plugin.check(self.options))
+
+
+PluginField = Annotated[Choice, BeforeValidator(_name_first)]
+
+
+class Model(_Strict):
+    """The base model: a Hugging Face id, a local folder or ``builtin:NAME``."""
+
+    id: str = Field(min_length=1)
+    revision: str | None = None
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    max_length: int = Field(default=128, ge=1, le=1_048_576)
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    compute_dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
+class PrivacyConfig(_Strict):
+    """DP-SGD at every client: give ``epsilon``, or the ``noise_multiplier`` itself."""
+
+    epsilon: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_participations: int | None = Field(default=None, ge=1)
+    unit: Literal["example"] = "example"
+    accountant: Literal["prv", "rdp"] = "prv"
+    insecure_seed: int | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PrivacyConfig:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either epsilon or noise_multiplier")
+        return self
+
+
+class Simulate(_Strict):
+    """Clients made by splitting one data set."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    by: Literal["iid", "dirichlet", "column"] = "iid"
+    parts: int | None = Field(default=None, ge=1, le=100_000)
+    alpha: float = Field(default=0.5, gt=0)
+    column: str | None = None
+    seed: int = 0
+    public: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> Simulate:
+        if self.by == "column" and not self.column:
+            raise ValueError("by: column needs column: NAME, the column to split by")
+        if self.by != "column" and self.parts is None:
+            raise ValueError(f"by: {self.by} needs parts: N, the number of clients")
+        return self
+
+
+class Participants(_Strict):
+    """Who takes part: registered clients by label or by name, or a simulation."""
+
+    select: dict[str, str] | None = None
+    names: tuple[str, ...] | None = None
+    simulate: Simulate | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Participants:
+        given = [k for k in ("select", "names", "simulate") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of select (labels), names, simulate")
+        return self
+
+
+class EvaluateConfig(_Strict):
+    """Held-back data that the coordinator may read, scored while the run goes on."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    every: int = Field(default=1, ge=1)
+
+
+class BackendConfig(_Strict):
+    """Where clients are trained. Nothing here changes a result."""
+
+    name: Literal["ray", "inline"] = "ray"
+    workers: int | None = Field(default=None, ge=1)
+    address: str | None = None
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    deadline_s: float = Field(default=3600.0, gt=0)
+
+
+class RunConfig(_Strict):
+    """One federated run. Unknown keys are refused."""
+
+    name: str = Field(pattern=NAME)
+    model: Annotated[Model, BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v)]
+    task: Literal["classification", "causal-lm"] = "classification"
+    labels: tuple[str, ...] = ()
+    task_labels: tuple[str, ...] = ()
+    adapter: PluginField = Choice(name="lora")
+    head: Literal["train", "freeze", "personal"] = "train"
+    strategy: PluginField = Choice(name="fedsvd")
+    regularizers: tuple[PluginField, ...] = ()
+    optimizer: PluginField = Choice(name="adamw")
+    batch_size: int = Field(default=16, ge=1)
+    microbatch: int = Field(default=64, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    privacy: PrivacyConfig | None = None
+    clients: Participants
+    rounds: int = Field(default=10, ge=1)
+    cohort: int | None = Field(default=None, ge=1)
+    start: Literal["fresh", "continue", "stack"] = "fresh"
+    start_from: str | None = None
+    seed: int = 0
+    threads: int = Field(default=1, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    evaluate: EvaluateConfig | None = None
+    backend: Annotated[
+        BackendConfig, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)
+    ] = BackendConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if problems := list(_problems(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def local_steps(self) -> int | None:
+        """Optimizer steps a round; None where ``epochs`` says it. 10 under DP by default."""
+        return self.steps or (10 if self.privacy else None)
+
+    def checked_plugins(self) -> dict[str, Any]:
+        """Return every plug-in choice, parsed.
+
+        Raises:
+            BadConfig: naming the first that is unknown or wrongly set.
+        """
+        try:
+            return {
+                "adapter": self.adapter.checked("adapter"),
+                "strategy": self.strategy.checked("strategy"),
+                "optimizer": self.optimizer.checked("optimizer"),
+                "regularizers": tuple(r.checked("regularizer") for r in self.regularizers),
+            }
+        except (UnknownPlugin, BadOptions) as error:
+            raise BadConfig(str(error)) from None
+
+    def model_spec(self, base_hash: str = "") -> ModelSpec:
+        """Return the base model as clients load it."""
+        return ModelSpec(
+            id=self.model.id,
+            kind=self.task,
+            revision=self.model.revision,
+            hash=base_hash,
+            labels=self.labels,
+            pooling=self.model.pooling,
+            max_length=self.model.max_length,
+            quantization=self.model.quantization,
+            compute_dtype=self.model.compute_dtype,
+            gradient_checkpointing=self.model.gradient_checkpointing,
+        )
+
+
+def _problems(config: RunConfig) -> Iterable[str]:
+    """Yield a sentence for each combination that makes no sense."""
+    yield from _label_problems(config)
+    c = config
+    if c.steps is not None and c.epochs is not None:
+        yield "give steps or epochs, not both"
+    if c.privacy and c.epochs is not None:
+        yield (
+            "epochs: under privacy a round has a fixed number of steps, because passes over the "
+            "data would reveal its exact size; give steps"
+        )
+    if c.start != "fresh" and c.start_from is None:
+        yield f"start: {c.start} needs start_from, the version to start from"
+    if c.head == "personal" and c.evaluate is not None:
+        yield "evaluate: with head: personal every client has its own head; leave evaluate out"
+    if _repeats([r.name for r in c.regularizers]):
+        yield "regularizers: one is given twice"
+    if _repeats(c.clients.names or ()):
+        yield "clients.names: a client is named twice"
+
+
+def _label_problems(config: RunConfig) -> Iterable[str]:
+    c = config
+    if c.task == "classification" and len(c.labels) < 2:
+        yield "labels: classification needs the declared label set, at least two labels"
+    if c.task == "causal-lm" and (c.labels or c.task_labels):
+        yield "labels: causal-lm has no labels; leave labels and task_labels out"
+    if _repeats(c.labels):
+        yield "labels: the label set names a label twice"
+    unknown = [label for label in c.task_labels if label not in c.labels]
+    if unknown:
+        yield f"task_labels: {unknown[0]!r} is not in labels ({', '.join(c.labels)})"
+
+
+def _repeats(names: Sequence[str]) -> bool:
+    return len(set(names)) < len(names)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file, apply ``KEY.PATH=VALUE`` overrides and check everything.
+
+    Raises:
+        BadConfig: with a line for each mistake.
+    """
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadConfig(f"there is no file {file}; weft init writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{file} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise BadConfig(f"{file} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(document, dict):
+        raise BadConfig(f"{file} must hold a mapping of options, such as 'name: task-1'")
+    return parse_config(document, overrides)
+
+
+def parse_config(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the checked config in ``document`` after ``overrides``.
+
+    Raises:
+        BadConfig: with a line for each mistake.
+    """
+    merged = _plain(document)
+    for override in overrides:
+        _override(merged, override)
+    try:
+        config = RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise BadConfig("\n".join(_sentence(e) for e in error.errors())) from None
+    config.checked_plugins()
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    """Apply one ``--set path.to.key=value``; the value is read as YAML."""
+    path, equals, raw = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise BadConfig(f"--set {text!r} must read path.to.key=value, such as rounds=20")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise BadConfig(f"--set {path}: the value is not YAML ({error})") from None
+    inner = document
+    for depth, key in enumerate(keys[:-1]):
+        below = inner.get(key)
+        if isinstance(below, str):  # a short form, such as strategy: fedsvd
+            below = {("id" if key == "model" else "name"): below}
+        elif below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise BadConfig(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is not a mapping")
+        inner[key] = below
+        inner = below
+    inner[keys[-1]] = value
+
+
+def _sentence(error: Any) -> str:
+    """Return one pydantic error as a line: where, what is wrong, what is allowed."""
+    where = ".".join(str(part) for part in error["loc"])
+    kind, message = error["type"], str(error["msg"]).removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        owner: type[BaseModel] | None = RunConfig
+        known = list(RunConfig.model_fields)
+        for part in error["loc"][:-1]:
+            field = None if owner is None else owner.model_fields.get(str(part))
+            owner = None if field is None else _model_of(field.annotation)
+            known = [] if owner is None else list(owner.model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        allowed = f" (options: {', '.join(known)})" if known and not close else ""
+        return f"{where}: there is no such option{hint}{allowed}"
+    if kind == "missing":
+        return f"{where}: is required"
+    if kind == "value_error":
+        return f"{where}: {message}" if where else message
+    if where == "name":
+        return (
+            "name: must be 1 to 64 lower-case letters, digits, '.', '_' and '-', "
+            f"got {error['input']!r}"
+        )
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

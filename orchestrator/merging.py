@@ -1,0 +1,126 @@
+"""Which adapters may be merged, and what the merge of their heads is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clients.adapters import ADAPTERS
+from storage.lineage import Version
+from storage.store import AdapterStore
+from strategies.base import Tensors
+from strategies.merges.cat import cat
+
+
+class BadMerge(ValueError):
+    """These versions cannot be merged."""
+
+
+def split_head(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (adapter tensors, head tensors)."""
+    head = {k: v for k, v in tensors.items() if k.startswith("head.")}
+    return {k: v for k, v in tensors.items() if k not in head}, head
+
+
+def stacked(layers: Sequence[Tensors]) -> dict[str, Tensor]:
+    """Return the sum of stacked adapters as one factored adapter; heads are left out.
+
+    Exact: the factors are concatenated. Empty for no layer.
+    """
+    adapters = [split_head(layer)[0] for layer in layers]
+    if len(adapters) < 2:
+        return adapters[0] if adapters else {}
+    return cat(adapters, [1.0] * len(adapters))
+
+
+def effective(store: AdapterStore, version: Version) -> dict[str, Tensor]:
+    """Return what a version does when it is used: its stack and itself as one, and its head."""
+    own = store.tensors(version.id)
+    below = [store.tensors(ref) for ref in version.recipe["stack"]]
+    return {**stacked([*below, own]), **split_head(own)[1]}
+
+
+def common_stack(versions: Sequence[Version]) -> tuple[str, ...]:
+    """Return the versions that stay underneath the merge of ``versions``.
+
+    Those that were trained on top of others in the merge are whole within it. What lies under all
+    of them stays underneath.
+
+    Raises:
+        BadMerge: if one was trained on a version that is neither.
+    """
+    merged = {v.id for v in versions}
+    left = [tuple(ref for ref in v.recipe["stack"] if ref not in merged) for v in versions]
+    for version, stack in zip(versions, left, strict=True):
+        for ref in stack:
+            if not all(ref in other for other in left):
+                raise BadMerge(
+                    f"{version.id[:12]} was trained on top of {ref[:12]}, which is not in the "
+                    "merge; add it"
+                )
+    return left[0]
+
+
+def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
+    """Refuse versions that do not belong together.
+
+    Raises:
+        BadMerge: naming the first two that differ, and in what.
+    """
+    if len({v.id for v in versions}) < len(versions):
+        raise BadMerge("a version is given twice; weights say how much each counts")
+    first = versions[0].recipe
+    for ref, version in zip(refs, versions, strict=True):
+        recipe = version.recipe
+        for what, ours, theirs in (
+            ("base model hash", first["model"]["hash"], recipe["model"]["hash"]),
+            ("task kind", first["model"]["kind"], recipe["model"]["kind"]),
+            ("label set", first["model"]["labels"], recipe["model"]["labels"]),
+            ("pooling", first["model"]["pooling"], recipe["model"]["pooling"]),
+        ):
+            if ours != theirs:
+                raise BadMerge(
+                    f"{refs[0]} and {ref} have different {what}s: {_short(ours)} and "
+                    f"{_short(theirs)}; only adapters of one base model, task and label set merge"
+                )
+        choice = recipe["adapter"]
+        adapter = ADAPTERS.get(choice["name"]).build(**choice["options"])
+        if "low-rank" not in adapter.capabilities:
+            raise BadMerge(f"{ref} is a {choice['name']} adapter, which is not a plain product B A")
+
+
+def merged_heads(
+    heads: Sequence[Tensors], versions: Sequence[Version], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Return one head that takes each label's row from the versions that learned it.
+
+    A row learned by several is their weighted mean, without those that another of them was stacked
+    on: it went on from their row. One learned by none is the first version's.
+    """
+    if not heads or not heads[0]:
+        return {}
+    labels = versions[0].recipe["model"]["labels"]
+    rows = {}
+    for name, first in heads[0].items():
+        merged = first.clone()
+        for index, label in enumerate(labels):
+            owners = _owners(label, versions)
+            total = sum(weights[i] for i in owners)
+            if owners and total != 0:
+                parts = [heads[i][name][index].double() * weights[i] for i in owners]
+                merged[index] = (torch.stack(parts).sum(dim=0) / total).to(first.dtype)
+        rows[name] = merged
+    return rows
+
+
+def _owners(label: str, versions: Sequence[Version]) -> list[int]:
+    """Return the indices of the versions whose row of ``label`` counts."""
+    learned = [i for i, v in enumerate(versions) if label in v.recipe["task_labels"]]
+    underneath = {ref for i in learned for ref in versions[i].recipe["stack"]}
+    return [i for i in learned if versions[i].id not in underneath]
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

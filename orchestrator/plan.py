@@ -1,0 +1,267 @@
+"""Who trains what in a round: pure functions of the plan, so resuming is the same as running."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter
+
+from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
+from orchestrator.config import EvaluateConfig, RunConfig
+from strategies.base import Broadcast, ClientSpec, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Participant:
+    """A client as a run sees it: a data set that takes part.
+
+    Attributes:
+        name: the client's name.
+        data: its records.
+        population: the people its records are about; budgets and spends belong to it.
+        num_examples: declared size; 0 where it declares none (then it is counted, without DP).
+        labels: the operator's labels.
+        public: whether its data are public.
+        privacy: its DP-SGD, calibrated once for the whole run; None without DP.
+    """
+
+    name: str
+    data: DataSpec
+    population: str
+    num_examples: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    public: bool = False
+    privacy: Privacy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        mode: ``fresh``, ``continue`` or ``stack``.
+        version: id of the version it starts from, or None.
+        stack: versions frozen underneath, oldest first.
+        seen_labels: labels that the start version can already tell apart.
+    """
+
+    mode: Literal["fresh", "continue", "stack"] = "fresh"
+    version: str | None = None
+    stack: tuple[str, ...] = ()
+    seen_labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a run decided before round 1; kept as JSON on the run's record.
+
+    Attributes:
+        run: the run's id.
+        config: the resolved configuration.
+        model: the base model, with its hash.
+        adapter: checked adapter choice.
+        strategy: checked strategy choice.
+        optimizer: checked optimizer choice.
+        regularizers: checked regularizer choices.
+        participants: sorted by name.
+        start: where the run starts.
+    """
+
+    run: str
+    config: RunConfig
+    model: ModelSpec
+    adapter: PluginChoice
+    strategy: PluginChoice
+    optimizer: PluginChoice
+    regularizers: tuple[PluginChoice, ...]
+    participants: tuple[Participant, ...]
+    start: Start
+
+    @property
+    def max_participations(self) -> int:
+        """In how many rounds a client may take part."""
+        privacy = self.config.privacy
+        return (privacy and privacy.max_participations) or self.config.rounds
+
+    @property
+    def task_labels(self) -> tuple[str, ...]:
+        """The labels that this run learns, in index order."""
+        chosen = self.config.task_labels
+        return tuple(x for x in self.model.labels if not chosen or x in chosen)
+
+    @property
+    def seen_labels(self) -> tuple[str, ...]:
+        """The labels that the run's result can tell apart, in index order."""
+        seen = {*self.start.seen_labels, *self.task_labels}
+        return tuple(x for x in self.model.labels if x in seen)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON."""
+        document: dict[str, Any] = _PLAN.dump_python(self, mode="json")
+        return document
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> Plan:
+        """Return the plan that :meth:`to_json` gave."""
+        return _PLAN.validate_python(document)
+
+
+_PLAN = TypeAdapter(Plan)
+
+
+def seed_for(*parts: int | str) -> int:
+    """Return a 63-bit seed that depends on every part and on nothing else.
+
+    >>> seed_for(0, 3, "clinic-7") == seed_for(0, 3, "clinic-7")
+    True
+    >>> seed_for(0, 3) == seed_for(0, 4)
+    False
+    """
+    text = "\0".join(f"{type(p).__name__}:{p}" for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sample_cohort(
+    names: Sequence[str], size: int | None, seed: int, round_: int
+) -> tuple[str, ...]:
+    """Return ``size`` of ``names`` drawn without replacement, sorted; all where size is None."""
+    ordered = sorted(names)
+    if size is None or size >= len(ordered):
+        return tuple(ordered)
+    generator = torch.Generator().manual_seed(seed_for(seed, round_, "cohort"))
+    drawn = torch.randperm(len(ordered), generator=generator)[:size].tolist()
+    return tuple(sorted(ordered[i] for i in drawn))
+
+
+def eligible(plan: Plan, participations: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the clients that have rounds left: noise was calibrated for so many and no more."""
+    if plan.config.privacy is None:
+        return tuple(p.name for p in plan.participants)
+    limit = plan.max_participations
+    return tuple(p.name for p in plan.participants if participations.get(p.name, 0) < limit)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundInputs:
+    """What a round starts from.
+
+    Attributes:
+        round: >= 1.
+        base: id of the version that the broadcast comes from.
+        underlay: frozen adapter underneath, or empty.
+        memory: regulariser memory.
+        site: folder of the clients' private state.
+    """
+
+    round: int
+    base: str
+    underlay: Tensors
+    memory: Tensors
+    site: str
+
+
+def plan_round(
+    plan: Plan,
+    inputs: RoundInputs,
+    broadcast: Callable[[ClientSpec], Broadcast],
+    participations: Mapping[str, int],
+) -> list[Assignment]:
+    """Return the round's assignments, sorted by client.
+
+    Args:
+        plan: the run's plan.
+        inputs: what the round starts from.
+        broadcast: the strategy's broadcast of the current state.
+        participations: in how many earlier rounds of this run each client was assigned.
+    """
+    config = plan.config
+    names = sample_cohort(eligible(plan, participations), config.cohort, config.seed, inputs.round)
+    by_name = {p.name: p for p in plan.participants}
+    masked: dict[int, tuple[Broadcast, Broadcast]] = {}
+    assignments = []
+    for name in names:
+        participant = by_name[name]
+        raw = broadcast(ClientSpec(name, labels=participant.labels))
+        # one masked object for one broadcast, so that a backend ships it once
+        _, sent = masked.setdefault(id(raw), (raw, with_head_mask(raw, plan)))
+        seed = seed_for(config.seed, inputs.round, name)
+        assignments.append(_assignment(plan, inputs, participant, sent, seed))
+    return assignments
+
+
+def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
+    """Return the assignment that makes the adapter's first tensors, on any worker."""
+    someone = plan.participants[0]
+    seed = seed_for(plan.config.seed, 0, "init")
+    made = _assignment(plan, inputs, someone, Broadcast({}), seed)
+    return replace(made, action="init", client="", privacy=None, data=DataSpec("none:"))
+
+
+def plan_evaluation(
+    plan: Plan, inputs: RoundInputs, tensors: Tensors, chosen: EvaluateConfig
+) -> Assignment:
+    """Return the assignment that scores ``tensors`` on held-back data of the run's task."""
+    data = DataSpec(chosen.data, chosen.fields, labels=plan.task_labels)
+    made = _assignment(plan, inputs, plan.participants[0], Broadcast(tensors), 0)
+    return replace(
+        made,
+        action="evaluate",
+        client="coordinator",
+        data=data,
+        privacy=None,
+        memory={},
+        head="freeze",
+    )
+
+
+def with_head_mask(broadcast: Broadcast, plan: Plan) -> Broadcast:
+    """Return the broadcast with the head's rows of other tasks masked: they stay bit-identical."""
+    labels, task = plan.model.labels, plan.task_labels
+    head = [n for n in ("head.weight", "head.bias") if n in broadcast.tensors]
+    if not head or set(task) == set(labels):
+        return broadcast
+    rows = torch.tensor([float(label in task) for label in labels])
+    mask = dict(broadcast.mask)
+    for name in head:
+        tensor = broadcast.tensors[name]
+        own = rows.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1)).expand_as(tensor)
+        mask[name] = (own * mask[name] if name in mask else own).contiguous()
+    return replace(broadcast, mask=mask)
+
+
+def _assignment(
+    plan: Plan, inputs: RoundInputs, who: Participant, broadcast: Broadcast, seed: int
+) -> Assignment:
+    config = plan.config
+    return Assignment(
+        action="train",
+        run=plan.run,
+        client=who.name,
+        round=inputs.round,
+        base=inputs.base,
+        model=plan.model,
+        adapter=plan.adapter,
+        broadcast=broadcast,
+        data=replace(who.data, labels=plan.task_labels if config.task_labels else ()),
+        optimizer=plan.optimizer,
+        site=inputs.site,
+        underlay=inputs.underlay,
+        memory=inputs.memory,
+        num_examples=who.num_examples,
+        regularizers=plan.regularizers,
+        batch_size=config.batch_size,
+        steps=config.local_steps,
+        epochs=config.epochs or 1.0,
+        microbatch=config.microbatch,
+        labels=plan.task_labels if config.task_labels else (),
+        head=config.head,
+        privacy=who.privacy,
+        seed=seed,
+        threads=config.threads,
+        device=config.device,
+        public=who.public,
+    )

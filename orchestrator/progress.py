@@ -1,0 +1,124 @@
+"""What a run shows while it goes on: round, client states, loss or 'hidden by DP', ε, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.plan import Plan
+from orchestrator.spending import Epsilon
+
+_STATES = {"waiting": "dim", "training": "yellow", "accepted": "green", "refused": "red"}
+_MANY = 12
+
+
+class RunProgress:
+    """Shows a run on a terminal; on anything else, prints a line a round.
+
+    Args:
+        console: where to.
+        spent: returns what the run has spent so far, by client.
+    """
+
+    def __init__(self, console: Console, spent: Callable[[Plan], Mapping[str, Epsilon]]) -> None:
+        self._console, self._spent = console, spent
+        self._live: Live | None = None
+        self._plan: Plan | None = None
+        self._round, self._first, self._began = 0, 0, time.monotonic()
+        self._states: dict[str, str] = {}
+        self._losses: dict[str, float] = {}
+        self._epsilon: Mapping[str, Epsilon] = {}
+        self._line = "starting"
+
+    def __enter__(self) -> RunProgress:
+        if self._console.is_terminal:
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*error)
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Take note of an event of the run."""
+        client = str(data.get("client", ""))
+        if kind == "run":
+            self._plan = data["plan"]
+        elif kind == "round":
+            if not self._first:
+                self._first, self._began = data["round"], time.monotonic()
+            self._round = data["round"]
+            self._states = dict.fromkeys(data["cohort"], "waiting")
+            self._line = "training"
+        elif kind in ("training", "accepted", "refused") and client:
+            self._states[client] = kind
+            if "loss" in data:
+                self._losses[client] = data["loss"]
+            if kind == "refused":
+                line = f"[red]refused[/] {client}: {escape(data['reason'])}"
+                self._console.print(line, highlight=False)
+        elif kind == "committed":
+            self._committed(data)
+        elif kind == "evaluated":
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in data.items() if k != "round")
+            self._say(f"round {data['round']}: {scores}")
+        else:
+            self._line = kind
+
+    def _committed(self, data: Mapping[str, Any]) -> None:
+        assert self._plan is not None
+        self._epsilon = self._spent(self._plan)
+        self._say(
+            f"round {data['round']}/{self._plan.config.rounds}: {data['updates']} updates, "
+            f"loss {self._loss()}, {self._spent_text()}version {data['version'][:12]}"
+        )
+
+    def _say(self, line: str) -> None:
+        self._line = line
+        if self._live is None:
+            self._console.print(line, highlight=False)
+
+    def _loss(self) -> str:
+        if self._plan is not None and self._plan.config.privacy is not None:
+            return "hidden by DP"
+        if not self._losses:
+            return "-"
+        return f"{sum(self._losses.values()) / len(self._losses):.3f}"
+
+    def _spent_text(self) -> str:
+        if not self._epsilon:
+            return ""
+        return f"max {max(self._epsilon.values(), key=lambda e: e.epsilon)}, "
+
+    def _left(self) -> str:
+        if self._plan is None or self._round <= self._first:
+            return "time left: …"
+        finished = self._round - self._first
+        left = (self._plan.config.rounds - self._round + 1) / finished
+        return f"about {left * (time.monotonic() - self._began):.0f} s left"
+
+    def __rich__(self) -> RenderableType:
+        """Return the picture of now."""
+        rounds = self._plan.config.rounds if self._plan else 1
+        name = self._plan.config.name if self._plan else "run"
+        grid = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=rounds, completed=max(self._round - 1, 0), width=24)
+        grid.add_row(f"[bold]{name}[/]", f"round {self._round}/{rounds}", bar, self._left())
+        states = Text()
+        shown = list(self._states.items())[:_MANY]
+        for client, state in shown:
+            states.append(f"{client} {state}  ", style=_STATES[state])
+        if len(self._states) > _MANY:
+            done = sum(s == "accepted" for s in self._states.values())
+            states.append(f"… {done} of {len(self._states)} done")
+        facts = f"loss {self._loss()}   {self._spent_text()}{self._line}"
+        return Group(grid, states, Text(facts, style="dim"))

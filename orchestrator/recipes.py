@@ -1,0 +1,123 @@
+"""What determines a version's bytes, and nothing else: no path, run id, backend, fault or time."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clients.assignment import ModelSpec, PluginChoice
+from orchestrator.plan import Plan
+
+FORMAT = 1
+_LIBRARIES = ("weft", "torch", "transformers", "peft", "opacus")
+
+
+def start_recipe(plan: Plan) -> dict[str, Any]:
+    """Return the recipe of the version that round 1 starts from."""
+    return {**_common(plan), "kind": "start", "round": 0, "updates": []}
+
+
+def round_recipe(plan: Plan, round_: int, updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the recipe of a round's version; ``updates`` are its leaves, in client order."""
+    return {**_common(plan), "kind": "round", "round": round_, "updates": list(updates)}
+
+
+def merge_recipe(
+    parts: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, float],
+    method: PluginChoice,
+    stack: Sequence[str],
+) -> dict[str, Any]:
+    """Return the recipe of a merge.
+
+    Args:
+        parts: the merged versions' recipes, by id.
+        weights: by id.
+        method: the merge and its options.
+        stack: versions that stay frozen underneath the result.
+    """
+    first = next(iter(parts.values()))
+    labels = first["model"]["labels"]
+    seen = {label for recipe in parts.values() for label in recipe["seen_labels"]}
+    return {
+        "format": FORMAT,
+        "kind": "merge",
+        "model": first["model"],
+        "adapter": first["adapter"],
+        "merge": {"name": method.name, "options": dict(method.options)},
+        "weights": dict(sorted(weights.items())),
+        "stack": list(stack),
+        "task_labels": [label for label in labels if label in seen],
+        "seen_labels": [label for label in labels if label in seen],
+        "reproducible": _weakest(recipe["reproducible"] for recipe in parts.values()),
+        "private": all(recipe["private"] for recipe in parts.values()),
+        "libraries": _libraries(),
+        "updates": [],
+    }
+
+
+def model_json(model: ModelSpec) -> dict[str, Any]:
+    """Return the base model as a recipe names it: by hash; a local folder's path is left out."""
+    document = asdict(model)
+    document["labels"] = list(model.labels)
+    if Path(model.id).exists() or model.id.startswith((".", "/", "~")):
+        document["id"] = None
+    return document
+
+
+def _common(plan: Plan) -> dict[str, Any]:
+    config = plan.config
+    privacy = config.privacy
+    return {
+        "format": FORMAT,
+        "model": model_json(plan.model),
+        "adapter": _choice(plan.adapter),
+        "strategy": _choice(plan.strategy),
+        "optimizer": _choice(plan.optimizer),
+        "regularizers": [_choice(r) for r in plan.regularizers],
+        "training": {
+            "batch_size": config.batch_size,
+            "microbatch": config.microbatch,
+            "steps": config.local_steps,
+            "epochs": config.epochs,
+            "head": config.head,
+            "device": config.device,
+            "threads": config.threads,
+        },
+        "privacy": privacy
+        and {
+            "max_grad_norm": privacy.max_grad_norm,
+            "delta": privacy.delta,
+            "unit": privacy.unit,
+            "accountant": privacy.accountant,
+            "insecure_seed": privacy.insecure_seed,
+        },
+        "private": privacy is not None and privacy.insecure_seed is None,
+        "task_labels": list(plan.task_labels),
+        "seen_labels": list(plan.seen_labels),
+        "start": plan.start.mode,
+        "stack": list(plan.start.stack),
+        "cohort": config.cohort,
+        "seed": config.seed,
+        "reproducible": "bitwise" if config.device == "cpu" else "statistical",
+        "libraries": _libraries(),
+    }
+
+
+def _choice(choice: PluginChoice) -> dict[str, Any]:
+    return {"name": choice.name, "options": dict(choice.options)}
+
+
+def _weakest(claims: Any) -> str:
+    return "bitwise" if set(claims) == {"bitwise"} else "statistical"
+
+
+@cache
+def _libraries() -> dict[str, str]:
+    found = {name: version(name) for name in _LIBRARIES}
+    return {**found, "python": platform.python_version(), "machine": platform.machine()}

@@ -1,0 +1,211 @@
+"""Versions, lineages and runs as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from clients.data import DataReport
+from orchestrator.service import Ancestry
+from orchestrator.spending import Epsilon
+from storage.ledger import ClientRecord, RunRecord
+from storage.lineage import Edge, Lineage, Version
+
+_KEEP = 3
+
+
+def lineage_tree(ancestry: Ancestry, whole: bool = False) -> Tree:
+    """Return a version's history as a tree down to client updates.
+
+    A long line of rounds is shortened to its ends unless ``whole``. A version that is reached a
+    second time is referred to.
+    """
+    found = ancestry.lineage
+    drawing = _Drawing(found, whole)
+    root = Tree(_version_line(found.nodes[found.root]), guide_style="dim")
+    drawing.draw(root, root, found.root)
+    if ancestry.epsilons:
+        spent = root.add("[bold]privacy inherited[/] (each event counts once)")
+        for item in ancestry.epsilons:
+            spent.add(epsilon_line(item))
+    return root
+
+
+class _Drawing:
+    """Draws each version once, newest first, its client updates as leaves.
+
+    A line of single parents is drawn flat, one below the other; a version with several opens a
+    branch for each.
+    """
+
+    def __init__(self, found: Lineage, whole: bool) -> None:
+        self._nodes, self._whole = found.nodes, whole
+        self._above: dict[str, list[Edge]] = {}
+        for edge in found.edges:
+            self._above.setdefault(edge.child, []).append(edge)
+        self._drawn: set[str] = set()
+
+    def draw(self, line: Tree, node: Tree, key: str) -> None:
+        """Fill ``node``, the version ``key``; what it came from goes on in ``line``."""
+        while True:
+            self._drawn.add(key)
+            for leaf in self._nodes[key].recipe["updates"]:
+                node.add(_leaf_line(leaf))
+            skipped, above = self._shortened(self._above.get(key, []))
+            if skipped:
+                line.add(f"[dim]… {skipped} rounds, shown with --all[/]")
+            if len(above) != 1:
+                break
+            key = above[0].parent
+            if key in self._drawn:
+                line.add(f"{self._edge(above[0])} [dim](shown above)[/]")
+                return
+            node = line.add(self._edge(above[0]))
+        for edge in above:
+            branch = node.add(self._edge(edge))
+            if edge.parent not in self._drawn:
+                self.draw(branch, branch, edge.parent)
+
+    def _edge(self, edge: Edge) -> str:
+        return f"[bold]{edge.kind}[/] ← {_version_line(self._nodes[edge.parent])}"
+
+    def _shortened(self, above: list[Edge]) -> tuple[int, list[Edge]]:
+        """Return how many rounds to leave out of a line of them, and the edges to go on with."""
+        line = above
+        length = 0
+        while len(line) == 1 and line[0].kind == "round" and line[0].parent not in self._drawn:
+            length += 1
+            last, line = line, self._above.get(line[0].parent, [])
+        if self._whole or length <= _KEEP:
+            return 0, above
+        return length - 1, last
+
+
+def epsilon_line(spent: Epsilon) -> str:
+    """Return one population's ε as a line."""
+    note = " [dim]public data: reported, not budgeted[/]" if spent.public else ""
+    return f"{escape(spent.population)}: {spent}{note}"
+
+
+def _title(version: Version) -> str:
+    names = ", ".join((*version.names, *version.aliases))
+    return f"{version.id[:12]} {names}".strip()
+
+
+def _version_line(version: Version) -> str:
+    recipe = version.recipe
+    what = {
+        "round": f"round {recipe.get('round')} of {recipe.get('strategy', {}).get('name')}",
+        "start": f"start of {recipe['adapter']['name']} ({recipe.get('start')})",
+        "merge": f"merge by {recipe.get('merge', {}).get('name')}",
+    }.get(recipe["kind"], recipe["kind"])
+    base = recipe["model"]
+    place = f"{base['id'] or 'local folder'} {base['hash'][:12]}"
+    extra = f"  [dim]base {place}[/]" if recipe["kind"] in ("start", "merge") else ""
+    insecure = (recipe.get("privacy") or {}).get("insecure_seed") is not None
+    warning = "  [red]insecure seed: not private[/]" if insecure else ""
+    scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])
+    return f"[cyan]{_title(version)}[/] {what}{extra}  [dim]{scores}[/]{warning}"
+
+
+def _leaf_line(leaf: Mapping[str, Any]) -> str:
+    private = "".join(
+        f"  noise {s['parameters']['noise_multiplier']:g} q {s['parameters']['sample_rate']:.3g} "
+        f"steps {s['parameters']['steps']:g}"
+        for s in leaf["spends"]
+    )
+    return (
+        f"[green]{leaf['client']}[/] update {leaf['digest'][:12]}  n {leaf['num_examples']}"
+        f"  [dim]data {leaf['fingerprint'][:12]}{private}[/]"
+    )
+
+
+def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
+    """Return one version's facts."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    recipe = version.recipe
+    rows = {
+        "id": version.id,
+        "names": ", ".join((*version.names, *version.aliases)) or "-",
+        "made by": recipe["kind"],
+        "base": f"{recipe['model']['id'] or 'local folder'}  {recipe['model']['hash']}",
+        "adapter": f"{recipe['adapter']['name']}  {recipe['adapter']['options']}",
+        "parents": ", ".join(f"{p.id[:12]} ({p.kind})" for p in version.parents) or "-",
+        "stacked on": ", ".join(ref[:12] for ref in recipe["stack"]) or "-",
+        "labels": ", ".join(recipe["seen_labels"]) or "-",
+        "updates": ", ".join(leaf["client"] for leaf in recipe["updates"]) or "-",
+        "reproducible": recipe["reproducible"],
+        "private": "yes" if recipe["private"] else "no",
+        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in version.metrics.items()) or "-",
+        "created": version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/]", escape(value))
+    for spent in epsilons:
+        table.add_row("[bold]ε[/]", epsilon_line(spent))
+    return table
+
+
+def runs_table(records: Sequence[RunRecord]) -> Table:
+    """Return runs, newest first."""
+    table = Table("run", "name", "status", "round", "version", "started", "error")
+    for r in records:
+        started = r.started_at.strftime("%Y-%m-%d %H:%M") if r.started_at else "-"
+        version, error = (r.version or "-")[:12], escape(r.error or "")
+        table.add_row(r.id, r.name, r.status, f"{r.round}/{r.rounds}", version, started, error)
+    return table
+
+
+def clients_table(records: Sequence[ClientRecord]) -> Table:
+    """Return registered clients."""
+    table = Table("client", "data", "examples", "population", "budget", "labels")
+    for c in records:
+        budget = f"ε {c.epsilon:g} (δ {c.delta:g})" if c.epsilon is not None else "none"
+        labels = ", ".join(f"{k}={v}" for k, v in sorted(c.labels.items()))
+        size = "-" if c.num_examples is None else str(c.num_examples)
+        texts = (c.name, c.data, size, c.population, budget, labels)
+        table.add_row(*(escape(text) for text in texts))
+    return table
+
+
+def plugins_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return plug-ins, a line each."""
+    table = Table("kind", "name", "what it does", "source")
+    for row in rows:
+        source = f"arXiv {row['source']}" if row["source"] else ""
+        table.add_row(row["kind"], row["name"], row["summary"], source)
+    return table
+
+
+def options_table(row: Mapping[str, Any]) -> Table:
+    """Return one plug-in's options."""
+    table = Table("option", "type", "default", title=f"{row['kind']} {row['name']}")
+    for name, option in row["options"].items():
+        default = option.get("default", "required")
+        table.add_row(name, option["type"], "null" if default is None else str(default))
+    return table
+
+
+def data_report(found: DataReport) -> Table:
+    """Return what is in a data set and what is wrong with it."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("records", str(found.total))
+    table.add_row("bad", str(found.num_bad))
+    for problem in found.problems:
+        table.add_row("", f"[red]{escape(problem)}[/]")
+    table.add_row("duplicates", str(found.num_duplicates))
+    for label, count in found.labels.items():
+        table.add_row(f"label {escape(str(label))}", str(count))
+    if found.lengths is not None:
+        lengths = found.lengths
+        table.add_row(
+            "tokens",
+            f"{lengths.shortest} to {lengths.longest}, median {lengths.median:g}, "
+            f"95 % up to {lengths.percentile_95}",
+        )
+        table.add_row("truncated", str(lengths.num_truncated))
+    return table

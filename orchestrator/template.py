@@ -1,0 +1,60 @@
+"""The commented run.yaml that ``weft init`` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TEMPLATE = """\
+# One federated run. Check it with: weft check run.yaml     Launch it with: weft run run.yaml
+# Any value can be overridden: weft run run.yaml --set rounds=20 --set adapter.r=16
+
+name: task-1                        # the adapter's name in the store
+model: builtin:minilm               # a Hugging Face id, a local folder, or builtin:minilm
+task: classification                # or causal-lm (then leave labels out)
+labels: [int, float, bool, str, array, callable, sequence, mapping]   # the declared label set
+# task_labels: [int, float]         # the labels that this run learns, if not all
+
+adapter: {name: lora, r: 8}         # weft plugins adapter
+strategy: fedsvd                    # weft plugins strategy
+optimizer: {name: adamw, lr: 0.002} # weft plugins optimizer
+# regularizers: [{name: proximal, mu: 0.01}]
+head: train                         # train, freeze or personal (kept at the client)
+
+rounds: 4
+batch_size: 64                      # the expected batch size under DP
+steps: 10                           # optimizer steps a client and round; or epochs, without DP
+# cohort: 3                         # clients a round; all by default
+
+privacy:                            # leave out to train without differential privacy
+  epsilon: 8                        # what this run may spend of each client's privacy
+  delta: 1.0e-5
+  max_grad_norm: 1.0
+
+clients:                            # one of: simulate, select, names
+  simulate: {data: "builtin:parameter-types?split=train", by: column, column: client}
+# clients: {select: {ward: north}}  # registered clients by label; {} is all of them
+# clients: {names: [clinic-7]}      # registered clients by name
+
+evaluate: {data: "builtin:parameter-types?split=test", every: 2}
+
+# start_from: task-0                # another version of the store
+# start: stack                      # continue, stack or fresh
+
+seed: 0
+backend: ray                        # or inline: one process
+"""
+
+
+class FileTaken(FileExistsError):
+    """There is a file already."""
+
+
+def write_template(path: Path, force: bool = False) -> None:
+    """Write the template.
+
+    Raises:
+        FileTaken: if there is a file and ``force`` is not set.
+    """
+    if path.exists() and not force:
+        raise FileTaken(f"{path} exists; --force overwrites it")
+    path.write_text(TEMPLATE, "utf-8")

@@ -1,0 +1,168 @@
+"""Nothing enters an aggregation that its assignment did not ask for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clients.assignment import Privacy
+from clients.trainer import spend_of
+from clients.wire import digest, pack
+from orchestrator.acceptance import lazily, refusal, spill
+from orchestrator.plan import RoundInputs, plan_round
+from strategies.base import Broadcast, PrivacySpend, Update
+from strategies.tensors import B_AND_HEAD
+
+PRIVACY = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)
+B = "q.lora_B.weight"
+
+
+@pytest.fixture
+def asked(make_plan, tensors):
+    """Return a function that makes what client ``a`` was asked, with changes."""
+
+    def make(noise=None, **changes):
+        plan = make_plan(noise=noise, steps=2)
+        inputs = RoundInputs(2, "f" * 64, {}, {}, "/site")
+        sent = Broadcast(tensors(), trainable=B_AND_HEAD)
+        return replace(plan_round(plan, inputs, lambda c: sent, {})[0], **changes)
+
+    return make
+
+
+def answer(assignment, **changes) -> Update:
+    given = assignment.broadcast.tensors
+    right = Update(
+        client=assignment.client,
+        round=assignment.round,
+        base=assignment.base,
+        tensors={n: given[n] + 1 for n in (B, "head.weight", "head.bias")},
+        num_examples=assignment.num_examples if assignment.privacy else 10,
+        metrics={} if assignment.privacy else {"loss": 0.5},
+        spends=(spend_of(assignment),) if assignment.privacy else (),
+        fingerprint="ab",
+    )
+    return replace(right, **changes)
+
+
+def with_tensor(assignment, name, tensor) -> Update:
+    right = answer(assignment)
+    return replace(right, tensors={**right.tensors, name: tensor})
+
+
+@pytest.mark.parametrize("noise", [None, PRIVACY])
+def test_what_was_asked_for_is_accepted(asked, noise):
+    assignment = asked(noise)
+
+    assert refusal(answer(assignment), assignment) is None
+
+
+def test_a_missing_tensor_is_refused_by_name(asked):
+    assignment = asked()
+    tensors = dict(answer(assignment).tensors)
+    del tensors[B]
+
+    assert refusal(answer(assignment, tensors=tensors), assignment) == f"{B} is missing"
+
+
+@pytest.mark.parametrize("extra", ["q.lora_A.weight", "q.scaling", "other"])
+def test_a_tensor_that_was_not_asked_for_is_refused(asked, extra):
+    assignment = asked()
+    update = with_tensor(assignment, extra, torch.zeros(1))
+
+    assert refusal(update, assignment) == f"{extra} is not asked for"
+
+
+@pytest.mark.parametrize("head", ["freeze", "personal"])
+def test_a_head_that_stays_is_refused(asked, head):
+    update = answer(asked())
+
+    assert refusal(update, asked(head=head)) == "head.bias is not asked for"
+
+
+def test_another_shape_is_refused(asked):
+    update = with_tensor(asked(), B, torch.zeros(6, 3))
+
+    assert refusal(update, asked()) == (
+        f"{B} is torch.float32 [6, 3], expected torch.float32 [6, 2]"
+    )
+
+
+def test_another_dtype_is_refused(asked):
+    update = with_tensor(asked(), B, torch.zeros(6, 2, dtype=torch.float64))
+
+    assert "is torch.float64 [6, 2], expected torch.float32 [6, 2]" in refusal(update, asked())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_and_counted(asked, value):
+    tensor = torch.zeros(6, 2)
+    tensor[1, 1] = tensor[4, 0] = value
+
+    assert refusal(with_tensor(asked(), B, tensor), asked()) == f"{B}: 2 non-finite values"
+
+
+@pytest.mark.parametrize("change", [{"round": 1}, {"base": "e" * 64}])
+def test_an_update_of_another_round_or_version_is_refused(asked, change):
+    assert "expected round 2 from ffffffffffff" in refusal(answer(asked(), **change), asked())
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_an_update_of_no_example_is_refused(asked, count):
+    reason = refusal(answer(asked(), num_examples=count), asked())
+
+    assert reason == f"num_examples must be >= 1, got {count}"
+
+
+@pytest.mark.parametrize(
+    "spends",
+    [
+        (),
+        (PrivacySpend("gaussian", "example", "add-remove", {"noise_multiplier": 9.0}),),
+        (spend := PrivacySpend("gaussian", "example", "add-remove", {}), spend),
+    ],
+)
+def test_a_spend_that_is_not_the_one_on_the_ledger_is_refused(asked, spends):
+    assignment = asked(PRIVACY)
+
+    assert "privacy spend" in refusal(answer(assignment, spends=spends), assignment)
+
+
+def test_a_spend_without_privacy_is_refused(asked):
+    update = answer(asked(), spends=(spend_of(asked(PRIVACY)),))
+
+    assert "privacy spend" in refusal(update, asked())
+
+
+def test_a_spilled_update_is_read_back_as_it_was(asked, make_plan, tmp_path):
+    assignment = asked(PRIVACY)
+    update = answer(assignment)
+    who = make_plan().participants[0]
+
+    accepted = spill(update, who, tmp_path / "runs" / "round-2")
+    [again] = lazily([accepted])
+
+    assert accepted.path.read_bytes() == pack(update) == pack(again)
+    assert refusal(again, assignment) is None
+    assert accepted.leaf["digest"] == digest(pack(update))
+    assert accepted.leaf["population"] == "people-a"
+    assert accepted.leaf["spends"][0]["parameters"]["steps"] == 2
+
+
+def test_updates_are_read_one_at_a_time_in_the_order_given(asked, make_plan, tmp_path):
+    people = make_plan().participants
+    spilled = [spill(answer(asked(), client=p.name), p, tmp_path) for p in people]
+    reading = lazily(spilled)
+
+    assert next(reading).client == "a"
+    spilled[2].path.unlink()  # not read yet
+    assert next(reading).client == "b"
+    with pytest.raises(FileNotFoundError):
+        next(reading)
+
+
+@pytest.mark.parametrize("changes", [{"metrics": {"loss": 0.5}}, {"num_examples": 99}])
+def test_under_dp_metrics_and_an_exact_count_are_refused(asked, changes):
+    assignment = asked(PRIVACY)
+
+    assert "under DP" in refusal(answer(assignment, **changes), assignment)

@@ -1,0 +1,232 @@
+"""A run's file is understood, or every mistake in it gets a sentence."""
+
+import pytest
+import yaml
+
+from orchestrator.config import BadConfig, find_plugin, load_config, parse_config
+from orchestrator.template import TEMPLATE, FileTaken, write_template
+from strategies.plugins import UnknownPlugin
+
+
+def refusal(document, *overrides) -> str:
+    with pytest.raises(BadConfig) as caught:
+        parse_config(document, overrides)
+    return str(caught.value)
+
+
+def test_short_forms_mean_the_same_as_the_long_ones(document):
+    short = parse_config(document(adapter="lora", regularizers=["proximal"], backend="inline"))
+    long = parse_config(
+        document(
+            model={"id": "some-model"},
+            adapter={"name": "lora", "options": {}},
+            regularizers=[{"name": "proximal"}],
+            strategy={"name": "fedavg", "options": {}},
+            backend={"name": "inline"},
+        )
+    )
+
+    assert short == long
+
+
+def test_options_stand_beside_the_name(document):
+    config = parse_config(document(adapter={"name": "lora", "r": 4, "dropout": 0.1}))
+
+    chosen = config.checked_plugins()["adapter"]
+
+    assert (chosen.options["r"], chosen.options["dropout"]) == (4, 0.1)
+    assert chosen.options["target_modules"] == "auto"  # defaults are filled in
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("rounds=7", lambda c: c.rounds == 7),
+        ("adapter.r=16", lambda c: c.adapter.options["r"] == 16),
+        ("strategy.weighting=uniform", lambda c: c.strategy.options["weighting"] == "uniform"),
+        ("model.max_length=32", lambda c: (c.model.id, c.model.max_length) == ("some-model", 32)),
+        ("privacy.epsilon=8", lambda c: c.privacy.epsilon == 8),
+        ("backend.workers=2", lambda c: (c.backend.name, c.backend.workers) == ("inline", 2)),
+        ("task_labels=[dog]", lambda c: c.task_labels == ("dog",)),
+        ("cohort=null", lambda c: c.cohort is None),
+        ("model=a=b", lambda c: c.model.id == "a=b"),
+    ],
+)
+def test_an_override_sets_one_value_and_leaves_the_file_alone(document, override, read):
+    given = document(adapter="lora")
+    before = yaml.safe_dump(given)
+
+    assert read(parse_config(given, [override]))
+    assert yaml.safe_dump(given) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds", "--set 'rounds' must read path.to.key=value, such as rounds=20"),
+        ("adapter..r=1", "--set 'adapter..r=1' must read path.to.key=value"),
+        ("rounds.x=1", "--set 'rounds.x=1': rounds is not a mapping"),
+        ("rounds=[", "--set rounds: the value is not YAML"),
+        ("round=3", "round: there is no such option; did you mean 'rounds'?"),
+    ],
+)
+def test_a_wrong_override_is_refused(document, override, message):
+    assert message in refusal(document(), override)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stratgy": 1}, "stratgy: there is no such option; did you mean 'strategy'?"),
+        (
+            {"model": {"id": "m", "max_lenght": 1}},
+            "model.max_lenght: there is no such option; did you mean 'max_length'?",
+        ),
+        (
+            {"clients": {"simulate": {"data": "d", "parts": 2, "aplha": 1}}},
+            "clients.simulate.aplha: there is no such option; did you mean 'alpha'?",
+        ),
+        ({"privacy": {"epsilon": 1, "zzz": 2}}, "privacy.zzz: there is no such option (options: e"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, changes, message):
+    assert message in refusal(document(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["one"]}, "labels: classification needs the declared label set, at least two"),
+        ({"task": "causal-lm"}, "labels: causal-lm has no labels"),
+        ({"labels": ["a", "b", "a"]}, "labels: the label set names a label twice"),
+        ({"task_labels": ["bird"]}, "task_labels: 'bird' is not in labels (cat, dog, model, rank)"),
+        ({"steps": 3, "epochs": 1}, "give steps or epochs, not both"),
+        ({"privacy": {"epsilon": 1}, "epochs": 1}, "epochs: under privacy a round has a fixed num"),
+        ({"start": "stack"}, "start: stack needs start_from, the version to start from"),
+        ({"start": "continue"}, "start: continue needs start_from"),
+        ({"regularizers": ["proximal", "proximal"]}, "regularizers: one is given twice"),
+        ({"clients": {"names": ["a", "a"]}}, "clients.names: a client is named twice"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(document, changes, message):
+    assert message in refusal(document(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "Task 1"}, "name: must be 1 to 64 lower-case letters, digits, '.', '_' and '-'"),
+        ({"model": None}, "model: is required"),
+        ({"rounds": 0}, "rounds: input should be greater than or equal to 1, got 0"),
+        ({"task": "regression"}, "task: input should be 'classification' or 'causal-lm', got 'reg"),
+        ({"privacy": {}}, "privacy: give either epsilon or noise_multiplier"),
+        ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: give either epsilon or"),
+        ({"privacy": {"epsilon": float("inf")}}, "privacy.epsilon: input should be a finite num"),
+        ({"privacy": {"epsilon": 1, "max_grad_norm": float("nan")}}, "privacy.max_grad_norm: inp"),
+        ({"clients": {}}, "clients: give exactly one of select (labels), names, simulate"),
+        ({"clients": {"select": {}, "names": ["a"]}}, "clients: give exactly one of"),
+        ({"clients": {"simulate": {"data": "d"}}}, "clients.simulate: by: iid needs parts: N"),
+        (
+            {"clients": {"simulate": {"data": "d", "by": "column"}}},
+            "clients.simulate: by: column needs column: NAME",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_where_it_stands(document, changes, message):
+    assert message in refusal(document(**changes))
+
+
+def test_every_mistake_is_listed_a_line_each(document):
+    fields = refusal(document(rounds=0, cohort=-1, color="red")).splitlines()
+    together = refusal(document(labels=["a", "a"], task_labels=["x"], start="stack")).splitlines()
+
+    assert [line.split(":")[0] for line in fields] == ["rounds", "cohort", "color"]
+    assert [line.split(":")[0] for line in together] == ["labels", "task_labels", "start"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": "lorra"}, "no adapter is called 'lorra'; did you mean 'lora'?"),
+        ({"strategy": "cat"}, "no strategy is called 'cat'; 'cat' is a merge"),
+        ({"adapter": "o_lora"}, "no adapter is called 'o_lora'; 'o_lora' is a regularizer"),
+        ({"optimizer": "proximl"}, "the nearest elsewhere is the regularizer 'proximal'"),
+        ({"adapter": {"name": "lora", "rank": 8}}, "adapter 'lora' has no option 'rank'"),
+        ({"adapter": {"name": "lora", "r": 0}}, "adapter 'lora': r must be >= 1, got 0"),
+        ({"optimizer": {"name": "adamw", "lr": "fast"}}, "optimizer 'adamw': lr must be float"),
+    ],
+)
+def test_a_plugin_and_its_options_are_checked_before_any_model(document, changes, message):
+    assert message in refusal(document(**changes))
+
+
+def test_a_hint_for_a_merge_finds_the_optimizer():
+    with pytest.raises(UnknownPlugin, match="'sgd' is an optimizer"):
+        find_plugin("merge", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file .*run.yaml; weft init writes one"),
+        ("a: [1", "run.yaml is not YAML"),
+        ("- a\n- b\n", "run.yaml must hold a mapping of options"),
+        ("", "run.yaml must hold a mapping of options"),
+        ("1: 2\n", "keys should be strings"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+
+    with pytest.raises(BadConfig, match=message) as caught:
+        load_config(path)
+
+    assert len(str(caught.value).splitlines()) <= 6
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(BadConfig, match="cannot be read"):
+        load_config(path)
+
+
+def test_the_template_is_a_config_that_passes(tmp_path):
+    path = tmp_path / "run.yaml"
+    write_template(path)
+
+    config = load_config(path, ["backend=inline"])
+
+    assert (config.strategy.name, config.privacy.epsilon) == ("fedsvd", 8)
+    assert path.read_text() == TEMPLATE
+
+
+def test_the_lines_that_the_template_comments_out_are_options_too():
+    lines = [line.partition("# ")[2] for line in TEMPLATE.splitlines() if line.startswith("# ")]
+    options = [line for line in lines if line.partition(":")[0].isidentifier()]
+    document = yaml.safe_load(TEMPLATE)
+
+    assert len(options) >= 5
+    for line in options:
+        parse_config(document | {"start_from": "task-0"} | yaml.safe_load(line))
+
+
+def test_the_template_is_not_written_over_a_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("mine")
+
+    with pytest.raises(FileTaken, match="--force overwrites it"):
+        write_template(path)
+
+    assert path.read_text() == "mine"
+    write_template(path, force=True)
+    assert path.read_text() == TEMPLATE
+
+
+def test_private_rounds_have_a_number_of_steps_by_themselves(document):
+    assert parse_config(document()).local_steps is None
+    assert parse_config(document(privacy={"epsilon": 1})).local_steps == 10
+    assert parse_config(document(privacy={"epsilon": 1}, steps=3)).local_steps == 3

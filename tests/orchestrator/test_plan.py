@@ -1,0 +1,206 @@
+"""Who trains what: pure functions, so that resuming is the same as running."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clients.assignment import DataSpec, Privacy, Shard
+from orchestrator.config import EvaluateConfig
+from orchestrator.plan import (
+    Plan,
+    RoundInputs,
+    Start,
+    eligible,
+    plan_evaluation,
+    plan_init,
+    plan_round,
+    sample_cohort,
+    seed_for,
+    with_head_mask,
+)
+from strategies.base import Broadcast
+
+PRIVACY = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)
+
+
+@pytest.fixture
+def inputs():
+    return RoundInputs(3, "f" * 64, underlay={}, memory={}, site="/site")
+
+
+def test_a_seed_is_stable_across_releases():
+    assert seed_for(0, 3, "clinic-7") == 551739265236224645
+
+
+def test_a_seed_depends_on_every_part_its_place_and_its_type():
+    parts = [(0, 3, "a"), (1, 3, "a"), (0, 4, "a"), (0, 3, "b"), (3, 0, "a"), (0, "3", "a"), (0, 3)]
+    parts += [("ab", "c"), ("a", "bc")]
+
+    seeds = {seed_for(*p) for p in parts}
+
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_cohort_is_sorted_without_repeats_and_of_the_asked_size():
+    names = [f"c{i}" for i in range(20)]
+
+    cohort = sample_cohort(names, 7, seed=0, round_=1)
+
+    assert list(cohort) == sorted(set(cohort))
+    assert len(cohort) == 7
+    assert set(cohort) <= set(names)
+
+
+def test_a_cohort_depends_on_seed_and_round_and_not_on_the_order_of_names():
+    names = [f"c{i}" for i in range(20)]
+
+    assert sample_cohort(names, 7, 0, 1) == sample_cohort(names[::-1], 7, 0, 1)
+    assert sample_cohort(names, 7, 0, 1) != sample_cohort(names, 7, 0, 2)
+    assert sample_cohort(names, 7, 0, 1) != sample_cohort(names, 7, 1, 1)
+
+
+@pytest.mark.parametrize("size", [None, 3, 9])
+def test_everybody_is_asked_where_the_cohort_is_not_smaller(size):
+    assert sample_cohort(["b", "c", "a"], size, 0, 1) == ("a", "b", "c")
+
+
+def test_over_many_rounds_every_client_is_asked_about_equally_often():
+    names = [f"c{i}" for i in range(10)]
+
+    asked = Counter(n for round_ in range(1000) for n in sample_cohort(names, 3, 5, round_))
+
+    assert min(asked.values()) > 240  # 300 on average, standard deviation 14.5
+    assert max(asked.values()) < 360
+
+
+def test_a_client_is_not_asked_more_often_than_its_noise_was_calibrated_for(make_plan):
+    plan = make_plan(privacy={"epsilon": 1, "max_participations": 2}, rounds=5)
+
+    assert eligible(plan, {"a": 2, "b": 1}) == ("b", "c")
+    assert eligible(plan, {"a": 2, "b": 3, "c": 2}) == ()
+
+
+def test_without_privacy_nobody_is_ever_left_out(make_plan):
+    assert eligible(make_plan(rounds=1), {"a": 99}) == ("a", "b", "c")
+
+
+def test_a_round_asks_only_those_who_have_rounds_left(make_plan, inputs, tensors):
+    plan = make_plan(privacy={"epsilon": 1, "max_participations": 1}, rounds=5)
+
+    asked = plan_round(plan, inputs, lambda client: Broadcast(tensors()), {"b": 1})
+
+    assert [a.client for a in asked] == ["a", "c"]
+
+
+def test_clients_that_are_alike_get_one_broadcast_object(make_plan, inputs, tensors):
+    sent = Broadcast(tensors())
+    whole = plan_round(make_plan(), inputs, lambda client: sent, {})
+    part = plan_round(make_plan(task_labels=["cat"]), inputs, lambda client: sent, {})
+
+    assert all(a.broadcast is sent for a in whole)
+    assert len({id(a.broadcast) for a in part}) == 1
+    assert all(a.broadcast.tensors is sent.tensors for a in part)
+
+
+def test_clients_that_are_not_alike_get_their_own_broadcast(make_plan, inputs, tensors):
+    sent = {name: Broadcast(tensors(seed)) for seed, name in enumerate("abc")}
+
+    asked = plan_round(make_plan(task_labels=["cat"]), inputs, lambda c: sent[c.name], {})
+
+    for assignment in asked:
+        assert assignment.broadcast.tensors is sent[assignment.client].tensors
+
+
+def test_a_round_s_assignments_say_what_the_plan_says(make_plan, inputs, tensors):
+    plan = make_plan(task_labels=["dog", "cat"], steps=3, threads=2, seed=9, head="freeze")
+
+    first, second, _ = plan_round(plan, inputs, lambda c: Broadcast(tensors()), {})
+
+    assert first.action == "train"
+    assert (first.run, first.round, first.base) == ("run-1", 3, "f" * 64)
+    assert first.labels == first.data.labels == ("cat", "dog")  # in index order
+    assert (first.steps, first.threads, first.head) == (3, 2, "freeze")
+    assert first.seed == seed_for(9, 3, "a")
+    assert first.seed != second.seed
+    assert first.data.uri == "jsonl:/a.jsonl"
+
+
+def test_the_head_s_rows_of_other_tasks_are_masked(make_plan, tensors):
+    plan = make_plan(task_labels=["rank", "dog"])
+
+    mask = with_head_mask(Broadcast(tensors()), plan).mask
+
+    assert mask.keys() == {"head.weight", "head.bias"}
+    assert mask["head.bias"].tolist() == [0, 1, 0, 1]
+    assert mask["head.weight"].shape == (4, 5)
+    assert mask["head.weight"][:, 0].tolist() == [0, 1, 0, 1]
+
+
+def test_a_method_s_own_mask_is_kept_under_the_head_s(make_plan, tensors):
+    given = tensors()
+    own = {
+        "head.weight": torch.eye(4, 5),
+        "q.lora_B.weight": torch.zeros_like(given["q.lora_B.weight"]),
+    }
+
+    mask = with_head_mask(Broadcast(given, mask=own), make_plan(task_labels=["dog"])).mask
+
+    assert mask["head.weight"].nonzero().tolist() == [[1, 1]]
+    assert torch.equal(mask["q.lora_B.weight"], own["q.lora_B.weight"])
+
+
+def test_a_run_on_the_whole_label_set_masks_nothing(make_plan, tensors):
+    sent = Broadcast(tensors())
+
+    assert with_head_mask(sent, make_plan()) is sent
+    assert with_head_mask(sent, make_plan(task_labels=["rank", "model", "dog", "cat"])) is sent
+
+
+def test_a_plan_is_the_same_after_a_trip_through_json(make_plan):
+    plan = make_plan(
+        noise=PRIVACY,
+        adapter={"name": "lora", "r": 2, "layers": [0], "alpha_pattern": {"query": 3}},
+        regularizers=[{"name": "o-lora", "form": "hard"}, "proximal"],
+        task_labels=["dog"],
+        start=Start("stack", "f" * 64, ("e" * 64, "f" * 64), ("cat",)),
+    )
+    who = replace(
+        plan.participants[0],
+        data=DataSpec("csv:/x", {"text": "note"}, Shard("dirichlet", 1, 3, 7, 0.1), ("dog",)),
+        labels={"ward": "north"},
+    )
+    plan = replace(plan, participants=(who, *plan.participants[1:]))
+
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_what_a_run_learns_is_in_index_order_and_adds_to_what_was_seen(make_plan):
+    plan = make_plan(task_labels=["rank", "cat"], start=Start("stack", "v", (), ("dog",)))
+
+    assert plan.task_labels == ("cat", "rank")
+    assert plan.seen_labels == ("cat", "dog", "rank")
+
+
+def test_the_adapter_is_initialised_without_anybody_s_data(make_plan, inputs):
+    made = plan_init(make_plan(noise=PRIVACY), inputs)
+
+    assert (made.action, made.client, made.data) == ("init", "", DataSpec("none:"))
+    assert made.privacy is None
+    assert made.seed == seed_for(0, 0, "init")
+
+
+def test_evaluation_scores_the_task_s_labels_with_the_given_tensors(make_plan, inputs, tensors):
+    given = tensors()
+    chosen = EvaluateConfig(data="jsonl:/held-back", fields={"text": "note"})
+
+    made = plan_evaluation(make_plan(noise=PRIVACY, task_labels=["dog"]), inputs, given, chosen)
+
+    assert (made.action, made.client, made.head) == ("evaluate", "coordinator", "freeze")
+    assert made.data == DataSpec("jsonl:/held-back", {"text": "note"}, labels=("dog",))
+    assert made.broadcast.tensors is given
+    assert made.labels == ("dog",)
+    assert made.privacy is None

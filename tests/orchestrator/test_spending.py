@@ -1,0 +1,219 @@
+"""Budgets are kept: by the noise before round 1, and by the ledger before every round."""
+
+from dataclasses import replace
+
+import pytest
+
+from clients.accounting import BudgetSpent, epsilon
+from clients.assignment import Privacy
+from orchestrator.config import PrivacyConfig
+from orchestrator.plan import RoundInputs, plan_round
+from orchestrator.spending import calibrated, epsilon_of_lineage, reserve, spent_by_run
+from storage.ledger import ClientRecord
+from strategies.base import Broadcast, PrivacySpend
+
+RDP = PrivacyConfig(epsilon=2.0, delta=1e-5, accountant="rdp")
+NOISE = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)
+
+
+def spend(noise=1.0, rate=0.1, steps=10):
+    parameters = {"noise_multiplier": noise, "sample_rate": rate, "steps": float(steps)}
+    return PrivacySpend("gaussian", "example", "add-remove", parameters)
+
+
+@pytest.fixture
+def round_of(make_plan, tensors):
+    """Return a function that plans round ``number`` for clients that spend with ``noise``."""
+
+    def make(number=1, noise=NOISE, **changes):
+        plan = make_plan(
+            noise=noise, steps=10, rounds=5, privacy={"noise_multiplier": 1}, **changes
+        )
+        inputs = RoundInputs(number, "f" * 64, {}, {}, "/site")
+        return plan, plan_round(plan, inputs, lambda c: Broadcast(tensors(number)), {})
+
+    return make
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_the_calibrated_noise_keeps_the_run_within_its_epsilon(accountant):
+    config = RDP.model_copy(update={"accountant": accountant})
+
+    privacy = calibrated(config, sample_rate=0.1, steps=50)
+
+    used = epsilon([spend(privacy.noise_multiplier, 0.1, 50)], 1e-5, accountant)
+    assert used <= 2.0
+    assert used > 1.9  # and no more noise than that needs
+
+
+def test_a_noise_multiplier_that_is_given_is_used_as_it_is():
+    config = PrivacyConfig(noise_multiplier=0.7, max_grad_norm=3, insecure_seed=4)
+
+    privacy = calibrated(config, sample_rate=0.2, steps=9)
+
+    assert privacy == Privacy(0.7, 3.0, 0.2, "example", 4)
+
+
+def test_a_budget_with_history_asks_for_more_noise():
+    alone = calibrated(RDP, sample_rate=0.1, steps=50, budget=(2.0, 1e-5))
+    later = calibrated(
+        RDP, sample_rate=0.1, steps=50, history=[spend(2.0, 0.1, 50)], budget=(2.0, 1e-5)
+    )
+
+    assert later.noise_multiplier > alone.noise_multiplier
+    both = [spend(2.0, 0.1, 50), spend(later.noise_multiplier, 0.1, 50)]
+    assert epsilon(both, 1e-5, "rdp") <= 2.0
+
+
+def test_a_budget_larger_than_the_run_s_epsilon_changes_nothing():
+    assert calibrated(RDP, sample_rate=0.1, steps=50, budget=(50.0, 1e-5)) == calibrated(
+        RDP, sample_rate=0.1, steps=50
+    )
+
+
+def test_an_exhausted_budget_is_refused_before_the_run():
+    with pytest.raises(BudgetSpent, match=r"of 0\.5"):
+        calibrated(
+            RDP, sample_rate=0.1, steps=10, history=[spend(0.8, 0.5, 99)], budget=(0.5, 1e-5)
+        )
+
+
+def test_spends_are_on_the_ledger_when_reserve_returns(workspace, round_of):
+    plan, assignments = round_of()
+
+    kept = reserve(plan, assignments, workspace.ledger, lambda kind, data: None)
+
+    assert kept == assignments
+    rows = workspace.ledger.spends_of_run("run-1")
+    assert [row.client for row in rows] == ["a", "b", "c"]
+    assert [row.population for row in rows] == ["people-a", "people-b", "people-c"]
+    assert [row.assignment for row in rows] == [a.digest() for a in assignments]
+    assert all(row.parameters == spend().parameters for row in rows)
+
+
+def test_what_was_spent_is_there_before_anybody_is_told(workspace, round_of):
+    plan, assignments = round_of()
+    seen = []
+
+    def log(kind, data):
+        seen.append((kind, len(workspace.ledger.spends_of_run("run-1"))))
+
+    reserve(plan, assignments, workspace.ledger, log)
+
+    assert seen == [("assigned", 3)]
+
+
+def test_a_round_that_is_run_again_spends_once(workspace, round_of):
+    plan, assignments = round_of()
+    for _ in range(2):
+        assert reserve(plan, assignments, workspace.ledger, lambda k, d: None) == assignments
+
+    assert len(workspace.ledger.spends_of_run("run-1")) == 3
+
+
+def test_another_broadcast_in_the_same_round_spends_again(workspace, round_of, tensors):
+    plan, assignments = round_of()
+    other = [replace(a, broadcast=Broadcast(tensors(99))) for a in assignments]
+    for sent in (assignments, other):
+        reserve(plan, sent, workspace.ledger, lambda k, d: None)
+
+    assert len(workspace.ledger.spends_of_run("run-1")) == 6
+
+
+def test_who_would_go_over_its_budget_is_left_out_with_a_sentence(workspace, round_of):
+    one = epsilon([spend()], 1e-5)
+    record = ClientRecord("b", "jsonl:/b", "people-b", epsilon=one * 1.01, delta=1e-5)
+    workspace.ledger.add_client(record)
+    events = []
+
+    def log(kind, data):
+        events.append((kind, data))
+
+    plan, first = round_of(1)
+    _, second = round_of(2)
+    assert len(reserve(plan, first, workspace.ledger, log)) == 3
+    assert [a.client for a in reserve(plan, second, workspace.ledger, log)] == ["a", "c"]
+    # the first round again, as after a crash: already counted, so not refused now
+    assert len(reserve(plan, first, workspace.ledger, log)) == 3
+
+    [(_, refused)] = [event for event in events if event[0] == "refused"]
+    assert refused["client"] == "b"
+    assert refused["reason"].startswith(f"b has spent ε = {one:.2f} of")
+    assert "population people-b" in refused["reason"]
+    assert len(workspace.ledger.spends("people-b")) == 1
+
+
+def test_a_round_without_privacy_spends_nothing(workspace, round_of):
+    plan, assignments = round_of(noise=None)
+
+    assert reserve(plan, assignments, workspace.ledger, lambda k, d: None) == assignments
+    assert workspace.ledger.spends_of_run("run-1") == []
+
+
+def test_what_a_run_spent_is_composed_by_client(workspace, round_of):
+    for number in (1, 2):
+        plan, assignments = round_of(number)
+        reserve(plan, assignments, workspace.ledger, lambda k, d: None)
+
+    spent = spent_by_run(plan, workspace.ledger)
+
+    assert list(spent) == ["a", "b", "c"]
+    assert spent["a"].epsilon == epsilon([spend(), spend()], 1e-5)
+    assert str(spent["a"]).endswith("(δ = 1e-05, unit example, add-remove)")
+
+
+def recipe(*leaves, delta=1e-5):
+    return {"privacy": {"delta": delta}, "updates": list(leaves)}
+
+
+def leaf(digest, population="people", noise=1.0, public=False):
+    parameters = {"noise_multiplier": noise, "sample_rate": 0.1, "steps": 10.0}
+    one = {
+        "mechanism": "gaussian",
+        "unit": "example",
+        "adjacency": "add-remove",
+        "parameters": parameters,
+    }
+    return {"digest": digest, "population": population, "public": public, "spends": [one]}
+
+
+def test_a_diamond_s_shared_round_counts_once():
+    shared, left, right = leaf("1"), leaf("2"), leaf("3")
+
+    [found] = epsilon_of_lineage([recipe(shared), recipe(shared, left), recipe(shared, right)])
+
+    assert found.epsilon == epsilon([spend()] * 3, 1e-5)
+
+
+def test_two_equal_spends_of_different_updates_count_twice():
+    [found] = epsilon_of_lineage([recipe(leaf("1")), recipe(leaf("2"))])
+
+    assert found.epsilon == epsilon([spend(), spend()], 1e-5)
+    assert found.epsilon > epsilon([spend()], 1e-5)
+
+
+def test_two_populations_are_never_added():
+    found = epsilon_of_lineage([recipe(leaf("1", "north"), leaf("2", "south", noise=2.0))])
+
+    assert [(e.population, e.epsilon) for e in found] == [
+        ("north", epsilon([spend(1.0)], 1e-5)),
+        ("south", epsilon([spend(2.0)], 1e-5)),
+    ]
+
+
+def test_a_lineage_is_accounted_at_its_strictest_delta():
+    [found] = epsilon_of_lineage([recipe(leaf("1"), delta=1e-3), recipe(leaf("2"), delta=1e-6)])
+
+    assert found.delta == 1e-6
+
+
+def test_a_lineage_without_privacy_has_no_epsilon():
+    plain = {"privacy": None, "updates": [leaf("1") | {"spends": []}]}
+
+    assert epsilon_of_lineage([plain]) == []
+
+
+def test_public_data_are_said_to_be_public():
+    [found] = epsilon_of_lineage([recipe(leaf("1", public=True))])
+
+    assert found.public
