@@ -134,7 +134,7 @@ class Ledger(RunLog):
                 raise BadBudget(
                     f"population {record.population!r} has {_budget(kept.epsilon, kept.delta)}, "
                     f"got {_budget(record.epsilon, record.delta)} for client {record.name!r}; "
-                    "give the same, or change the population's budget first"
+                    "give the same, or change it with weft clients budget"
                 )
             connection.execute(insert(clients).values(row))
 

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import service
+from orchestrator.config import parse_config
+
+
+@pytest.mark.parametrize(
+    ("dp", "kind", "count"),
+    [
+        (False, "started", 1),  # before the first round
+        (False, "accepted", 2),  # in the middle of a round
+        (True, "assigned", 2),  # after the spend is on the ledger, before anyone trains
+        (True, "accepted", 5),
+        (True, "committed", 2),
+    ],
+)
+def test_a_run_killed_and_resumed_ends_at_the_same_version(
+    tmp_path: Path,
+    document: Callable[..., dict[str, Any]],
+    killed: Callable[..., None],
+    dp: bool,
+    kind: str,
+    count: int,
+) -> None:
+    config = document(dp, clients=document()["clients"])
+    whole = service.open_workspace(tmp_path / "whole")
+    wanted = service.launch(whole, parse_config(config))
+
+    killed(tmp_path / "killed", config, kind, count)
+    broken = service.open_workspace(tmp_path / "killed")
+    [record] = broken.ledger.runs()
+    assert record.status == "running"
+    assert service.resume(broken, record.id) == wanted
+    assert broken.ledger.run(record.id).status == "completed"
+    assert len(broken.ledger.spends_of_run(record.id)) == (9 if dp else 0)
+
+
+def test_a_second_process_is_told_that_a_run_is_driven(
+    tmp_path: Path, document: Callable[..., dict[str, Any]], killed: Callable[..., None]
+) -> None:
+    home = tmp_path / "home"
+    killed(home, document(), "round", 1)
+    workspace = service.open_workspace(home)
+    [record] = workspace.ledger.runs()
+    with (home / "runs" / record.id / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(service.RunBusy, match="another process is driving"):
+            service.resume(workspace, record.id)
