@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec
 from orchestrator import service
 from orchestrator.merging import effective
+from orchestrator.workspace import base_of
 
 _NUM = 64
 
@@ -26,7 +28,7 @@ def compare_with_peft(
         RuntimeError: if they differ by more than 1e-3.
     """
     version = workspace.store.version(ref)
-    spec = service.base_of(workspace, version)
+    spec = base_of(workspace, version)
     base = models.load(spec)
     examples = data.examples(DataSpec(dataset), spec)[:_NUM]
     encoded = data.encode(examples, base.tokenizer, spec)
@@ -58,9 +60,13 @@ def _plain(folder: Path, base_folder: Path, batch: data.Batch) -> Tensor:
     """
     from peft import PeftModel
     from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
 
-    base = AutoModel.from_pretrained(base_folder)
-    model = PeftModel.from_pretrained(base, folder).eval()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
+        base = AutoModel.from_pretrained(base_folder)
+        model = PeftModel.from_pretrained(base, folder).eval()
     head = load_file(folder / "head.safetensors")
     with torch.no_grad():
         hidden = model(

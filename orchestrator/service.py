@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import getpass
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine
-
 from clients import data, models
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
 from clients.export import export_peft
 from orchestrator.backends.base import Backend, Failure
 from orchestrator.backends.inline import InlineBackend
-from orchestrator.config import FAMILIES, BackendConfig, BadConfig, RunConfig, find_plugin
+from orchestrator.config import BackendConfig, BadConfig, RunConfig, find_plugin
 from orchestrator.federation import Federation, Observe
 from orchestrator.launch import make_plan
 from orchestrator.merging import (
@@ -33,13 +30,32 @@ from orchestrator.merging import (
 from orchestrator.plan import Plan
 from orchestrator.recipes import merge_recipe
 from orchestrator.spending import Epsilon, composed, epsilon_of_lineage, spend_from_row
-from storage.blobs import BlobStore
-from storage.database import open_database
-from storage.ledger import ClientRecord, Ledger, RunRecord
+from orchestrator.workspace import Workspace, base_of, open_workspace, remember_base
+from storage.ledger import ClientRecord
 from storage.lineage import Lineage, Version
-from storage.store import AdapterStore
 from strategies.base import Broadcast, Tensors
-from strategies.plugins import UnknownPlugin
+
+__all__ = [
+    "Ancestry",
+    "EvaluationFailed",
+    "RunBusy",
+    "Workspace",
+    "as_it_is",
+    "check_data",
+    "evaluate",
+    "evaluate_many",
+    "export",
+    "launch",
+    "lineage",
+    "make_backend",
+    "merge",
+    "name_of",
+    "open_workspace",
+    "promote",
+    "register_client",
+    "resume",
+    "spent_by_population",
+]
 
 _DELTA = 1e-5
 
@@ -50,45 +66,6 @@ class RunBusy(RuntimeError):
 
 class EvaluationFailed(RuntimeError):
     """A version could not be scored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """A weft home: its store, its ledger, and the folder both live in.
-
-    Attributes:
-        home: folder of blobs, spilled updates and the clients' private state.
-        store: versions.
-        ledger: runs, clients and privacy spends.
-        engine: the database under both.
-    """
-
-    home: Path
-    store: AdapterStore
-    ledger: Ledger
-    engine: Engine
-
-    def close(self) -> None:
-        """Give the database's connections back."""
-        self.engine.dispose()
-
-
-def open_workspace(home: str | Path | None = None, database: str | None = None) -> Workspace:
-    """Open the workspace, creating it where it does not exist.
-
-    Args:
-        home: folder; by default ``$WEFT_HOME``, else ``.weft``.
-        database: SQLAlchemy URL; by default ``$WEFT_DATABASE``, else SQLite in ``home``.
-
-    Raises:
-        storage.database.NewerSchema: if a newer weft wrote the database.
-    """
-    folder = Path(home or os.environ.get("WEFT_HOME") or ".weft").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
-    engine = open_database(url)
-    store = AdapterStore(engine, BlobStore(folder / "blobs"))
-    return Workspace(folder, store, Ledger(engine), engine)
 
 
 # --- launch -----------------------------------------------------------------------------------
@@ -479,99 +456,3 @@ def _card(version: Version, ancestry: Ancestry) -> str:
     for spent in ancestry.epsilons:
         lines.append(f"- {spent.population}: {spent}{', public data' if spent.public else ''}")
     return "\n".join(lines)
-
-
-# --- base models ------------------------------------------------------------------------------
-
-
-def remember_base(workspace: Workspace, model: ModelSpec) -> None:
-    """Note where a base model was seen: recipes name it by hash, not by place."""
-    folder = workspace.home / "bases"
-    folder.mkdir(exist_ok=True)
-    place = str(Path(model.id).absolute()) if Path(model.id).exists() else model.id
-    note = json.dumps({"id": place, "revision": model.revision})
-    (folder / f"{model.hash}.json").write_text(note, "utf-8")
-
-
-def base_of(workspace: Workspace, version: Version, model: str | None = None) -> ModelSpec:
-    """Return the base model of a version, with the place where it is loaded from.
-
-    Raises:
-        models.ModelNotFound: if nobody says where it is.
-    """
-    recipe = dict(version.recipe["model"])
-    recipe["labels"] = tuple(recipe["labels"])
-    note = workspace.home / "bases" / f"{recipe['hash']}.json"
-    if model is not None:
-        recipe["id"] = model
-    elif recipe["id"] is None:
-        if not note.exists():
-            raise models.ModelNotFound(
-                f"the base model {recipe['hash'][:12]} of this version was a local folder that "
-                "this home has not seen; say where it is with --model DIR"
-            )
-        recipe["id"] = json.loads(note.read_text("utf-8"))["id"]
-    return ModelSpec(**recipe)
-
-
-# --- look -------------------------------------------------------------------------------------
-
-
-def plugin_table(kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield every plug-in of one kind, or of all, as JSON.
-
-    Raises:
-        UnknownPlugin: if there is no such kind.
-    """
-    if kind is not None and kind not in FAMILIES:
-        raise UnknownPlugin(f"no kind of plug-in is called {kind!r} ({', '.join(FAMILIES)})")
-    for family_kind, family in FAMILIES.items():
-        if kind in (None, family_kind):
-            for name in family.names():
-                plugin = family.get(name)
-                yield {
-                    "kind": family_kind,
-                    "name": name,
-                    "summary": plugin.summary,
-                    "source": plugin.source,
-                    "options": {
-                        o.name: {
-                            "type": o.describe_type(),
-                            **({} if o.required else {"default": o.default}),
-                        }
-                        for o in plugin.options.values()
-                    },
-                }
-
-
-def run_json(record: RunRecord) -> dict[str, Any]:
-    """Return a run's record as JSON."""
-    document = asdict(record)
-    return {k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in document.items()}
-
-
-def version_json(version: Version) -> dict[str, Any]:
-    """Return a version as JSON."""
-    return {
-        "id": version.id,
-        "names": list(version.names),
-        "aliases": list(version.aliases),
-        "tensors": version.tensors,
-        "auxiliary": version.auxiliary,
-        "memory": version.memory,
-        "parents": [{"id": p.id, "kind": p.kind} for p in version.parents],
-        "recipe": version.recipe,
-        "metrics": dict(version.metrics),
-        "created_at": version.created_at.isoformat(),
-    }
-
-
-def lineage_json(ancestry: Ancestry) -> dict[str, Any]:
-    """Return an ancestry as JSON."""
-    found = ancestry.lineage
-    return {
-        "root": found.root,
-        "versions": {key: version_json(v) for key, v in found.nodes.items()},
-        "edges": [{"child": c, "parent": p, "kind": k} for c, p, k in found.edges],
-        "epsilon": [asdict(e) for e in ancestry.epsilons],
-    }

@@ -416,7 +416,7 @@ def test_a_bug_shows_its_traceback(weft, monkeypatch):
     def broken(home=None, database=None):
         raise KeyError("oh")
 
-    monkeypatch.setattr("orchestrator.service.open_workspace", broken)
+    monkeypatch.setattr("orchestrator.workspace.open_workspace", broken)
 
     with pytest.raises(KeyError, match="oh"):
         weft("runs", "list")
@@ -426,7 +426,7 @@ def test_an_interrupt_is_not_an_error_of_the_user(weft, monkeypatch):
     def interrupted(home=None, database=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orchestrator.service.open_workspace", interrupted)
+    monkeypatch.setattr("orchestrator.workspace.open_workspace", interrupted)
 
     code, _, err = weft("runs", "list")
 

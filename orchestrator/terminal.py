@@ -1,0 +1,93 @@
+"""The terminal: consoles, options that many commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+_WIDTH = None if sys.stdout.isatty() else 160  # a pipe has no width of its own
+
+out = Console(soft_wrap=True, width=_WIDTH)
+err = Console(stderr=True, soft_wrap=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Set = Annotated[list[str], typer.Option("--set", help="Override: path.to.key=value.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Where the base model is, if it moved.")
+]
+Fields = Annotated[
+    str, typer.Option("--fields", help="Column names of your own: text=note,label=dx.")
+]
+
+
+def print_json(document: Any) -> None:
+    """Print ``document`` as JSON."""
+    sys.stdout.write(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def workspace_here() -> Any:
+    """Return the workspace that the environment names."""
+    from orchestrator.workspace import open_workspace
+
+    return open_workspace()
+
+
+def pairs(texts: list[str], option: str) -> dict[str, str]:
+    """Return ``key=value`` texts as a mapping.
+
+    Raises:
+        BadConfig: if one is not of this form.
+    """
+    from orchestrator.config import BadConfig
+
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value:
+            raise BadConfig(f"{option} takes key=value, got {text!r}")
+        found[key] = value
+    return found
+
+
+def yaml_value(text: str, option: str) -> Any:
+    """Return an option's text read as YAML, as ``--set`` reads it.
+
+    Raises:
+        BadConfig: if it is not YAML.
+    """
+    import yaml
+
+    from orchestrator.config import BadConfig
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise BadConfig(f"{option}: the value {text!r} is not YAML") from None
+
+
+def numbers(text: str) -> list[float]:
+    """Return comma-separated numbers.
+
+    Raises:
+        BadConfig: if one is no number.
+    """
+    from orchestrator.config import BadConfig
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadConfig(f"--weights takes numbers such as 1,0.5, got {text!r}") from None
+
+
+def absolute(uri: str) -> str:
+    """Return a file's URI with an absolute path, so that it means the same from anywhere."""
+    scheme, _, rest = uri.partition(":")
+    if scheme not in ("jsonl", "csv", "parquet"):
+        return uri
+    path, mark, options = rest.partition("?")
+    return f"{scheme}:{Path(path).expanduser().absolute()}{mark}{options}"

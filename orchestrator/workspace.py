@@ -1,0 +1,87 @@
+"""A weft home: where the store, the ledger and the clients' private state live."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from clients import models
+from clients.assignment import ModelSpec
+from storage.blobs import BlobStore
+from storage.database import open_database
+from storage.ledger import Ledger
+from storage.lineage import Version
+from storage.store import AdapterStore
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A weft home: its store, its ledger, and the folder both live in.
+
+    Attributes:
+        home: folder of blobs, spilled updates and the clients' private state.
+        store: versions.
+        ledger: runs, clients and privacy spends.
+        engine: the database under both.
+    """
+
+    home: Path
+    store: AdapterStore
+    ledger: Ledger
+    engine: Engine
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self.engine.dispose()
+
+
+def open_workspace(home: str | Path | None = None, database: str | None = None) -> Workspace:
+    """Open the workspace, creating it where it does not exist.
+
+    Args:
+        home: folder; by default ``$WEFT_HOME``, else ``.weft``.
+        database: SQLAlchemy URL; by default ``$WEFT_DATABASE``, else SQLite in ``home``.
+
+    Raises:
+        storage.database.NewerSchema: if a newer weft wrote the database.
+    """
+    folder = Path(home or os.environ.get("WEFT_HOME") or ".weft").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
+    engine = open_database(url)
+    store = AdapterStore(engine, BlobStore(folder / "blobs"))
+    return Workspace(folder, store, Ledger(engine), engine)
+
+
+def remember_base(workspace: Workspace, model: ModelSpec) -> None:
+    """Note where a base model was seen: recipes name it by hash, not by place."""
+    folder = workspace.home / "bases"
+    folder.mkdir(exist_ok=True)
+    place = str(Path(model.id).absolute()) if Path(model.id).exists() else model.id
+    note = json.dumps({"id": place, "revision": model.revision})
+    (folder / f"{model.hash}.json").write_text(note, "utf-8")
+
+
+def base_of(workspace: Workspace, version: Version, model: str | None = None) -> ModelSpec:
+    """Return the base model of a version, with the place where it is loaded from.
+
+    Raises:
+        models.ModelNotFound: if nobody says where it is.
+    """
+    recipe = dict(version.recipe["model"])
+    recipe["labels"] = tuple(recipe["labels"])
+    note = workspace.home / "bases" / f"{recipe['hash']}.json"
+    if model is not None:
+        recipe["id"] = model
+    elif recipe["id"] is None:
+        if not note.exists():
+            raise models.ModelNotFound(
+                f"the base model {recipe['hash'][:12]} of this version was a local folder that "
+                "this home has not seen; say where it is with --model DIR"
+            )
+        recipe["id"] = json.loads(note.read_text("utf-8"))["id"]
+    return ModelSpec(**recipe)
