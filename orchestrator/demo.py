@@ -35,23 +35,23 @@ from strategies.base import ClientSpec
 LABELS = parameter_types.LABELS
 TASKS = {"task-1": LABELS[:4], "task-2": LABELS[4:]}
 _TRAIN, _TEST = "builtin:parameter-types?split=train", "builtin:parameter-types?split=test"
-_RANK = 4
+_RANK = 8
 _MODEL = "builtin:minilm"
-_UPPER = {_MODEL: [4, 5]}  # its upper layers: half the backward pass, and less to noise under DP
+_UPPER = {_MODEL: [3, 4, 5]}  # its upper half: half the backward pass, and less to noise
 _PROBED = 2000
 _BASE: Mapping[str, Any] = {
     "labels": LABELS,
-    "microbatch": 16,
+    "microbatch": 8,
     "clients": {"simulate": {"data": _TRAIN, "by": "column", "column": "client"}},
 }
 _WITH_DP: Mapping[str, Any] = {
-    "batch_size": 48,
-    "optimizer": {"name": "adamw", "lr": 6e-3},
+    "batch_size": 64,
+    "optimizer": {"name": "adamw", "lr": 2e-2},
     "privacy": {"epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 1.0},
 }
 _WITHOUT_DP: Mapping[str, Any] = {
     "batch_size": 16,
-    "optimizer": {"name": "adamw", "lr": 5e-3},
+    "optimizer": {"name": "adamw", "lr": 1e-2},
 }
 
 
@@ -127,7 +127,7 @@ def run_demo(
     """
     began = time.monotonic()
     workspace = service.open_workspace(home)
-    rounds, examples = (1, 48) if quick else (4, 192)
+    rounds, examples = (1, 64) if quick else (4, 192)
     demo = _Demo(console, workspace, InlineBackend(), model, strategy, dp, rounds, examples)
     config = demo.config("task-1", dp=dp, task_labels=TASKS["task-1"])  # refused before anything
     sizes = _show_data(console)

@@ -66,8 +66,10 @@ class _Drawing:
                 return
             node = line.add(self._edge(above[0]))
         for edge in above:
-            branch = node.add(self._edge(edge))
-            if edge.parent not in self._drawn:
+            if edge.parent in self._drawn:
+                node.add(f"{self._edge(edge)} [dim](shown above)[/]")
+            else:
+                branch = node.add(self._edge(edge))
                 self.draw(branch, branch, edge.parent)
 
     def _edge(self, edge: Edge) -> str:
