@@ -15,19 +15,16 @@ Figures below 1 MB are noise.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from _figures import Figure, show
 from torch import Tensor
 
 from strategies.base import Update
@@ -37,27 +34,6 @@ from strategies.merges.svd import svd
 RANK = 16
 Adapters = list[dict[str, Tensor]]
 A, B, SCALING = "layer.lora_A.weight", "layer.lora_B.weight", "layer.scaling"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the result, as CONVENTIONS has it."""
-
-    name: str
-    value: float
-    unit: str
-    goal: float | None
-    better: str
-    peer: str
-    setting: str
-
-    @property
-    def verdict(self) -> str:
-        """Whether the goal is met; empty without one."""
-        if self.goal is None:
-            return ""
-        met = self.value >= self.goal if self.better == "higher" else self.value <= self.goal
-        return "met" if met else "MISSED"
 
 
 def inputs(size: int, num_adapters: int, *, shared: bool) -> Adapters:
@@ -249,15 +225,7 @@ def main() -> None:
     figures = [f for d in sizes for n in counts for job in JOBS for f in compare(job, d, n)]
     if len(sizes) > 1:
         figures += [f for n in counts for f in growth(figures, sizes, n)]
-    if arguments.json:
-        for figure in figures:
-            print(json.dumps(asdict(figure)))
-        return
-    table = Table("figure", "value", "unit", "goal", "", "setting", title="aggregation")
-    for f in figures:
-        aim = "" if f.goal is None else f"{'>=' if f.better == 'higher' else '<='} {f.goal:g}"
-        table.add_row(f.name, f"{f.value:.4g}", f.unit, aim, f.verdict, f.setting)
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    show("aggregation", figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -21,20 +21,17 @@ one cannot go to an actor that is free.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
+from _figures import Figure, show
 from ray.util import ActorPool
-from rich.console import Console
-from rich.table import Table
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from orchestrator.backends.ray import RayBackend
@@ -43,26 +40,6 @@ from strategies.base import Broadcast, Update
 NUM_TENSORS = 48  # a LoRA adapter on query and value of 12 layers
 GOAL = 1.5
 Round = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the result, as CONVENTIONS has it."""
-
-    name: str
-    value: float
-    unit: str
-    goal: float | None
-    better: str
-    peer: str
-    setting: str
-
-    @property
-    def verdict(self) -> str:
-        """Whether the goal is met; empty without one."""
-        if self.goal is None:
-            return ""
-        return "met" if self.value <= self.goal else "MISSED"
 
 
 def echo(assignment: Assignment) -> Update:
@@ -239,15 +216,7 @@ def main() -> None:
     num_clients = arguments.clients or (50 if arguments.quick else 100)
     rounds = arguments.rounds or (5 if arguments.quick else 9)
     figures = measure(arguments.workers, num_clients, rounds)
-    if arguments.json:
-        for figure in figures:
-            print(json.dumps(asdict(figure)))
-        return
-    table = Table("figure", "value", "unit", "goal", "", "setting", title="overhead")
-    for f in figures:
-        goal = "" if f.goal is None else f"<= {f.goal:g}"
-        table.add_row(f.name, f"{f.value:.3g}", f.unit, goal, f.verdict, f.setting)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show("overhead", figures, arguments.json)
 
 
 if __name__ == "__main__":
