@@ -35,6 +35,7 @@ from clients.sources import (
     DataNotFound,
     DataURI,
     MissingExtra,
+    absolute,
     is_public,
     parse_uri,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Example",
     "Lengths",
     "MissingExtra",
+    "absolute",
     "check",
     "collate",
     "encode",

@@ -138,6 +138,19 @@ def _known(what: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...]) -
         raise BadDataURI(f"there is no {what} {name!r}{hint} (allowed: {listed})")
 
 
+def absolute(uri: str) -> str:
+    """Return a file's URI with an absolute path, so that it means the same from anywhere.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+    """
+    if parse_uri(uri).scheme not in ("jsonl", "csv", "parquet"):
+        return uri
+    scheme, _, rest = uri.partition(":")
+    path, mark, options = rest.partition("?")
+    return f"{scheme}:{Path(path).expanduser().absolute()}{mark}{options}"
+
+
 def is_public(uri: str) -> bool:
     """Return whether everyone has these data: only ``builtin:``.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.terminal import Fields, JsonFlag, absolute, out, pairs, print_json, workspace_here
+from orchestrator.terminal import Fields, JsonFlag, out, pairs, print_json, workspace_here
 
 clients_app = typer.Typer(help="Register clients and look at them.", no_args_is_help=True)
 
@@ -30,7 +30,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
 
     record = ClientRecord(
         name=name,
-        data=absolute(data),
+        data=data,
         population=population or name,
         fields=pairs(fields.split(",") if fields else [], "--fields"),
         num_examples=examples,

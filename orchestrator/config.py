@@ -62,8 +62,8 @@ def _name_first(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": value, "options": {}}
     if isinstance(value, Mapping) and "options" not in value:
-        rest = {k: v for k, v in value.items() if k != "name"}
-        return {"name": value.get("name"), "options": rest}
+        named = {"name": value["name"]} if "name" in value else {}
+        return {**named, "options": {k: v for k, v in value.items() if k != "name"}}
     return value
 
 
@@ -349,12 +349,19 @@ def _override(document: dict[str, Any], text: str) -> None:
         if isinstance(below, str):  # a short form, such as strategy: fedsvd
             below = {("id" if key == "model" else "name"): below}
         elif below is None:
-            below = {}
+            below = _default(key)
         if not isinstance(below, dict):
             raise BadConfig(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is not a mapping")
         inner[key] = below
         inner = below
     inner[keys[-1]] = value
+
+
+def _default(key: str) -> dict[str, Any]:
+    """Return what an override inside an absent section starts from: the default's name."""
+    field = RunConfig.model_fields.get(key)
+    default = field.default if field else None
+    return {"name": default.name} if isinstance(default, Choice) else {}
 
 
 def _sentence(error: Any) -> str:

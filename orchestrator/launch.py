@@ -34,7 +34,10 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
         BudgetSpent: if a client's population has no budget left for it.
     """
     chosen = config.checked_plugins()
+    config = _anchored(config)
     model = config.model_spec()
+    if Path(model.id).is_dir():
+        model = replace(model, id=str(Path(model.id).absolute()))
     model = replace(model, hash=models.base_hash(model))
     start = _start(config, model, store)
     plan = Plan(
@@ -51,6 +54,14 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     private = tuple(_with_privacy(p, plan, ledger) for p in participants)
     return replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+
+
+def _anchored(config: RunConfig) -> RunConfig:
+    """Return the config with absolute paths: a run may be resumed from another folder."""
+    if config.evaluate is None:
+        return config
+    place = {"data": data.absolute(config.evaluate.data)}
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=place)})
 
 
 def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
@@ -164,7 +175,8 @@ def _registered(record: ClientRecord) -> Participant:
 
 
 def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[Participant]:
-    base = DataSpec(simulate.data, simulate.fields, labels=config.task_labels)
+    uri = data.absolute(simulate.data)
+    base = DataSpec(uri, simulate.fields, labels=config.task_labels)
     parts = data.partition_specs(
         base,
         simulate.by,

@@ -181,7 +181,7 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
         data.DataNotFound: if its data set is not there.
         BadConfig: if its data set holds no readable record.
     """
-    data.parse_uri(record.data)
+    record = replace(record, data=data.absolute(record.data))
     if check:
         report = data.check(DataSpec(record.data, dict(record.fields)), None, None)
         if report.total == report.num_bad:

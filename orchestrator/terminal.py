@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,12 +81,3 @@ def numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise BadConfig(f"--weights takes numbers such as 1,0.5, got {text!r}") from None
-
-
-def absolute(uri: str) -> str:
-    """Return a file's URI with an absolute path, so that it means the same from anywhere."""
-    scheme, _, rest = uri.partition(":")
-    if scheme not in ("jsonl", "csv", "parquet"):
-        return uri
-    path, mark, options = rest.partition("?")
-    return f"{scheme}:{Path(path).expanduser().absolute()}{mark}{options}"

@@ -53,3 +53,20 @@ def test_a_second_process_is_told_that_a_run_is_driven(
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(service.RunBusy, match="another process is driving"):
             service.resume(workspace, record.id)
+
+
+def test_a_run_of_relative_paths_is_resumed_from_another_folder(
+    tmp_path: Path,
+    document: Callable[..., dict[str, Any]],
+    killed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = document(evaluate={"data": "jsonl:rows.jsonl"}, rounds=2)
+    config["clients"]["simulate"]["data"] = "jsonl:rows.jsonl"
+    monkeypatch.chdir(tmp_path)
+    killed(tmp_path / "home", config, "committed", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    workspace = service.open_workspace(tmp_path / "home")
+    version = service.resume(workspace, "task-1")
+    assert "accuracy" in workspace.store.version(version).metrics

@@ -230,3 +230,14 @@ def test_private_rounds_have_a_number_of_steps_by_themselves(document):
     assert parse_config(document()).local_steps is None
     assert parse_config(document(privacy={"epsilon": 1})).local_steps == 10
     assert parse_config(document(privacy={"epsilon": 1}, steps=3)).local_steps == 3
+
+
+def test_an_override_inside_a_section_that_is_not_there_means_the_default_plugin(document):
+    config = parse_config(document(adapter=None), ["adapter.r=16"])
+    assert config.adapter.name == "lora"
+    assert config.adapter.options == {"r": 16}
+
+
+def test_a_plugin_without_a_name_is_refused(document):
+    with pytest.raises(BadConfig, match=r"adapter\.name: is required"):
+        parse_config(document(adapter={"r": 16}))
