@@ -17,6 +17,10 @@ from clients.noise import insecure_key, new_key
 from strategies.base import Tensors
 
 
+class UpdateGone(RuntimeError):
+    """An update that was sent is no longer kept, and may not be made a second time."""
+
+
 class Site:
     """The private folder of one client's side.
 
@@ -44,18 +48,40 @@ class Site:
         return self._once(self._folder / "data.key")
 
     def stored_update(self, run: str, client: str, assignment: str) -> bytes | None:
-        """Return the bytes of the update already made for this assignment digest, or None."""
-        path = self._run_folder(run, client) / f"update-{assignment}"
-        return path.read_bytes() if path.exists() else None
+        """Return the bytes of the update already made for this assignment digest, or None.
 
-    def store_update(self, run: str, client: str, assignment: str, data: bytes) -> None:
-        """Keep an update before it is sent; updates of earlier assignments are dropped."""
+        Raises:
+            UpdateGone: if it was made, and dropped for a later one: it must not be made again.
+        """
+        path = self._run_folder(run, client) / f"update-{assignment}"
+        if not path.exists():
+            return None
+        data = path.read_bytes()
+        if not data:
+            raise UpdateGone(
+                f"{client} has already sent an update for assignment {assignment[:12]} and one for "
+                "a later round; a second one with the same noise would not be private"
+            )
+        return data
+
+    def store_update(
+        self, run: str, client: str, assignment: str, data: bytes, private: bool
+    ) -> None:
+        """Keep an update before it is sent; earlier ones are dropped.
+
+        Of a ``private`` one the fact is kept: made again from other data, with the same noise, it
+        would tell what changed.
+        """
         folder = self._run_folder(run, client)
         path = folder / f"update-{assignment}"
         write_durably(path, data)
         for other in folder.glob("update-*"):
-            if other != path:
+            if other == path:
+                continue
+            if not private:
                 other.unlink(missing_ok=True)
+            elif other.stat().st_size:
+                write_durably(other, b"")
 
     def state(self, run: str, client: str, round_: int) -> dict[str, Tensor]:
         """Return the client's own tensors as round ``round_`` wrote them; empty for none.

@@ -54,6 +54,7 @@ def train(assignment: Assignment) -> Update:
     different updates ever exist for one digest.
 
     Raises:
+        UpdateGone: if it was sent before a later round's, and is no longer kept.
         NothingToTrain: if there is no example or no trainable tensor.
         clients.data.BadRecord: if a record is malformed.
     """
@@ -96,7 +97,8 @@ def train(assignment: Assignment) -> Update:
     if assignment.head == "personal":
         head = {k: v for k, v in trained.items() if k.startswith("head.")}
         site.store_state(assignment.run, assignment.client, assignment.round, head)
-    site.store_update(assignment.run, assignment.client, digest, pack(update))
+    private = privacy is not None
+    site.store_update(assignment.run, assignment.client, digest, pack(update), private)
     return update
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.site import Site, write_durably
+from clients.site import Site, UpdateGone, write_durably
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def mode(path: Path) -> int:
 def test_files_and_folders_are_readable_by_their_owner_alone(site, tmp_path):
     site.run_key("run", "a")
     site.data_key()
-    site.store_update("run", "a", "digest", b"bytes")
+    site.store_update("run", "a", "digest", b"bytes", private=True)
     site.store_state("run", "a", 1, {"x": torch.ones(2)})
 
     everything = list((tmp_path / "sites").rglob("*"))
@@ -71,11 +71,11 @@ def test_two_who_ask_at_once_get_one_key(tmp_path):
 
 def test_an_update_is_kept_until_the_next_assignment_s(site):
     assert site.stored_update("run", "a", "first") is None
-    site.store_update("run", "a", "first", b"one")
-    site.store_update("run", "b", "first", b"two")
+    site.store_update("run", "a", "first", b"one", private=False)
+    site.store_update("run", "b", "first", b"two", private=False)
     assert site.stored_update("run", "a", "first") == b"one"
 
-    site.store_update("run", "a", "second", b"three")
+    site.store_update("run", "a", "second", b"three", private=False)
 
     assert site.stored_update("run", "a", "first") is None
     assert site.stored_update("run", "a", "second") == b"three"
@@ -111,3 +111,12 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     assert path.read_bytes() == b"old"
     write_durably(path, memoryview(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_a_private_update_that_was_dropped_may_not_be_made_again(site):
+    site.store_update("run", "a", "first", b"one", private=True)
+    site.store_update("run", "a", "second", b"two", private=True)
+
+    assert site.stored_update("run", "a", "second") == b"two"
+    with pytest.raises(UpdateGone, match="already sent an update"):
+        site.stored_update("run", "a", "first")

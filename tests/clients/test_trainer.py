@@ -9,7 +9,7 @@ import torch
 from clients import models, trainer
 from clients.assignment import DataSpec, ModelSpec, PluginChoice, Privacy
 from clients.evaluate import evaluate
-from clients.site import Site
+from clients.site import Site, UpdateGone
 from clients.trainer import NothingToTrain, initial_tensors, spend_of, train
 from clients.wire import pack
 from strategies.base import PrivacySpend
@@ -386,3 +386,12 @@ def test_first_tensors_follow_from_the_seed(assign):
 
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_an_old_private_round_is_never_answered_twice(assign):
+    first, second = assign(privacy=NOISE), assign(privacy=NOISE, round=2)
+    train(first)
+    train(second)
+
+    with pytest.raises(UpdateGone):
+        train(first)
