@@ -66,12 +66,10 @@ def _batches(
     assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
 ) -> list[tuple[list[int], data.Batch]]:
     """Return batches of examples of like length: less padding, the same scores."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
-    size, pad = assignment.microbatch, data.padding_id(session.base.tokenizer)
-    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    pad = data.padding_id(session.base.tokenizer)
     return [
         (chunk, move(data.collate([encoded[i] for i in chunk], pad), assignment.device))
-        for chunk in chunks
+        for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -114,6 +114,16 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     return 0
+
+
+def by_length(encoded: Sequence[Encoded], indices: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Yield ``indices`` in parts of at most ``size`` and of like length, which need less padding.
+
+    Shortest first; equally long ones in the order given.
+    """
+    ordered = sorted(indices, key=lambda i: len(encoded[i].input_ids))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
 
 
 def encode(

@@ -51,12 +51,10 @@ def _features(spec: ModelSpec, examples: Sequence[data.Example]) -> Tensor:
     model = models.TaskModel(base.backbone, spec)
     model.eval()
     encoded = data.encode(examples, base.tokenizer, spec)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    pad = data.padding_id(base.tokenizer)
     found = torch.empty(len(encoded), base.backbone.config.get_text_config().hidden_size)
     with torch.no_grad():
-        for start in range(0, len(order), _BATCH):
-            chunk = order[start : start + _BATCH]
-            pad = data.padding_id(base.tokenizer)
+        for chunk in data.by_length(encoded, range(len(encoded)), _BATCH):
             found[chunk] = model.features(data.collate([encoded[i] for i in chunk], pad))
     return found
 

@@ -204,9 +204,8 @@ class _Loop:
         method = (a.model.hash, a.adapter.name, repr(a.adapter.options), *sorted(self.params))
         if method in _VERIFIED:
             return
-        few = self._by_length(range(min(2, len(self.encoded))))
-        batch = next(self._microbatches(few))
-        singles = [next(self._microbatches([i])) for i in few]
+        few = range(min(2, len(self.encoded)))
+        batch, singles = self._collated(few), [self._collated([i]) for i in few]
         verify_per_example(self.session.model, self.params, batch, singles, self._losses)
         _VERIFIED.add(method)
 
@@ -268,14 +267,13 @@ class _Loop:
 
     def _microbatches(self, indices: Sequence[int]) -> Iterator[data.Batch]:
         """Yield a batch in parts of like length: the same sum of gradients, less padding."""
-        a = self.assignment
-        ordered = self._by_length(indices)
-        for start in range(0, len(ordered), a.microbatch):
-            chosen = [self.encoded[i] for i in ordered[start : start + a.microbatch]]
-            yield move(data.collate(chosen, data.padding_id(self.session.base.tokenizer)), a.device)
+        for chosen in data.by_length(self.encoded, indices, self.assignment.microbatch):
+            yield self._collated(chosen)
 
-    def _by_length(self, indices: Sequence[int]) -> list[int]:
-        return sorted(indices, key=lambda i: len(self.encoded[i].input_ids))
+    def _collated(self, indices: Sequence[int]) -> data.Batch:
+        pad = data.padding_id(self.session.base.tokenizer)
+        batch = data.collate([self.encoded[i] for i in indices], pad)
+        return move(batch, self.assignment.device)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
