@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clients import data, models
-from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec
+from clients.session import opened
 from orchestrator import service
-from orchestrator.merging import effective
-from orchestrator.workspace import base_of
 
 _NUM = 64
 
@@ -28,24 +26,16 @@ def compare_with_peft(
         RuntimeError: if they differ by more than 1e-3.
     """
     version = workspace.store.version(ref)
-    spec = base_of(workspace, version)
-    base = models.load(spec)
-    examples = data.examples(DataSpec(dataset), spec)[:_NUM]
-    encoded = data.encode(examples, base.tokenizer, spec)
-    batch = data.collate(encoded, data.padding_id(base.tokenizer))
-    tensors = effective(workspace.store, version)
-    choice = service.as_it_is(version, tensors)
-    adapter = ADAPTERS.get(choice.name).build(**choice.options)
-    attached = adapter.attach(base.backbone, {})
-    try:
-        adapter.write(attached, tensors)
-        model = models.TaskModel(attached, spec)
-        model.write_head({k: v for k, v in tensors.items() if k.startswith("head.")})
-        model.eval()
-        with torch.no_grad():
-            ours = model(batch)
-    finally:
-        adapter.detach(attached)
+    assignment = service.use(workspace, version, DataSpec(dataset))
+    spec = assignment.model
+    examples = data.examples(assignment.data, spec)[:_NUM]
+    with opened(assignment) as session, torch.no_grad():
+        session.write(assignment.broadcast.tensors)
+        session.model.eval()
+        tokenizer = session.base.tokenizer
+        encoded = data.encode(examples, tokenizer, spec)
+        batch = data.collate(encoded, data.padding_id(tokenizer))
+        ours = session.model(batch)
     theirs = _plain(folder, models.locate(spec.id, spec.revision), batch)
     difference = float((ours - theirs).abs().max())
     if difference > 1e-3:

@@ -40,7 +40,6 @@ __all__ = [
     "EvaluationFailed",
     "RunBusy",
     "Workspace",
-    "as_it_is",
     "check_data",
     "evaluate",
     "evaluate_many",
@@ -55,6 +54,7 @@ __all__ = [
     "register_client",
     "resume",
     "spent_by_population",
+    "use",
 ]
 
 _DELTA = 1e-5
@@ -367,28 +367,10 @@ def evaluate_many(
     Raises:
         EvaluationFailed: if one could not be scored.
     """
-    assignments = []
-    for number, (version, dataset) in enumerate(wanted):
-        _refuse_personal(version)
-        spec = base_of(workspace, version, model)
-        tensors = effective(workspace.store, version)
-        assignments.append(
-            Assignment(
-                action="evaluate",
-                run="",
-                client=str(number),
-                round=0,
-                base=version.id,
-                model=spec,
-                adapter=as_it_is(version, tensors),
-                broadcast=Broadcast(tensors),
-                data=dataset,
-                optimizer=PluginChoice(""),
-                site=str(workspace.home / "sites"),
-                head="freeze",
-                labels=tuple(version.recipe["seen_labels"]),
-            )
-        )
+    assignments = [
+        replace(use(workspace, version, dataset, model), client=str(number))
+        for number, (version, dataset) in enumerate(wanted)
+    ]
     used = backend or InlineBackend()
     found: dict[str, Evaluation] = {}
     for result in used.run(assignments, 3600.0, lambda a: None):
@@ -399,6 +381,34 @@ def evaluate_many(
     return [found[a.client] for a in assignments]
 
 
+def use(
+    workspace: Workspace, version: Version, dataset: DataSpec, model: str | None = None
+) -> Assignment:
+    """Return the assignment that uses a version, stack and all, on a data set.
+
+    Raises:
+        EvaluationFailed: if its heads are personal.
+        models.ModelNotFound: if nobody says where its base model is.
+    """
+    _refuse_personal(version)
+    tensors = effective(workspace.store, version)
+    return Assignment(
+        action="evaluate",
+        run="",
+        client="",
+        round=0,
+        base=version.id,
+        model=base_of(workspace, version, model),
+        adapter=_as_it_is(version, tensors),
+        broadcast=Broadcast(tensors),
+        data=dataset,
+        optimizer=PluginChoice(""),
+        site=str(workspace.home / "sites"),
+        head="freeze",
+        labels=tuple(version.recipe["seen_labels"]),
+    )
+
+
 def _refuse_personal(version: Version) -> None:
     if version.recipe.get("training", {}).get("head") == "personal":
         raise EvaluationFailed(
@@ -407,7 +417,7 @@ def _refuse_personal(version: Version) -> None:
         )
 
 
-def as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
+def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
     """Return the adapter that holds exactly ``tensors``: a merge may cover more layers."""
     choice = version.recipe["adapter"]
     layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})
