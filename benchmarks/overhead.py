@@ -34,6 +34,7 @@ from _figures import Figure, show
 from ray.util import ActorPool
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
+from orchestrator.backends.base import complete
 from orchestrator.backends.ray import RayBackend
 from strategies.base import Broadcast, Update
 
@@ -96,7 +97,7 @@ def weft_round(backend: RayBackend, megabytes: float, num_clients: int) -> Round
     asked = assignments(payload(megabytes), num_clients)
 
     def run() -> None:
-        results = backend.run(asked, deadline=600, started=lambda assignment: None)
+        results = complete(backend, asked, deadline=600, started=lambda assignment: None)
         count = 0
         for result in results:
             assert isinstance(result, Update), result

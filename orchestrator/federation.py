@@ -17,7 +17,7 @@ from clients.assignment import Assignment
 from clients.evaluate import Evaluation
 from clients.regularizers import REGULARIZERS, namespaced, recall
 from orchestrator.acceptance import Accepted, lazily, refusal, spill
-from orchestrator.backends.base import Backend, Failure
+from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.merging import split_head, stacked
 from orchestrator.plan import Plan, RoundInputs, plan_evaluation, plan_init, plan_round
 from orchestrator.recipes import round_recipe, start_recipe
@@ -213,7 +213,8 @@ class Federation:
             if shown:
                 self.observe("training", {"client": assignment.client})
 
-        return self.backend.run(assignments, self.plan.config.backend.deadline_s, started)
+        deadline = self.plan.config.backend.deadline_s
+        return complete(self.backend, assignments, deadline, started)
 
     def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
         return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))

@@ -15,7 +15,7 @@ from clients import data, models
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
 from clients.export import export_peft
-from orchestrator.backends.base import Backend, Failure
+from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BackendConfig, BadConfig, RunConfig, find_plugin
 from orchestrator.federation import Federation, Observe
@@ -373,7 +373,7 @@ def evaluate_many(
     ]
     used = backend or InlineBackend()
     found: dict[str, Evaluation] = {}
-    for result in used.run(assignments, 3600.0, lambda a: None):
+    for result in complete(used, assignments, 3600.0, lambda a: None):
         if isinstance(result, Failure):
             raise EvaluationFailed(f"the version cannot be scored: {result.reason}")
         if isinstance(result, Evaluation):

@@ -1,8 +1,14 @@
-"""The Backend protocol: assignments in, results and failures out."""
+"""The Backend protocol: assignments in, results and failures out.
+
+Time is the caller's: a backend knows no deadline. It says at least every :data:`TICK_S` that it is
+still there, and gives up what runs when its iterator is closed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -30,24 +36,56 @@ Result: TypeAlias = Update | Evaluation | Failure
 Started: TypeAlias = Callable[[Assignment], None]
 
 
+TICK_S = 0.2
+
+
 class Backend(Protocol):
     """Runs assignments and yields each one's result as it completes."""
 
     def run(
-        self, assignments: Iterable[Assignment], deadline: float, started: Started
-    ) -> Iterator[Result]:
+        self, assignments: Iterable[Assignment | None], started: Started
+    ) -> Generator[Result | None]:
         """Yield exactly one result per assignment, in order of completion.
 
+        Closing the generator gives up what still runs; the backend can be used again afterwards.
+
         Args:
-            assignments: what to do; those that share tensors by identity are shipped once.
-            deadline: seconds until those still running become a Failure, > 0.
+            assignments: what to do, taken one at a time when a worker is free. Those that share
+                tensors by identity are shipped once. A None among them says that there is nothing
+                to do now: more is asked for after the next yield.
             started: called when a worker begins with an assignment.
+
+        Yields:
+            A result; or None, a tick, when :data:`TICK_S` have passed without one.
         """
         ...
 
     def close(self) -> None:
         """Give workers back."""
         ...
+
+
+def complete(
+    backend: Backend, assignments: Sequence[Assignment], deadline: float, started: Started
+) -> Iterator[Result]:
+    """Yield exactly one result per assignment; what is not done in time is a Failure.
+
+    Args:
+        backend: where to run.
+        assignments: of different clients.
+        deadline: seconds until those still running are given up.
+        started: as in :meth:`Backend.run`.
+    """
+    end = time.monotonic() + deadline
+    open_ = {a.client: a for a in assignments}
+    with closing(backend.run(assignments, started)) as results:
+        while open_ and time.monotonic() <= end:
+            result = next(results)
+            if result is not None:
+                del open_[result.client]
+                yield result
+    for late in open_.values():
+        yield Failure(late.client, late.round, "missed the round's deadline")
 
 
 def failure(assignment: Assignment, error: BaseException) -> Failure:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
 from clients.worker import perform
-from orchestrator.backends.base import Failure, Result, Started, failure
+from orchestrator.backends.base import TICK_S, Failure, Result, Started, failure
 from strategies.base import Broadcast, Tensors, Update
 
 Perform: TypeAlias = Callable[[Assignment], Update | Evaluation]
@@ -35,7 +35,6 @@ _Work: TypeAlias = tuple[dict[str, Any], str, dict[str, str]]
 
 _FIELDS = [f.name for f in fields(Assignment) if f.name not in ("broadcast", "underlay", "memory")]
 _ATTEMPTS = 2
-_POLL_S = 0.2  # how soon Ctrl-C is heard
 _MIB = 1 << 20
 
 
@@ -81,6 +80,29 @@ class _Job:
     attempts: int = 0
 
 
+class _Queue:
+    """What is to do: what a dead worker left first, then what comes."""
+
+    def __init__(self, assignments: Iterable[Assignment | None]) -> None:
+        self._coming = iter(assignments)
+        self._again: deque[_Job] = deque()
+        self.open = True
+
+    def again(self, job: _Job) -> None:
+        """Put back what is to be tried once more."""
+        self._again.append(job)
+        self.open = True
+
+    def take(self) -> _Job | None:
+        """Return the next job, or None if there is none now; ``open`` says if there may be one."""
+        if self._again:
+            return self._again.popleft()
+        for assignment in self._coming:
+            return None if assignment is None else _Job(assignment)
+        self.open = False
+        return None
+
+
 @dataclass(slots=True)
 class RayBackend:
     """Runs assignments on local Ray workers, or on those of a cluster.
@@ -111,18 +133,15 @@ class RayBackend:
         self._idle.extend(self._spawn() for _ in range(self.workers))
 
     def run(
-        self, assignments: Iterable[Assignment], deadline: float, started: Started
-    ) -> Iterator[Result]:
+        self, assignments: Iterable[Assignment | None], started: Started
+    ) -> Generator[Result | None]:
         """Yield each assignment's result; see :class:`orchestrator.backends.base.Backend`."""
-        end = time.monotonic() + deadline
-        put = _Once()
-        waiting = deque(_Job(a) for a in assignments)
+        put, queue = _Once(), _Queue(assignments)
         running: dict[Any, tuple[_Job, Any]] = {}
         ready: deque[Any] = deque()
         try:
-            while waiting or running or ready:
-                while waiting and len(running) < self.workers:
-                    job = waiting.popleft()
+            while queue.open or running or ready:
+                while len(running) < self.workers and (job := queue.take()):
                     job.attempts += 1
                     worker = self._idle.popleft() if self._idle else self._spawn()
                     call = worker.perform.remote(*_split(job.assignment, put))
@@ -131,19 +150,17 @@ class RayBackend:
                 if ready:  # workers go on while this one is copied out and looked at
                     yield _result(ready.pop())
                     continue
-                left = end - time.monotonic()
-                if left <= 0:
-                    yield from _late([job for job, _ in running.values()] + list(waiting))
-                    return
-                done, _ = ray.wait(list(running), num_returns=1, timeout=min(left, _POLL_S))
+                done = _wait(list(running))
                 for ref in done:
                     job, worker = running.pop(ref)
                     answer = self._answer(ref, job, worker)
                     if answer is None:
-                        waiting.appendleft(job)
+                        queue.again(job)
                     else:
                         ready.append(answer)
                     del answer  # it holds its place in the store
+                if not done and (running or queue.open):
+                    yield None
         finally:
             _kill(worker for _, worker in running.values())  # nobody waits for them any more
 
@@ -177,9 +194,13 @@ class RayBackend:
         return value
 
 
-def _late(jobs: Iterable[_Job]) -> Iterator[Failure]:
-    for job in jobs:
-        yield Failure(job.assignment.client, job.assignment.round, "missed the round's deadline")
+def _wait(calls: list[Any]) -> list[Any]:
+    """Return a call that is done, if one is within a tick."""
+    if not calls:
+        time.sleep(TICK_S)
+        return []
+    done: list[Any] = ray.wait(calls, num_returns=1, timeout=TICK_S)[0]
+    return done
 
 
 def _kill(workers: Iterable[Any]) -> None:

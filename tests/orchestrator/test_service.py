@@ -33,10 +33,11 @@ class Dying:
     def __init__(self, last, error=KeyboardInterrupt):
         self.last, self.error, self.inner = last, error, InlineBackend()
 
-    def run(self, assignments, deadline, started):
+    def run(self, assignments, started):
+        assignments = list(assignments)
         if any(a.round > self.last for a in assignments):
             raise self.error
-        yield from self.inner.run(assignments, deadline, started)
+        yield from self.inner.run(assignments, started)
 
     def close(self):
         pass
@@ -48,12 +49,12 @@ class Failing:
     def __init__(self, *names):
         self.names, self.inner = names, InlineBackend()
 
-    def run(self, assignments, deadline, started):
+    def run(self, assignments, started):
         for a in assignments:
             if a.client in self.names:
                 yield Failure(a.client, a.round, "out of memory")
             else:
-                yield from self.inner.run([a], deadline, started)
+                yield from self.inner.run([a], started)
 
     def close(self):
         pass

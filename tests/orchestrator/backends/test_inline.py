@@ -8,7 +8,7 @@ import torch
 from clients.assignment import Privacy
 from clients.evaluate import Evaluation
 from clients.trainer import initial_tensors
-from orchestrator.backends.base import Failure
+from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.plan import RoundInputs, plan_round
 from strategies.base import Broadcast, Update
@@ -29,7 +29,7 @@ def test_every_assignment_gets_its_result_in_order(assignments):
     began = []
     asked = [assignments[0], replace(assignments[1], action="evaluate"), assignments[2]]
 
-    results = list(InlineBackend().run(asked, 60.0, lambda a: began.append(a.client)))
+    results = list(InlineBackend().run(asked, lambda a: began.append(a.client)))
 
     assert [type(r) for r in results] == [Update, Evaluation, Update]
     assert [r.client for r in results] == began == ["a", "b", "c"]
@@ -39,9 +39,7 @@ def test_a_failing_client_does_not_stop_the_others(assignments):
     broken = replace(assignments[1], data=replace(assignments[1].data, uri="jsonl:gone.jsonl"))
     hidden = replace(assignments[2], privacy=Privacy(1.0, -1.0, 0.1))
 
-    first, second, third = InlineBackend().run(
-        [assignments[0], broken, hidden], 60.0, lambda a: None
-    )
+    first, second, third = InlineBackend().run([assignments[0], broken, hidden], lambda a: None)
 
     assert isinstance(first, Update)
     assert isinstance(second, Failure)
@@ -52,10 +50,27 @@ def test_a_failing_client_does_not_stop_the_others(assignments):
 def test_who_has_not_begun_at_the_deadline_is_late(assignments):
     began = []
 
-    results = list(InlineBackend().run(assignments, -1.0, lambda a: began.append(a.client)))
+    results = list(complete(InlineBackend(), assignments, -1.0, lambda a: began.append(a.client)))
 
     assert results == [Failure(c, 1, "missed the round's deadline") for c in "abc"]
     assert began == []
+
+
+def test_assignments_are_taken_one_at_a_time_and_a_none_is_a_tick(assignments):
+    taken = []
+
+    def coming():
+        for assignment in (assignments[0], None, assignments[1]):
+            taken.append(assignment and assignment.client)
+            yield assignment
+
+    results = InlineBackend().run(coming(), lambda a: None)
+
+    assert next(results).client == "a"
+    assert taken == ["a"]
+    assert next(results) is None
+    assert next(results).client == "b"
+    assert taken == ["a", None, "b"]
 
 
 @pytest.fixture(autouse=True)

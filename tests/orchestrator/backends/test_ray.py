@@ -13,7 +13,7 @@ import torch
 from clients.evaluate import Evaluation
 from orchestrator import service
 from orchestrator.backends import ray as backends
-from orchestrator.backends.base import Failure
+from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.ray import RayBackend, RayUnavailable
 from orchestrator.plan import RoundInputs, plan_round
 from storage.ledger import ClientRecord
@@ -91,7 +91,7 @@ def ask(make_plan, tensors, tmp_path):
 
 def run(backend, assignments, deadline=60.0):
     began = []
-    results = list(backend.run(assignments, deadline, lambda a: began.append(a.client)))
+    results = complete(backend, assignments, deadline, lambda a: began.append(a.client))
     return {r.client: r for r in results}, began
 
 
@@ -184,6 +184,33 @@ def test_who_is_not_done_at_the_deadline_is_late_and_the_workers_go_on(actors, a
     late = {c: Failure(c, 1, "missed the round's deadline") for c in ("hang-1", "hang-2", "waits")}
     assert results == late
     assert isinstance(run(actors, ask("a"))[0]["a"], Update)
+
+
+def test_what_is_to_do_may_come_while_others_train(actors, ask):
+    first, second = ask("a"), ask("b")
+    done = []
+
+    def coming():
+        yield first[0]
+        while not done:
+            yield None
+        yield second[0]
+
+    for result in actors.run(coming(), lambda a: None):
+        done.extend([] if result is None else [result.client])
+
+    assert done == ["a", "b"]
+
+
+def test_closing_gives_up_what_runs_and_the_backend_goes_on(actors, ask):
+    results = actors.run(ask("a", "hang-1"), lambda a: None)
+    while (first := next(results)) is None:
+        pass
+    assert first.client == "a"
+
+    results.close()
+
+    assert isinstance(run(actors, ask("b", "c"))[0]["b"], Update)
 
 
 def test_a_cluster_that_is_not_there_is_refused_with_a_way_out(monkeypatch):
