@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from clients.assignment import Assignment
+from clients.data import BadRecord
 from clients.evaluate import Evaluation
 from strategies.base import Update
 
@@ -92,8 +93,12 @@ def failure(assignment: Assignment, error: BaseException) -> Failure:
     """Return the Failure that an exception at a client amounts to.
 
     Only messages of expected errors (ours, and the standard library's of the same kinds) leave the
-    client. Of any other exception only the type does: its text might hold data.
+    client. Of any other exception only the type does, since its text might hold data; and so it is
+    of an error about records where they are private.
     """
     own = type(error).__module__.split(".")[0] in ("clients", "strategies")
-    text = f"{error}" if own else f"{type(error).__name__} at the client (its text stays there)"
+    secret = assignment.privacy is not None and isinstance(error, BadRecord)
+    text = str(error)
+    if secret or not own:
+        text = f"{type(error).__name__} at the client (its text stays there)"
     return Failure(assignment.client, assignment.round, " ".join(text.split()))

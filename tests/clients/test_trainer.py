@@ -361,12 +361,29 @@ def test_a_fingerprint_is_keyed_unless_the_data_are_public(assign, tmp_path):
     assert fingerprint("a", public=True) == fingerprint("b", public=True)
 
 
-def test_a_client_without_examples_has_nothing_to_train(assign):
-    spec = replace(assign().data, labels=("rank",))
-    rows = [{"text": "cat", "label": "cat"}]
+@pytest.fixture
+def nobody(assign):
+    """Return a function that makes an assignment whose task no record of the client is of."""
 
+    def make(**changes):
+        rows = [{"text": "cat", "label": "cat"}]
+        uri = assign(rows).data.uri
+        return assign(rows, data=DataSpec(uri, labels=("rank",)), **changes)
+
+    return make
+
+
+def test_a_client_without_examples_has_nothing_to_train(nobody):
     with pytest.raises(NothingToTrain, match="clinic-7 has no example for this task"):
-        train(assign(rows, data=DataSpec(spec.uri.replace("rows-10", "rows-1"), labels=("rank",))))
+        train(nobody())
+
+
+def test_with_privacy_a_client_without_examples_sends_noise_alone(nobody):
+    update = train(nobody(privacy=replace(NOISE, insecure_seed=1)))
+
+    assert length(moved(nobody(), update)) > 0
+    assert update.num_examples == 100
+    assert len(update.spends) == 1
 
 
 def test_a_round_that_trains_no_tensor_is_refused(assign):

@@ -1,8 +1,10 @@
 """What may leave a client when it fails."""
 
+from dataclasses import replace
+
 import pytest
 
-from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
+from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
 from clients.data import BadRecord
 from orchestrator.backends.base import Failure, failure
 from strategies.base import Broadcast
@@ -28,6 +30,15 @@ def test_the_message_of_an_expected_error_leaves_in_one_line(kind):
     found = failure(ASSIGNMENT, kind("line 3:\n  is wrong"))
 
     assert found == Failure("clinic-7", 3, "line 3: is wrong")
+
+
+def test_where_records_are_private_what_is_wrong_with_one_stays_at_the_client():
+    private = replace(ASSIGNMENT, privacy=Privacy(1.0, 1.0, 0.1))
+
+    found = failure(private, BadRecord("notes.jsonl:3: label 'flu' is not in the label set"))
+
+    assert found.reason == "BadRecord at the client (its text stays there)"
+    assert failure(private, BadOptions("rank 0")).reason == "rank 0"
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError, OSError])
