@@ -91,6 +91,10 @@ class DataSpec:
     labels: tuple[str, ...] = ()
 
 
+NO_DATA = DataSpec("none:")
+"""The data of an assignment that reads none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Privacy:
     """DP-SGD of one client.
@@ -124,10 +128,13 @@ class Assignment:
         model: the base model.
         adapter: the adapter method.
         broadcast: the round's tensors.
-        underlay: a frozen adapter underneath the trained one (``start: stack``); empty for none.
+        underlay: a frozen adapter underneath the trained one (``start: stack``, and what the
+            adapter takes out of the base model); empty for none.
         memory: regulariser memory, namespaced ``PLUGIN/NAME``.
-        data: the client's records.
-        num_examples: the client's declared size; 0 where it declares none (then it is counted).
+        data: the client's records; for ``init`` public data that the adapter reads, or
+            :data:`NO_DATA`.
+        num_examples: the client's declared size; 0 where it declares none (then it is counted). For
+            ``init`` how many records are read at most.
         optimizer: the local optimizer.
         regularizers: in the order in which they apply.
         batch_size: examples a step; expected number under Poisson sampling.

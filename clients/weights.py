@@ -9,6 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+from torch import Tensor
 
 from clients.assignment import ModelSpec
 
@@ -101,6 +103,35 @@ def _weight_files(folder: Path) -> list[Path]:
             "when it is read; weft loads safetensors only: convert it with save_pretrained"
         )
     raise ModelNotFound(f"{folder} has no weights (*.safetensors)")
+
+
+def stored_tensor(spec: ModelSpec, name: str) -> Tensor:
+    """Return a parameter of the base model as its files have it, before any quantisation.
+
+    Args:
+        spec: the base model.
+        name: within the model that weft loads; the files may have it under another beginning, as a
+            model with its head has its body's (``model.layers…`` for ``layers…``).
+
+    Raises:
+        ModelNotFound, UnsupportedBase: see :func:`locate`.
+        UnsupportedBase: if no file, or more than one tensor, is called so.
+    """
+    found: dict[str, Tensor] = {}
+    for path in _weight_files(locate(spec.id, spec.revision)):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if key == name or key.endswith(f".{name}") or name.endswith(f".{key}"):
+                    found[key] = file.get_tensor(key)
+    if name in found:
+        return found[name]
+    if len(found) != 1:
+        raise UnsupportedBase(
+            f"{spec.id} has {len(found)} tensors for {name} ({', '.join(sorted(found)) or 'none'}) "
+            "in its files, so that what quantisation changed is not known; use another init"
+        )
+    [tensor] = found.values()
+    return tensor
 
 
 def base_hash(spec: ModelSpec) -> str:

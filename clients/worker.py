@@ -9,7 +9,7 @@ import torch
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation, evaluate
 from clients.site import Site
-from clients.trainer import initial_tensors, train
+from clients.trainer import initial_update, train
 from strategies.base import Update
 
 
@@ -32,11 +32,5 @@ def _perform(assignment: Assignment) -> Update | Evaluation:
     if assignment.action == "evaluate":
         return evaluate(assignment)
     if assignment.action == "init":
-        return Update(
-            client=assignment.client,
-            round=0,
-            base="",
-            tensors=initial_tensors(assignment),
-            num_examples=0,
-        )
+        return initial_update(assignment)
     return train(assignment)

@@ -47,6 +47,8 @@ class Factors(NamedTuple):
 
 
 _A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
+_BETWEEN = ".lora_diag"  # KaSA's diagonal
+_ROUNDING = 1e-4  # relative, of float32 factors that were refactored
 
 B_AND_HEAD = r".*\.lora_B\..*|head\..*"
 """What is trained by methods that keep A frozen; see :class:`strategies.base.Broadcast`."""
@@ -66,6 +68,11 @@ def lora_layers(tensors: Tensors) -> dict[str, Factors]:
         missing = [n for n in names if n not in tensors]
         if missing:
             raise NotLowRank(f"layer {layer!r} is incomplete: the adapter has no {missing[0]!r}")
+        if layer + _BETWEEN in tensors:
+            raise NotLowRank(
+                f"layer {layer!r} has a diagonal between its factors, so that B A is not its "
+                "delta; use a strategy that takes every tensor by itself, such as fedavg"
+            )
         factors = Factors(*(tensors[n] for n in names))
         a, b = factors.a.shape, factors.b.shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or factors.scaling.dim() != 0:
@@ -254,6 +261,24 @@ def product_norm(b: Tensor, a: Tensor) -> float:
     10.0
     """
     return float(torch.linalg.matrix_norm(_QR.of(b).r @ _QR.of(a.T).r.T))
+
+
+def same_products(one: Tensors, other: Tensors) -> bool:
+    """Return whether two adapters have the same delta in every layer, but for rounding.
+
+    Raises:
+        NotLowRank: as :func:`lora_layers`.
+    """
+    before, after = lora_layers(one), lora_layers(other)
+    if before.keys() != after.keys():
+        return False
+    for name, x in before.items():
+        y = after[name]
+        b = torch.cat([x.scaling * x.b, -y.scaling * y.b], dim=1)
+        change = product_norm(b, torch.cat([x.a, y.a]))
+        if change > _ROUNDING * product_norm(x.scaling * x.b, x.a):
+            return False
+    return True
 
 
 class Term(NamedTuple):

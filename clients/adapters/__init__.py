@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from clients.initialisations import InitInputs
 from strategies.base import Tensors
 from strategies.plugins import Family
 
@@ -24,9 +25,10 @@ class Adapter(Protocol):
     def capabilities(self) -> frozenset[str]:
         """What is true of the method, proven by its contract test.
 
-        ``low-rank``: its delta is exactly ``scaling * B @ A``, so it can be stacked, merged and
-        refactored; ``merge``: it can be folded into the base weights; ``dp-hooks``: Opacus' hooks
-        give its exact per-example gradients.
+        ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
+        it can be stacked and merged; ``merge``: it can be folded into the base weights;
+        ``dp-hooks``: Opacus' hooks give its exact per-example gradients. And of how it starts, see
+        :class:`clients.initialisations.Init`.
         """
         ...
 
@@ -34,6 +36,22 @@ class Adapter(Protocol):
         """Return ``backbone`` with a trainable adapter, on top of a frozen ``underlay`` if any.
 
         The adapter's own random numbers come from torch's global generator: seed it before.
+        """
+        ...
+
+    def initialise(self, model: nn.Module, inputs: InitInputs) -> Tensors:
+        """Give a freshly attached adapter the first tensors that are not drawn; once in a run.
+
+        Returns:
+            The offset: a low-rank adapter's tensors that belong frozen underneath from now on,
+            because the adapter starts with what they take out of the base; mostly none.
+        """
+        ...
+
+    def factored(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the delta of ``tensors`` as plain ``lora_A``, ``lora_B`` and ``scaling``.
+
+        Tensors that are plain factors, or of an adapter that is not ``low-rank``, stay as they are.
         """
         ...
 

@@ -1,12 +1,13 @@
 """PEFT's own methods, by PEFT's own names: the one door to the ``peft`` library.
 
 Each :class:`Method` is data: what to set in PEFT's config, and what is true of the result. Here
-are the methods whose tensors *are* the adapter: the same tensors on the same untouched base model
-give the same function. Of PEFT 0.21's ``LoraConfig`` variants, left out are those that change the
-base weights (PiSSA, OLoRA, CorDA, LoftQ, KaSA: the tensors alone would mean nothing), read training
-data before the first round (EVA, LoRA-GA), approximate gradients (VeLoRA), or hold more than their
-product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow). MiCA freezes ``B`` by itself, which is
-the strategy's to say.
+are the methods whose tensors *are* the adapter: the same tensors on the same untouched base model,
+over the same frozen tensors underneath, give the same function. What PEFT takes out of the base
+weights (:mod:`clients.initialisations`; KaSA's smallest components) lies underneath as an offset.
+
+Of PEFT 0.21's ``LoraConfig`` variants, left out are those that approximate gradients (VeLoRA), or
+hold more than their product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow). MiCA freezes ``B``
+by itself, which is the strategy's to say.
 
 Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
 """
@@ -17,42 +18,35 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from clients import placement
+from clients.base_factors import first_factors, minor_components
+from clients.initialisations import DRAWN, InitInputs, InitOption, checked_options, init_of
+from clients.lora_layers import (
+    DIAGONAL,
+    SCALING,
+    AdapterMismatch,
+    B,
+    adapted,
+    add_diagonal,
+    factor_tensors,
+    live_parameters,
+    offset_tensors,
+    without_head,
+    write_tensors,
+)
 from strategies.base import Tensors
-from strategies.plugins import BadOptions, Option, Plugin, Range
+from strategies.plugins import BadOptions, Plugin, Range
 
 if TYPE_CHECKING:  # peft takes seconds to import: listing plug-ins does not need it
     from peft import LoraConfig
 
 _TRAINED, _UNDERLAY = "default", "underlay"
-_A, _B, _MAGNITUDE, _SCALING = (
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_magnitude_vector",
-    ".scaling",
-)
-
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|scaling)$")
-_REFUSED_INITS = {
-    **dict.fromkeys(
-        ("pissa", "olora", "corda", "loftq"),
-        "moves part of the base weights into the adapter, but weft shares one base model between "
-        "adapters and never changes it",
-    ),
-    **dict.fromkeys(
-        ("eva", "lora_ga"), "reads training data before the first round, where no client is asked"
-    ),
-    "mica": "freezes B by itself, but which tensors train is the strategy's to say",
-}
-
-
-class AdapterMismatch(ValueError):
-    """Tensors do not belong to this adapter on this base model."""
 
 
 class UnsupportedUnderlay(ValueError):
@@ -68,10 +62,9 @@ class Method:
         summary: one line.
         source: arXiv id.
         settings: what it sets in ``LoraConfig``.
-        capabilities: ``low-rank``: the delta is exactly ``scaling * B @ A`` of its tensors, hence
-            linear in either factor while the other is frozen, and it can be stacked, merged with
-            others and refactored; ``merge``: it can be folded into the base weights; ``dp-hooks``:
-            Opacus' hooks give its exact per-example gradients.
+        capabilities: see :attr:`clients.adapters.Adapter.capabilities`.
+        diagonal: whether a trained diagonal stands between B and A, and the base gives up as many
+            of its smallest singular components (KaSA).
     """
 
     name: str
@@ -79,6 +72,7 @@ class Method:
     source: str
     settings: Mapping[str, Any]
     capabilities: frozenset[str]
+    diagonal: bool = False
 
 
 _LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
@@ -98,6 +92,14 @@ METHODS = (
         {"use_dora": True},
         frozenset({"merge"}),  # Opacus' hooks raise a TypeError on its keyword-only forward
     ),
+    Method(
+        "kasa",
+        "LoRA with a diagonal between B and A, over a base without its smallest components.",
+        "2412.06071",
+        {},
+        frozenset({"low-rank", "merge", "offset"}),  # Opacus has no rule for the diagonal
+        diagonal=True,
+    ),
 )
 
 
@@ -105,9 +107,9 @@ METHODS = (
 class PeftLora:
     """A method of PEFT's LoRA family, configured.
 
-    The adapter starts at zero delta, whatever the initialisation. ``write`` takes tensors of any
-    rank: a layer gets the rank and the scaling that its tensors have, so that merged and
-    mixed-rank adapters load as they are.
+    Attaching gives it random first tensors of zero delta; :meth:`initialise` then gives it those
+    that the initialisation computes. ``write`` takes tensors of any rank: a layer gets the rank and
+    the scaling that its tensors have, so that merged and mixed-rank adapters load as they are.
 
     Attributes:
         method: which of PEFT's methods.
@@ -122,7 +124,13 @@ class PeftLora:
         rank_pattern: module name, as in ``target_modules``, to another rank; the first counts.
         alpha_pattern: module name to another alpha; the first counts.
         init: how ``A`` and ``B`` start: ``kaiming`` and ``gaussian`` with B = 0, ``orthogonal``
-            with both drawn from one orthogonal matrix and B A = 0 (needs an even rank).
+            with both drawn from one orthogonal matrix and B A = 0 (needs an even rank). From the
+            base weights: ``pissa``, ``pissa_niter_N`` (N iterations of a faster SVD), ``olora``.
+            From data that everyone may see, the run's ``init_data``: ``eva``, ``corda``,
+            ``lora_ga``. From what quantisation lost, on an nf4 base: ``loftq``.
+        init_options: of the initialisation, by PEFT's names: ``rho``, ``tau`` and ``whiten`` of
+            eva, ``corda_method`` of corda, ``direction``, ``scale`` and ``stable_gamma`` of
+            lora_ga.
     """
 
     method: Method
@@ -133,7 +141,8 @@ class PeftLora:
     layers: list[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: str = "kaiming"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for where, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -143,11 +152,26 @@ class PeftLora:
         for where, alpha in self.alpha_pattern.items():
             if alpha <= 0:
                 raise BadOptions(f"the alpha of {where} must be > 0, got {alpha}")
+        checked_options(self.init, self.init_options)
+        self._check_init()
+
+    def _check_init(self) -> None:
+        if self.method.diagonal and self.init not in ("kaiming", "gaussian"):
+            raise BadOptions(
+                f"init {self.init!r} has no part in {self.method.name}, which takes its own out of "
+                "the base; use init 'kaiming' or 'gaussian'"
+            )
+        drawn_or_zero = self.init in DRAWN or "zero-b" in init_of(self.init).traits
+        if "low-rank" not in self.method.capabilities and not drawn_or_zero:
+            raise BadOptions(
+                f"init {self.init!r} starts with a product B A, and the delta of "
+                f"{self.method.name} is more than that; use lora or rslora, or init 'kaiming'"
+            )
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What is true of the method; see :class:`Method`."""
-        return self.method.capabilities
+        """What is true of the method and of how it starts."""
+        return self.method.capabilities | init_of(self.init).traits
 
     def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
         """Put a trainable adapter into ``backbone`` (in place), over a frozen ``underlay`` if any.
@@ -179,22 +203,58 @@ class PeftLora:
                 tuner.peft_config[_UNDERLAY] = _lora_config(below, r=1, init_lora_weights=False)
                 with torch.random.fork_rng(devices=[]):
                     tuner.inject_adapter(backbone, _UNDERLAY)
-                _write(backbone, _UNDERLAY, underlay)
+                write_tensors(backbone, _UNDERLAY, underlay)
         except ValueError:
             self.detach(backbone)
             raise
-        for layer in _adapted(backbone).values():
+        if self.method.diagonal:
+            for layer in adapted(backbone, _TRAINED).values():
+                add_diagonal(layer, _TRAINED)
+        for layer in adapted(backbone).values():
             # set_adapter makes everything active trainable, so freezing comes after it.
             layer.set_adapter([_UNDERLAY, _TRAINED] if below else [_TRAINED])
         for adapter in (_TRAINED, _UNDERLAY):
-            for parameter in _parameters(backbone, adapter).values():
+            for parameter in live_parameters(backbone, adapter).values():
                 parameter.requires_grad_(adapter == _TRAINED)
                 parameter.data = parameter.data.float()  # PEFT makes DoRA's in the base's dtype
         return backbone
 
+    def initialise(self, model: nn.Module, inputs: InitInputs) -> dict[str, Tensor]:
+        """Give the freshly attached adapter its first tensors; return what is taken from the base.
+
+        Only this pays for an SVD of the weights: later rounds attach and :meth:`write`.
+
+        Returns:
+            The offset: factors by the base model's names, to lie frozen underneath from now on, as
+            of a plain LoRA. Empty where the base stays whole.
+
+        Raises:
+            BadOptions: if the initialisation does not work on this base model or these data.
+            clients.base_factors.NotSettled: if EVA does not converge.
+        """
+        layers = adapted(model, _TRAINED)
+        if self.method.diagonal:
+            return offset_tensors(
+                {n: minor_components(layer, _TRAINED) for n, layer in layers.items()}
+            )
+        if self.init in DRAWN:
+            return {}
+        options = checked_options(self.init, self.init_options)
+        made = first_factors(self.init, options, layers, _TRAINED, inputs)
+        self.write(model, {**self.read(model), **factor_tensors(made)})
+        return offset_tensors(made) if "offset" in self.capabilities else {}
+
+    def factored(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the same delta as plain factors: a diagonal goes into B."""
+        found = {n: t for n, t in tensors.items() if not n.endswith(DIAGONAL)}
+        for name in tensors.keys() - found.keys():
+            up = name.removesuffix(DIAGONAL) + B
+            found[up] = tensors[up] * tensors[name]
+        return found
+
     def detach(self, model: nn.Module) -> nn.Module:
         """Take every adapter out of ``model`` (in place) and return it, bit for bit as it was."""
-        for name, layer in _adapted(model).items():
+        for name, layer in adapted(model).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
         if hasattr(model, "peft_config"):
@@ -212,8 +272,8 @@ class PeftLora:
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self.parameters(model).items()
         }
-        for name, layer in _adapted(model, _TRAINED).items():
-            tensors[name + _SCALING] = torch.tensor(layer.scaling[_TRAINED], dtype=torch.float32)
+        for name, layer in adapted(model, _TRAINED).items():
+            tensors[name + SCALING] = torch.tensor(layer.scaling[_TRAINED], dtype=torch.float32)
         return tensors
 
     def write(self, model: nn.Module, tensors: Tensors) -> None:
@@ -226,11 +286,11 @@ class PeftLora:
             AdapterMismatch: if a tensor is missing, unexpected, or does not fit its layer; nothing
                 is written then.
         """
-        _write(model, _TRAINED, tensors)
+        write_tensors(model, _TRAINED, tensors)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
-        return _parameters(model, _TRAINED)
+        return live_parameters(model, _TRAINED)
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
         """Return PEFT's config with every layer's rank and alpha spelled out."""
@@ -242,7 +302,8 @@ class PeftLora:
             r=self.r,
             lora_alpha=self.alpha or self.r,
             lora_dropout=self.dropout,
-            init_lora_weights=True if self.init == "kaiming" else self.init,
+            # what is computed replaces what is drawn here, once, in initialise
+            init_lora_weights=self.init if self.init in ("gaussian", "orthogonal") else True,
             rank_pattern={_exactly(n): r for n, r in ranks.items() if r != self.r},
             alpha_pattern={
                 _exactly(n): a or ranks[n]
@@ -256,7 +317,7 @@ class PeftLora:
         self, underlay: Tensors, linear: Mapping[str, nn.Module]
     ) -> dict[str, nn.Module]:
         """Return the layers of ``underlay``, which must be low-rank and of this base model."""
-        names = sorted(_without_head(underlay))
+        names = sorted(without_head(underlay))
         if names and "low-rank" not in self.capabilities:
             raise UnsupportedUnderlay(
                 f"{self.method.name} cannot be trained on top of a frozen adapter: its delta is "
@@ -293,96 +354,11 @@ def _lora_config(targets: Mapping[str, nn.Module], **settings: Any) -> LoraConfi
     )
 
 
-def _without_head(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-
-
-def _adapted(model: nn.Module, adapter: str | None = None) -> dict[str, Any]:
-    """Return the layers that hold ``adapter`` (or any), by the base model's names."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A)
-    }
-
-
-def _parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for name, layer in _adapted(model, adapter).items():
-        found[name + _A] = layer.lora_A[adapter].weight
-        found[name + _B] = layer.lora_B[adapter].weight
-        if adapter in layer.lora_magnitude_vector:
-            found[name + _MAGNITUDE] = layer.lora_magnitude_vector[adapter].weight
-    return found
-
-
-def _write(model: nn.Module, adapter: str, tensors: Tensors) -> None:
-    layers, given = _adapted(model, adapter), _without_head(tensors)
-    for problem in _mismatches(layers, _parameters(model, adapter), given):
-        raise AdapterMismatch(problem)
-    for name, layer in layers.items():
-        rank = given[name + _A].shape[0]
-        if rank != layer.lora_A[adapter].out_features:
-            _set_rank(layer, adapter, rank)
-        layer.scaling[adapter] = float(given[name + _SCALING])
-    with torch.no_grad():
-        for name, parameter in _parameters(model, adapter).items():
-            parameter.copy_(given[name])
-
-
-def _set_rank(layer: Any, adapter: str, rank: int) -> None:
-    """Give a layer's factors another rank, with values yet to be written."""
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    layer.r[adapter] = down.out_features = up.in_features = rank
-    for factor, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
-        old = factor.weight
-        # A new object: autograd remembers the shape that the old one had in past graphs.
-        factor.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-
-
-def _mismatches(
-    layers: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], given: Tensors
-) -> Iterator[str]:
-    """Yield a sentence for everything that keeps ``given`` from fitting these layers."""
-    expected = set(parameters) | {name + _SCALING for name in layers}
-    for name in sorted(expected - set(given)):
-        yield f"the adapter has no tensor {name}, which target_modules asks for"
-    for name in sorted(set(given) - expected):
-        yield (
-            f"the adapter has the tensor {name}, for which this model has no place; set "
-            "target_modules and the method as they were when it was trained"
-        )
-    for name, layer in layers.items():
-        rank = given[name + _A].shape[0] if given[name + _A].ndim else 0
-        shapes: dict[str, tuple[int, ...]] = {
-            name + _A: (rank, layer.in_features),
-            name + _B: (layer.out_features, rank),
-            name + _MAGNITUDE: (layer.out_features,),
-            name + _SCALING: (),
-        }
-        for key in sorted(shapes.keys() & given.keys()):
-            if tuple(given[key].shape) != shapes[key] or rank < 1:
-                yield f"{key} must be {list(shapes[key])}, got {list(given[key].shape)}"
-
-
-class _InitOption(Option):
-    """The option ``init``, which says why it does not take PEFT's other values."""
-
-    def parse(self, value: Any) -> Any:
-        """Return ``value`` if it is allowed; see :meth:`strategies.plugins.Option.parse`."""
-        reason = _REFUSED_INITS.get(str(value).partition("_niter_")[0])
-        if reason is not None:
-            raise BadOptions(f"init {value!r} {reason}; use {self.describe_type()}")
-        return Option.parse(self, value)
-
-
 def plugins() -> Iterator[Plugin]:
     """Yield a plug-in for each of PEFT's methods; the fields of :class:`PeftLora` are options."""
     schema = Plugin("adapter", "", PeftLora, "", context=("method",)).options
     options = tuple(
-        _InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
+        InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
         for o in schema.values()
     )
     for method in METHODS:

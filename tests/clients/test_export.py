@@ -47,7 +47,7 @@ def trained(spec: ModelSpec, name: str = "lora", **options):
         for parameter in live.values():
             parameter.add_(0.3 * torch.randn(parameter.shape))
         logits = model(Batch(TOKENS, MASK, torch.zeros(2).long()))
-    tensors = {**adapter.read(model.backbone), **model.head_tensors()}
+    tensors = {**adapter.factored(adapter.read(model.backbone)), **model.head_tensors()}
     adapter.detach(model.backbone)
     return tensors, logits
 

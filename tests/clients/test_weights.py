@@ -8,11 +8,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from clients import weights
 from clients.assignment import ModelSpec
-from clients.weights import ModelNotFound, UnsupportedBase, base_hash, locate
+from clients.weights import ModelNotFound, UnsupportedBase, base_hash, locate, stored_tensor
 
 
 @pytest.fixture
@@ -138,3 +140,27 @@ def test_an_unchanged_file_is_read_once(tiny_encoder, monkeypatch):
     base_hash(spec_of(tiny_encoder))
     monkeypatch.setattr(weights.hashlib, "file_digest", None)  # a second reading would fail
     assert base_hash(spec_of(tiny_encoder))
+
+
+def saved(folder, **tensors):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(tensors, folder / "model.safetensors")
+    return ModelSpec(id=str(folder), kind="causal-lm")
+
+
+def test_a_stored_tensor_is_found_by_its_name_with_or_without_a_beginning(tmp_path):
+    whole = saved(tmp_path / "a", **{"model.q.weight": torch.ones(2), "q.bias": torch.zeros(1)})
+
+    assert stored_tensor(whole, "q.weight").tolist() == [1, 1]
+    assert stored_tensor(whole, "model.q.weight").tolist() == [1, 1]
+    assert stored_tensor(whole, "model.q.bias").tolist() == [0]
+
+
+def test_a_stored_tensor_that_is_not_there_or_not_alone_is_refused(tmp_path):
+    twice = saved(tmp_path / "a", **{"x.q.weight": torch.ones(2), "y.q.weight": torch.ones(2)})
+
+    with pytest.raises(UnsupportedBase, match=r"2 tensors for q.weight \(x.q.weight, y.q.weight\)"):
+        stored_tensor(twice, "q.weight")
+    with pytest.raises(UnsupportedBase, match=r"0 tensors for k.weight \(none\) in its files"):
+        stored_tensor(twice, "k.weight")

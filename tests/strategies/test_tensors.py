@@ -15,6 +15,8 @@ from strategies.tensors import (
     lora_tensors,
     product_norm,
     refactor,
+    refactored,
+    same_products,
     weighted_mean,
 )
 
@@ -237,3 +239,31 @@ def test_rows_have_the_norm_that_is_asked_for_and_the_product_stays():
 def test_the_norm_of_a_product_is_that_of_the_dense_one():
     f = factors(3, 9, 4, 12)
     assert product_norm(f.b, f.a) == pytest.approx(float((f.b @ f.a).norm()), rel=1e-12)
+
+
+def test_a_refactored_adapter_has_the_same_products_and_a_moved_one_has_not():
+    generator = torch.Generator().manual_seed(1)
+    one = {
+        "q.lora_A.weight": torch.randn(2, 5, generator=generator),
+        "q.lora_B.weight": torch.randn(6, 2, generator=generator),
+        "q.scaling": torch.tensor(0.5),
+    }
+
+    assert same_products(one, refactored(one, 3.0))
+    doubled = {**one, "q.scaling": torch.tensor(1.0), "q.lora_B.weight": one["q.lora_B.weight"] / 2}
+    assert same_products(one, doubled)
+    assert not same_products(one, {**one, "q.lora_A.weight": one["q.lora_A.weight"].flip(0)})
+    other = {name.replace("q.", "k."): tensor for name, tensor in one.items()}
+    assert not same_products(one, other)
+
+
+def test_a_layer_with_a_diagonal_between_its_factors_is_not_low_rank():
+    layer = {
+        "q.lora_A.weight": torch.ones(2, 5),
+        "q.lora_B.weight": torch.ones(6, 2),
+        "q.scaling": torch.tensor(1.0),
+        "q.lora_diag": torch.ones(2),
+    }
+
+    with pytest.raises(NotLowRank, match="'q' has a diagonal between its factors"):
+        lora_layers(layer)

@@ -12,6 +12,7 @@ import torch
 from clients import models
 from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec
+from clients.initialisations import TRAITS
 
 
 def having(capability: str) -> pytest.MarkDecorator:
@@ -199,7 +200,7 @@ def test_an_underlay_and_an_adapter_add_up(adapter, backbone):
     weights = dict(backbone.named_parameters())
     original = {name: weights[name].clone() for name in delta(frozen) | delta(tensors)}
     with torch.no_grad():
-        for change in (delta(frozen), delta(tensors)):
+        for change in (delta(frozen), delta(adapter.factored(tensors))):
             for name, value in change.items():
                 weights[name].add_(value)
         summed = run(backbone)
@@ -215,7 +216,7 @@ def test_an_underlay_does_not_change_the_adapters_first_tensors(adapter, backbon
     after_alone = torch.rand(3)
     adapter.detach(backbone)
     torch.manual_seed(5)
-    stacked = adapter.read(adapter.attach(backbone, shaken(alone)))
+    stacked = adapter.read(adapter.attach(backbone, adapter.factored(shaken(alone))))
     after_stacked = torch.rand(3)
     adapter.detach(backbone)
     assert all(torch.equal(alone[name], stacked[name]) for name in alone)
@@ -238,9 +239,14 @@ def test_attaching_many_times_leaks_nothing(adapter, backbone):
 def test_a_low_rank_delta_is_the_product_of_its_tensors(adapter, attached, backbone):
     tensors = shaken(adapter.read(attached))
     adapter.write(attached, tensors)
-    for name, value in delta(tensors).items():
+    for name, value in delta(adapter.factored(tensors)).items():
         layer = attached.get_submodule(name.removesuffix(".weight"))
-        torch.testing.assert_close(layer.get_delta_weight("default"), value)
+        before = layer.get_base_layer().weight.clone()
+        layer.merge()
+        after = layer.get_base_layer().weight.clone()
+        layer.unmerge()
+        layer.get_base_layer().weight.data.copy_(before)
+        torch.testing.assert_close(after - before, value, rtol=1e-4, atol=1e-5)
 
 
 @having("merge")
@@ -291,4 +297,4 @@ def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
     plugin = ADAPTERS.get(name)
     assert plugin.summary.endswith(".")
     assert plugin.source
-    assert plugin.build().capabilities <= {"low-rank", "merge", "dp-hooks"}
+    assert plugin.build().capabilities <= {"low-rank", "merge", "dp-hooks"} | TRAITS

@@ -191,15 +191,29 @@ def test_auto_refuses_an_architecture_it_does_not_know():
         placement.targets(nn.Sequential(nn.Linear(2, 2)), "auto", None)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
-def test_initialisations_that_change_the_base_model_are_refused_with_the_reason(init):
-    with pytest.raises(BadOptions, match="never changes it; use one of 'kaiming'"):
+@pytest.mark.parametrize(
+    ("init", "reason"),
+    [
+        ("mica", "freezes B by itself"),
+        ("arrow", "routes between adapters that are finished"),
+        ("qalora", "starts from GPTQ weights"),
+    ],
+)
+def test_what_weft_does_not_start_from_is_refused_with_the_reason(init, reason):
+    with pytest.raises(BadOptions, match=f"init '{init}' {reason}.*use one of 'kaiming'"):
         ADAPTERS.get("lora").build(init=init)
 
 
-def test_initialisations_that_read_data_are_refused_with_the_reason():
-    with pytest.raises(BadOptions, match="reads training data"):
-        ADAPTERS.get("lora").build(init="eva")
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga", "loftq"])
+def test_a_start_from_a_product_is_refused_where_the_delta_is_more_than_one(init):
+    with pytest.raises(BadOptions, match="the delta of dora is more than that; use lora or rslora"):
+        ADAPTERS.get("dora").build(init=init)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "eva"])
+def test_kasa_starts_in_its_own_way(init):
+    with pytest.raises(BadOptions, match=f"init '{init}' has no part in kasa"):
+        ADAPTERS.get("kasa").build(init=init)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +222,15 @@ def test_initialisations_that_read_data_are_refused_with_the_reason():
         ({"r": 0}, "r must be >= 1, got 0"),
         ({"alpha": 0}, "alpha must be > 0, got 0"),
         ({"dropout": 1.0}, "dropout must be >= 0 and < 1"),
-        ({"init": "zeros"}, "init must be one of 'kaiming', 'gaussian', 'orthogonal'"),
+        ({"init": "zeros"}, "init must be one of 'kaiming', 'gaussian', 'orthogonal'.*got 'zeros'"),
+        ({"init": "pissa_niter_0"}, "got 'pissa_niter_0'"),
+        ({"init": "pissa_niter_N"}, "got 'pissa_niter_N'"),
+        ({"init_options": {"rho": 1.0}}, r"init 'kaiming' has no option 'rho' \(options: none\)"),
+        ({"init": "eva", "init_options": {"rho": 0.5}}, "rho must be >= 1, got 0.5"),
+        (
+            {"init": "corda", "init_options": {"corda_method": "x"}},
+            "corda_method must be one of 'ipm', 'kpm', got 'x'",
+        ),
         ({"r": 3, "init": "orthogonal"}, "the rank of r must be even"),
         ({"rank_pattern": {"query": 0}}, "the rank of query must be >= 1, got 0"),
         ({"alpha_pattern": {"query": -1.0}}, "the alpha of query must be > 0"),
