@@ -82,16 +82,19 @@ def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
     return Check(
         plan=plan,
         sizes=sizes,
-        worker_bytes=_worker_bytes(config, sizes),
+        worker_bytes=_worker_bytes(config, sizes, "offset" in adapter.capabilities),
         round_bytes=2 * sizes["adapter_bytes"] * cohort,
         epsilons=_epsilons(plan),
     )
 
 
-def _worker_bytes(config: RunConfig, sizes: Mapping[str, int]) -> int:
-    """Return base + adapter (value, gradient, two moments, per-example gradients) + activations."""
+def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> int:
+    """Return base + adapter (value, gradient, two moments, per-example gradients) + activations.
+
+    An offset is a second copy of the adapter, frozen underneath.
+    """
     batch = min(config.microbatch, config.batch_size)
-    copies = 4 + (batch if config.privacy else 0)
+    copies = 4 + (batch if config.privacy else 0) + offset
     layers_hidden = sizes["base_parameters"] // 12  # a block has about 12 hidden² parameters
     width = max(1, math.isqrt(layers_hidden))
     activations = batch * config.model.max_length * width * _ACTIVATIONS_PER_TOKEN * _FLOAT

@@ -168,6 +168,15 @@ class EvaluateConfig(_Strict):
     every: int = Field(default=1, ge=1)
 
 
+class InitDataConfig(_Strict):
+    """Public data from which the adapter's first tensors are made (init eva, corda, lora_ga)."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    examples: int = Field(default=256, ge=1)
+    public: bool = False
+
+
 class BackendConfig(_Strict):
     """Where clients are trained. Nothing here changes a result."""
 
@@ -187,6 +196,7 @@ class RunConfig(_Strict):
     labels: tuple[str, ...] = ()
     task_labels: tuple[str, ...] = ()
     adapter: PluginField = Choice(name="lora")
+    init_data: InitDataConfig | None = None
     head: Literal["train", "freeze", "personal"] = "train"
     strategy: PluginField = Choice(name="fedsvd")
     regularizers: tuple[PluginField, ...] = ()

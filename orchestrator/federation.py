@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
+from clients.initialisations import OFFSET
 from clients.regularizers import REGULARIZERS, namespaced, recall
 from orchestrator.acceptance import Accepted, lazily, refusal, spill
 from orchestrator.backends.base import Backend, Failure, complete
-from orchestrator.merging import split_head, stacked
+from orchestrator.merging import beneath, split_head
 from orchestrator.plan import Plan, RoundInputs, plan_evaluation, plan_init, plan_round
-from orchestrator.recipes import round_recipe, start_recipe
+from orchestrator.recipes import offset_recipe, round_recipe, start_recipe
 from orchestrator.spending import reserve
 from storage.ledger import Ledger
 from storage.store import AdapterStore
@@ -45,12 +44,14 @@ class Committed:
         version: its id.
         state: what the strategy carries.
         memory: regulariser memory.
+        offset: id of what lies underneath besides the stack, or None.
     """
 
     round: int
     version: str
     state: ServerState
     memory: Tensors
+    offset: str | None
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class Federation:
     def __post_init__(self) -> None:
         choice = self.plan.strategy
         self.strategy = STRATEGIES.get(choice.name).build(**choice.options)
-        self.underlay = stacked([self.store.tensors(ref) for ref in self.plan.start.stack])
+        self.underlay = beneath(self.store, self.plan.start.stack, None)
 
     def run(self) -> str:
         """Run what is left of the plan and return the id of the final version.
@@ -87,6 +88,7 @@ class Federation:
             RoundFailed: if no update of a round could be accepted; the run can be resumed.
         """
         done = self._last_commit() or self._begin()
+        self.underlay = beneath(self.store, self.plan.start.stack, done.offset)
         for round_ in range(done.round + 1, self.plan.config.rounds + 1):
             done = self._round(round_, done)
         name = self.store.name(self.plan.config.name, done.version)
@@ -113,12 +115,12 @@ class Federation:
             auxiliary=state.auxiliary,
             memory=memory,
             parents={done.version: "init" if round_ == 1 else "round"},
-            recipe=round_recipe(self.plan, round_, [a.leaf for a in accepted]),
+            recipe=round_recipe(self.plan, round_, [a.leaf for a in accepted], done.offset),
         )
         self.ledger.set_status(self.plan.run, "running", version=version, round=round_)
         self._log("committed", {"round": round_, "version": version, "updates": len(accepted)})
         self._evaluate(inputs, version, state.adapter)
-        return Committed(round_, version, state, memory)
+        return Committed(round_, version, state, memory, done.offset)
 
     def _collect(self, assignments: list[Assignment]) -> list[Accepted]:
         """Return the accepted updates in client order; each is spilled as it arrives."""
@@ -149,43 +151,55 @@ class Federation:
 
     def _last_commit(self) -> Committed | None:
         record = self.ledger.run(self.plan.run)
-        if record.version is None:
+        started = [e for e in self.ledger.events(self.plan.run) if e.kind == "started"]
+        version = record.version or (started[-1].data["version"] if started else None)
+        if version is None:
             return None
-        store, version = self.store, record.version
-        state = ServerState(store.tensors(version), store.auxiliary(version))
-        return Committed(record.round, version, state, store.memory(version))
+        state = ServerState(self.store.tensors(version), self.store.auxiliary(version))
+        offset = self.store.version(version).recipe.get("offset")
+        return Committed(record.round, version, state, self.store.memory(version), offset)
 
     def _begin(self) -> Committed:
-        """Commit the version that round 1 starts from."""
+        """Commit the version that round 1 starts from, after the offset that it lies on, if any."""
         start = self.plan.start
         memory = self.store.memory(start.version) if start.version else {}
         earlier = self.store.tensors(start.version) if start.version else {}
-        adapter = earlier
+        adapter, offset, read = earlier, start.offset, None
         if start.mode != "continue":
             kept = split_head(earlier)[1] if start.mode == "stack" else {}  # rows of earlier tasks
-            adapter = {**self._initial(memory), **kept}
+            made, offset, read = self._initial(memory)
+            adapter = {**made, **kept}
             for choice in self.plan.regularizers:
                 method = REGULARIZERS.get(choice.name).build(**choice.options)
                 adapter = dict(method.initialise(adapter, recall(memory, choice.name)))
         state = self.strategy.init(adapter)
+        parents = {start.version: _EDGES[start.mode]} if start.version else {}
         version = self.store.commit(
             state.adapter,
             auxiliary=state.auxiliary,
             memory=memory,
-            parents={start.version: _EDGES[start.mode]} if start.version else {},
-            recipe=start_recipe(self.plan),
+            parents=parents | ({offset: "offset"} if offset else {}),
+            recipe=start_recipe(self.plan, offset, read),
         )
         self._log("started", {"version": version})
-        return Committed(0, version, state, memory)
+        return Committed(0, version, state, memory, offset)
 
-    def _initial(self, memory: Tensors) -> dict[str, Tensor]:
-        """Return the adapter's first tensors, made where the base model is."""
+    def _initial(self, memory: Tensors) -> tuple[Tensors, str | None, Mapping[str, Any] | None]:
+        """Return the adapter's first tensors, their offset's id, and which data they come from.
+
+        They are made where the base model is.
+        """
         self._log("initialising", {"adapter": self.plan.adapter.name})
         [result] = self._results([plan_init(self.plan, self._inputs(0, "", memory))])
         if isinstance(result, Failure):
             raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
         assert isinstance(result, Update)
-        return dict(result.tensors)
+        offset = recall(result.tensors, OFFSET.removesuffix("/"))
+        own = {k: v for k, v in result.tensors.items() if not k.startswith(OFFSET)}
+        read = {"examples": result.num_examples, "fingerprint": result.fingerprint}
+        chosen = read if result.fingerprint else None
+        recipe = offset_recipe(self.plan, chosen)
+        return own, self.store.commit(offset, parents={}, recipe=recipe) if offset else None, chosen
 
     def _consolidated(self, adapter: Tensors, memory: Tensors) -> Tensors:
         """Return the memory after the task, from the final adapter alone."""

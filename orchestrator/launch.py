@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from clients.assignment import DataSpec, ModelSpec, Privacy
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.config import BadConfig, RunConfig, Simulate
+from orchestrator.merging import refuse_offset
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.spending import calibrated, spend_from_row
 from storage.ledger import ClientRecord, Ledger
+from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies import STRATEGIES
-from strategies.base import ClientSpec
+from strategies.base import ClientSpec, Tensors
+from strategies.tensors import NotLowRank, same_products
 
 
 def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
@@ -58,16 +62,19 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
 
 def _anchored(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths: a run may be resumed from another folder."""
-    if config.evaluate is None:
-        return config
-    place = {"data": data.absolute(config.evaluate.data)}
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=place)})
+    moved = {
+        key: section.model_copy(update={"data": data.absolute(section.data)})
+        for key in ("evaluate", "init_data")
+        if (section := getattr(config, key)) is not None
+    }
+    return config.model_copy(update=moved)
 
 
 def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
     if config.start_from is None:
         return Start()
     version = store.version(config.start_from)
+    refuse_offset(version)
     recipe = version.recipe
     theirs = recipe["model"]
     if theirs["hash"] != model.hash:
@@ -81,27 +88,116 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
             f"labels: {config.start_from} has the label set {theirs['labels']}, this run "
             f"{list(model.labels)}; declare the same set and choose this run's with task_labels"
         )
-    if config.start == "continue" and recipe["adapter"] != _as_json(config):
-        raise BadConfig(
-            f"adapter: {config.start_from} is {recipe['adapter']}; start: continue goes on with "
-            "the same adapter; start: stack puts a new one on top"
-        )
+    if config.start == "continue":
+        _refuse_other_adapter(config, model, version, store)
     if config.start == "fresh":  # its memory goes on; its adapter and head do not
         return Start("fresh", version.id)
     stack = tuple(recipe["stack"])
     if config.start == "stack":
         stack = (*stack, version.id)
-    return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]))
+    offset = recipe.get("offset") if config.start == "continue" else None
+    return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]), offset)
 
 
-def _as_json(config: RunConfig) -> dict[str, object]:
-    choice = config.adapter.checked("adapter")
-    return {"name": choice.name, "options": dict(choice.options)}
+def _refuse_other_adapter(
+    config: RunConfig, model: ModelSpec, version: Version, store: AdapterStore
+) -> None:
+    """Refuse to go on with tensors that are not the configured adapter's.
+
+    Raises:
+        BadConfig: if the version has another adapter, or lacks one of its tensors.
+    """
+    ours, theirs = config.adapter.checked("adapter"), version.recipe["adapter"]
+    plugin = ADAPTERS.get(ours.name)
+    # a recipe may be older than an option, which then has its default
+    if theirs["name"] != ours.name or plugin.check(theirs["options"]) != ours.options:
+        raise BadConfig(
+            f"adapter: {config.start_from} is {theirs}; start: continue goes on with "
+            "the same adapter; start: stack puts a new one on top"
+        )
+    wanted = _parts(models.shapes(model, plugin.build(**ours.options)))
+    lacking = sorted(wanted - _parts(store.tensors(version.id)))
+    if lacking:
+        raise BadConfig(
+            f"adapter: {config.start_from} is a merge into plain factors, and {ours.name} also has "
+            f"{lacking[0]}; start: stack puts a new one on top"
+        )
+
+
+def _parts(names: Iterable[str]) -> set[str]:
+    """Return what an adapter's layers are made of, such as ``lora_A``."""
+    return {found[1] for name in names if (found := re.search(r"\.(lora_[A-Za-z]+)", name))}
 
 
 def _adapter(plan: Plan) -> Adapter:
     adapter: Adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
     return adapter
+
+
+def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
+    """Refuse a start that cannot be computed, or not without showing data to everyone.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    name, quantization = config.adapter.name, config.model.quantization
+    if "nf4-base" in adapter.capabilities and quantization != "nf4":
+        raise BadConfig(
+            f"adapter {name!r} (as set) starts from what quantisation to nf4 lost, and "
+            f"model.quantization is {quantization!r}; set it to nf4, or choose another init"
+        )
+    if "unquantized-base" in adapter.capabilities and quantization != "none":
+        raise BadConfig(
+            f"adapter {name!r} (as set) needs gradients of the base weights, which "
+            f"{quantization} weights have not; leave model.quantization out, or choose another init"
+        )
+    chosen, reads = config.init_data, "reads-data" in adapter.capabilities
+    if chosen is None:
+        if reads and config.start != "continue":
+            raise BadConfig(
+                f"adapter {name!r} (as set) makes its first tensors from data; give init_data: "
+                "{data: URI, public: true}, a data set that everyone may see"
+            )
+    elif not reads:
+        raise BadConfig(
+            f"init_data: adapter {name!r} (as set) reads no data; leave it out, or choose init "
+            "eva, corda or lora_ga"
+        )
+    elif not (chosen.public or data.is_public(chosen.data)):
+        raise BadConfig(
+            f"init_data: {chosen.data} is not known to be public, and what is made of it goes to "
+            "every client without noise; give data that everyone may see, and say so with "
+            "init_data.public: true"
+        )
+
+
+def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what would change the product that the adapter starts with before round 1.
+
+    The offset underneath takes away exactly that product: another would not be the base model.
+
+    Raises:
+        BadConfig: naming what would change it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn, past = (
+        {n: torch.randn(shape, generator=generator) for n, shape in names.items()} for _ in range(2)
+    )
+    movers: list[tuple[str, Tensors]] = []
+    for choice in plan.regularizers:
+        method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
+        movers.append(
+            (f"regularizer {choice.name!r}", method.initialise(drawn, method.consolidate(past, {})))
+        )
+    strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    movers.append((f"strategy {plan.strategy.name!r}", strategy.init(drawn).adapter))
+    for what, after in movers:
+        if not same_products(drawn, after):
+            raise BadConfig(
+                f"{what} (as set) chooses A anew before round 1, and adapter "
+                f"{plan.adapter.name!r} (as set) starts with a product B A that must stay as it "
+                "is; choose init kaiming or gaussian, where B starts at zero"
+            )
 
 
 def _refuse_senseless(plan: Plan) -> None:
@@ -118,18 +214,26 @@ def _refuse_senseless(plan: Plan) -> None:
     ):
         if wanted and needed not in adapter.capabilities:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
+    _refuse_init(config, adapter)
     names = models.shapes(plan.model, adapter)
     strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     sample = {name: torch.ones(shape) for name, shape in names.items()}
-    pattern = strategy.broadcast(strategy.init(sample), ClientSpec("anyone")).trainable
+    try:
+        pattern = strategy.broadcast(strategy.init(sample), ClientSpec("anyone")).trainable
+    except NotLowRank as error:
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} and adapter {plan.adapter.name!r}: {error}"
+        ) from None
     trained = [n for n in names if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
     if not trained:
         raise BadConfig(
             f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
             f"{plan.adapter.name!r} has no such tensor"
         )
+    if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
+        _refuse_moved_start(plan, names)
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
         moved = [n for n in trained if method.freezes and re.fullmatch(method.freezes, n)]

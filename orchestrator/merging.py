@@ -1,4 +1,4 @@
-"""Which adapters may be merged, and what the merge of their heads is."""
+"""What a version changes, which versions may be merged, and what the merge of their heads is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clients.adapters import ADAPTERS
+from clients.adapters import ADAPTERS, Adapter
 from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies.base import Tensors
@@ -16,6 +16,10 @@ from strategies.merges.cat import cat
 
 class BadMerge(ValueError):
     """These versions cannot be merged."""
+
+
+class NotAModel(ValueError):
+    """This version is only a part of others."""
 
 
 def split_head(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -35,11 +39,55 @@ def stacked(layers: Sequence[Tensors]) -> dict[str, Tensor]:
     return cat(adapters, [1.0] * len(adapters))
 
 
+def task_vector(store: AdapterStore, version: Version) -> dict[str, Tensor]:
+    """Return what a version itself changes: its adapter and its offset as one, without a head.
+
+    A low-rank adapter's as plain factors; any other adapter's are its tensors as they are.
+    """
+    own = split_head(store.tensors(version.id))[0]
+    adapter = adapter_of(version)
+    if "low-rank" not in adapter.capabilities:
+        return own
+    offset = version.recipe.get("offset")  # recipes before offsets have no such key
+    return stacked([*([store.tensors(offset)] if offset else []), adapter.factored(own)])
+
+
+def beneath(store: AdapterStore, stack: Sequence[str], offset: str | None) -> dict[str, Tensor]:
+    """Return all that lies frozen under an adapter in training, as one factored adapter."""
+    layers = [task_vector(store, store.version(ref)) for ref in stack]
+    return stacked([*layers, *([store.tensors(offset)] if offset else [])])
+
+
 def effective(store: AdapterStore, version: Version) -> dict[str, Tensor]:
     """Return what a version does when it is used: its stack and itself as one, and its head."""
-    own = store.tensors(version.id)
-    below = [store.tensors(ref) for ref in version.recipe["stack"]]
-    return {**stacked([*below, own]), **split_head(own)[1]}
+    below = [task_vector(store, store.version(ref)) for ref in version.recipe["stack"]]
+    head = split_head(store.tensors(version.id))[1]
+    return {**stacked([*below, task_vector(store, version)]), **head}
+
+
+def adapter_of(version: Version) -> Adapter:
+    """Return the adapter method that a version was trained with.
+
+    Raises:
+        NotAModel: if the version is the offset of others.
+    """
+    refuse_offset(version)
+    choice = version.recipe["adapter"]
+    adapter: Adapter = ADAPTERS.get(choice["name"]).build(**choice["options"])
+    return adapter
+
+
+def refuse_offset(version: Version) -> None:
+    """Refuse what is only part of other versions.
+
+    Raises:
+        NotAModel: if it is.
+    """
+    if version.recipe["kind"] == "offset":
+        raise NotAModel(
+            f"{version.id[:12]} is the offset that other versions took out of the base model, and "
+            "no adapter by itself; name one of those"
+        )
 
 
 def common_stack(versions: Sequence[Version]) -> tuple[str, ...]:
@@ -68,9 +116,12 @@ def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
 
     Raises:
         BadMerge: naming the first two that differ, and in what.
+        NotAModel: if one is only part of others.
     """
     if len({v.id for v in versions}) < len(versions):
         raise BadMerge("a version is given twice; weights say how much each counts")
+    for version in versions:
+        refuse_offset(version)
     first = versions[0].recipe
     for ref, version in zip(refs, versions, strict=True):
         recipe = version.recipe
@@ -85,10 +136,9 @@ def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
                     f"{refs[0]} and {ref} have different {what}s: {_short(ours)} and "
                     f"{_short(theirs)}; only adapters of one base model, task and label set merge"
                 )
-        choice = recipe["adapter"]
-        adapter = ADAPTERS.get(choice["name"]).build(**choice["options"])
-        if "low-rank" not in adapter.capabilities:
-            raise BadMerge(f"{ref} is a {choice['name']} adapter, which is not a plain product B A")
+        if "low-rank" not in adapter_of(version).capabilities:
+            name = recipe["adapter"]["name"]
+            raise BadMerge(f"{ref} is a {name} adapter, which is not a plain product B A")
 
 
 def merged_heads(

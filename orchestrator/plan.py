@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
-from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
+from clients.assignment import NO_DATA, Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
 from orchestrator.config import EvaluateConfig, RunConfig
 from strategies.base import Broadcast, ClientSpec, Tensors
 
@@ -47,12 +47,14 @@ class Start:
         version: id of the version it starts from, or None.
         stack: versions frozen underneath, oldest first.
         seen_labels: labels that the start version can already tell apart.
+        offset: with ``continue``, the offset that the version lies on, or None.
     """
 
     mode: Literal["fresh", "continue", "stack"] = "fresh"
     version: str | None = None
     stack: tuple[str, ...] = ()
     seen_labels: tuple[str, ...] = ()
+    offset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +199,20 @@ def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
     """Return the assignment that makes the adapter's first tensors, on any worker."""
     someone = plan.participants[0]
     seed = seed_for(plan.config.seed, 0, "init")
-    made = _assignment(plan, inputs, someone, Broadcast({}), seed)
-    return replace(made, action="init", client="", privacy=None, data=DataSpec("none:"))
+    made = replace(
+        _assignment(plan, inputs, someone, Broadcast({}), seed),
+        action="init",
+        client="",
+        privacy=None,
+        data=NO_DATA,
+        num_examples=0,
+    )
+    chosen = plan.config.init_data
+    if chosen is None:
+        return made
+    labels = plan.task_labels if plan.config.task_labels else ()
+    spec = DataSpec(chosen.data, chosen.fields, labels=labels)
+    return replace(made, data=spec, num_examples=chosen.examples, public=True)
 
 
 def plan_evaluation(

@@ -17,14 +17,52 @@ FORMAT = 1
 _LIBRARIES = ("weft", "torch", "transformers", "peft", "opacus")
 
 
-def start_recipe(plan: Plan) -> dict[str, Any]:
-    """Return the recipe of the version that round 1 starts from."""
-    return {**_common(plan), "kind": "start", "round": 0, "updates": []}
+def start_recipe(
+    plan: Plan, offset: str | None = None, read: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the recipe of the version that round 1 starts from.
+
+    Args:
+        plan: the run's.
+        offset: id of what lies underneath besides the stack, or None.
+        read: of which public data the adapter was initialised, or None.
+    """
+    made = {**_common(plan, offset), "kind": "start", "round": 0, "updates": []}
+    return made | ({"init_data": dict(read)} if read else {})
 
 
-def round_recipe(plan: Plan, round_: int, updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def offset_recipe(plan: Plan, read: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the recipe of what an initialisation takes out of the base model.
+
+    Runs that differ in nothing that it depends on share it: only one that reads data depends on
+    their labels, on their text's length, and on the seed.
+    """
+    config, model = plan.config, model_json(plan.model)
+    labels = list(plan.task_labels) if read else []
+    return {
+        "format": FORMAT,
+        "kind": "offset",
+        "model": model if read else {name: model[name] for name in ("id", "hash")},
+        "adapter": _choice(plan.adapter),
+        "stack": list(plan.start.stack),
+        "init_data": read and dict(read),
+        "seed": config.seed if read else None,
+        "task_labels": labels,
+        "seen_labels": labels,
+        "training": {"device": config.device, "threads": config.threads},
+        "private": False,
+        "reproducible": _reproducible(plan),
+        "libraries": _libraries(),
+        "updates": [],
+    }
+
+
+def round_recipe(
+    plan: Plan, round_: int, updates: Sequence[Mapping[str, Any]], offset: str | None = None
+) -> dict[str, Any]:
     """Return the recipe of a round's version; ``updates`` are its leaves, in client order."""
-    return {**_common(plan), "kind": "round", "round": round_, "updates": list(updates)}
+    made = _common(plan, offset)
+    return {**made, "kind": "round", "round": round_, "updates": list(updates)}
 
 
 def merge_recipe(
@@ -70,7 +108,7 @@ def model_json(model: ModelSpec) -> dict[str, Any]:
     return document
 
 
-def _common(plan: Plan) -> dict[str, Any]:
+def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
     config = plan.config
     privacy = config.privacy
     return {
@@ -102,15 +140,20 @@ def _common(plan: Plan) -> dict[str, Any]:
         "seen_labels": list(plan.seen_labels),
         "start": plan.start.mode,
         "stack": list(plan.start.stack),
+        "offset": offset,
         "cohort": config.cohort,
         "seed": config.seed,
-        "reproducible": "bitwise" if config.device == "cpu" else "statistical",
+        "reproducible": _reproducible(plan),
         "libraries": _libraries(),
     }
 
 
 def _choice(choice: PluginChoice) -> dict[str, Any]:
     return {"name": choice.name, "options": dict(choice.options)}
+
+
+def _reproducible(plan: Plan) -> str:
+    return "bitwise" if plan.config.device == "cpu" else "statistical"
 
 
 def _weakest(claims: Any) -> str:

@@ -102,8 +102,9 @@ def _version_line(version: Version) -> str:
     recipe = version.recipe
     what = {
         "round": f"round {recipe.get('round')} of {recipe.get('strategy', {}).get('name')}",
-        "start": f"start of {recipe['adapter']['name']} ({recipe.get('start')})",
+        "start": f"start of {_method(recipe['adapter'])} ({recipe.get('start')})",
         "merge": f"merge by {recipe.get('merge', {}).get('name')}",
+        "offset": f"offset of {_method(recipe['adapter'])}",
     }.get(recipe["kind"], recipe["kind"])
     base = recipe["model"]
     place = f"{base['id'] or 'local folder'} {base['hash'][:12]}"
@@ -112,6 +113,12 @@ def _version_line(version: Version) -> str:
     warning = "  [red]insecure seed: not private[/]" if insecure else ""
     scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])
     return f"[cyan]{_title(version)}[/] {what}{extra}  [dim]{scores}[/]{warning}"
+
+
+def _method(choice: Mapping[str, Any]) -> str:
+    """Return an adapter's name, and how it starts where that is not the usual way."""
+    init = choice["options"].get("init", "kaiming")
+    return str(choice["name"]) if init == "kaiming" else f"{choice['name']} ({init})"
 
 
 def _leaf_line(leaf: Mapping[str, Any]) -> str:
@@ -138,6 +145,7 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "adapter": f"{recipe['adapter']['name']}  {recipe['adapter']['options']}",
         "parents": ", ".join(f"{p.id[:12]} ({p.kind})" for p in version.parents) or "-",
         "stacked on": ", ".join(ref[:12] for ref in recipe["stack"]) or "-",
+        "offset": (recipe.get("offset") or "-")[:12],
         "labels": ", ".join(recipe["seen_labels"]) or "-",
         "updates": ", ".join(leaf["client"] for leaf in recipe["updates"]) or "-",
         "reproducible": recipe["reproducible"],

@@ -21,11 +21,14 @@ from orchestrator.config import BackendConfig, BadConfig, RunConfig, find_plugin
 from orchestrator.federation import Federation, Observe
 from orchestrator.launch import make_plan
 from orchestrator.merging import (
+    adapter_of,
     check_alike,
     common_stack,
     effective,
     merged_heads,
+    refuse_offset,
     split_head,
+    task_vector,
 )
 from orchestrator.plan import Plan
 from orchestrator.recipes import merge_recipe
@@ -290,9 +293,8 @@ def merge(
     versions = [store.version(ref) for ref in refs]
     check_alike(versions, refs)
     stack = common_stack(versions)
-    parts = [split_head(store.tensors(v.id)) for v in versions]
-    adapter = plugin.build([adapter for adapter, _ in parts], chosen, **options)
-    head = merged_heads([head for _, head in parts], versions, chosen)
+    adapter = plugin.build([task_vector(store, v) for v in versions], chosen, **options)
+    head = merged_heads([split_head(store.tensors(v.id))[1] for v in versions], versions, chosen)
     by_id = {v.id: v.recipe for v in versions}
     version = store.commit(
         {**adapter, **head},
@@ -388,9 +390,10 @@ def use(
 
     Raises:
         EvaluationFailed: if its heads are personal.
+        NotAModel: if it is only part of others.
         models.ModelNotFound: if nobody says where its base model is.
     """
-    _refuse_personal(version)
+    _refuse_unusable(version)
     tensors = effective(workspace.store, version)
     return Assignment(
         action="evaluate",
@@ -409,7 +412,8 @@ def use(
     )
 
 
-def _refuse_personal(version: Version) -> None:
+def _refuse_unusable(version: Version) -> None:
+    refuse_offset(version)
     if version.recipe.get("training", {}).get("head") == "personal":
         raise EvaluationFailed(
             f"{version.id[:12]} has personal heads, which stay at the clients that trained them; "
@@ -421,7 +425,9 @@ def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
     """Return the adapter that holds exactly ``tensors``: a merge may cover more layers."""
     choice = version.recipe["adapter"]
     layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})
-    # ranks come with the tensors; what else chose layers or ranks is of the first version alone
+    if "low-rank" in adapter_of(version).capabilities:
+        # plain factors, whatever method trained them; ranks and scalings come with them
+        return PluginChoice("lora", {"r": 1, "target_modules": layers})
     reset: dict[str, Any] = {"layers": None, "rank_pattern": {}, "alpha_pattern": {}}
     return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
 
@@ -438,7 +444,7 @@ def export(
         FileExistsError: if the folder is not empty.
     """
     version = workspace.store.version(ref)
-    _refuse_personal(version)
+    _refuse_unusable(version)
     spec = base_of(workspace, version, model)
     ancestry = lineage(workspace, version.id)
     return export_peft(

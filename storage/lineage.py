@@ -15,7 +15,17 @@ from sqlalchemy import Connection, Select, func, literal, select
 from storage.canonical import canonical_json
 from storage.schema import metrics, named_versions, parents, promotions, versions
 
-PARENT_KINDS = ("init", "round", "continue", "stack", "merge", "recycle", "import", "unlearn")
+PARENT_KINDS = (
+    "init",
+    "round",
+    "continue",
+    "stack",
+    "offset",
+    "merge",
+    "recycle",
+    "import",
+    "unlearn",
+)
 
 
 class VersionCorrupt(RuntimeError):

@@ -7,6 +7,7 @@ import pytest
 from clients.accounting import BudgetSpent
 from orchestrator.config import BadConfig
 from orchestrator.launch import make_plan as plan_of
+from orchestrator.merging import NotAModel
 from orchestrator.recipes import round_recipe
 from storage.ledger import ClientRecord, SpendRow
 from strategies.plugins import BadOptions
@@ -269,3 +270,106 @@ def test_every_run_has_an_id_of_its_own(register, plan, tiny):
 
     assert first.run != second.run
     assert replace(first, run=second.run) == second
+
+
+def lora(init, name="lora", **options):
+    return {"name": name, "r": 2, "layers": [0], "init": init, **options}
+
+
+HARD = [{"name": "o-lora", "form": "hard"}]
+FFA = {"name": "ffa-lora", "orthonormal": True}
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_start_whose_product_would_be_moved_is_refused(register, refused, init, strategy):
+    register()
+
+    why = refused(adapter=lora(init), strategy=strategy, regularizers=HARD)
+
+    assert "regularizer 'o-lora' (as set) chooses A anew before round 1, and adapter 'lora'" in why
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd", "ffa-lora", FFA])
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora"])
+def test_strategies_that_keep_the_product_may_start_from_one(register, plan, tiny, init, strategy):
+    register()
+
+    assert plan(tiny(adapter=lora(init), strategy=strategy)).adapter.options["init"] == init
+
+
+def test_a_factor_that_starts_at_zero_leaves_the_other_free(register, plan, tiny, notes):
+    register()
+    given = {"data": notes("public"), "public": True}
+
+    for init, extra in (("gaussian", {}), ("eva", {"init_data": given})):
+        made = plan(tiny(adapter=lora(init), strategy="fedsvd", regularizers=HARD, **extra))
+        assert made.regularizers[0].name == "o-lora"
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_diagonal_between_the_factors_is_not_refactored(register, refused, strategy):
+    register()
+
+    why = refused(adapter=lora("kaiming", "kasa"), strategy=strategy)
+
+    assert f"strategy '{strategy}' and adapter 'kasa': layer 'encoder.layer.0." in why
+    assert "has a diagonal between its factors, so that B A is not its delta; use a str" in why
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+def test_a_start_from_data_needs_data_that_everyone_may_see(register, refused, plan, tiny, init):
+    register()
+    chosen = {"adapter": lora(init), "start": "fresh"}
+
+    assert "makes its first tensors from data; give init_data: {data: URI, pub" in refused(**chosen)
+    why = refused(**chosen, init_data={"data": "jsonl:mine.jsonl"})
+    assert "init_data: jsonl:" in why
+    assert "is not known to be public, and what is made of it goes to every client" in why
+    declared = {"data": "jsonl:mine.jsonl", "public": True}
+    assert plan(tiny(**chosen, init_data=declared)).config.init_data.data.startswith("jsonl:/")
+    assert plan(tiny(**chosen, init_data={"data": "builtin:parameter-types"}))
+
+
+def test_data_that_nothing_reads_are_refused(register, refused):
+    register()
+
+    why = refused(adapter=lora("pissa"), init_data={"data": "builtin:parameter-types"})
+
+    assert "init_data: adapter 'lora' (as set) reads no data; leave it out" in why
+
+
+@pytest.mark.parametrize(
+    ("init", "quantization", "message"),
+    [
+        ("loftq", "none", "what quantisation to nf4 lost, and model.quantization is 'none'"),
+        ("loftq", "int8", "what quantisation to nf4 lost, and model.quantization is 'int8'"),
+        ("lora_ga", "nf4", "needs gradients of the base weights, which nf4 weights have not"),
+    ],
+)
+def test_a_start_that_the_base_model_cannot_give_is_refused(
+    register, refused, tiny_encoder, init, quantization, message
+):
+    register()
+    model = {"id": str(tiny_encoder), "quantization": quantization}
+
+    assert message in refused(
+        adapter=lora(init), model=model, init_data={"data": "builtin:parameter-types"}
+    )
+
+
+def test_a_version_from_before_an_option_is_still_continued(register, plan, tiny, committed):
+    register()
+    recipe = round_recipe(plan(tiny()), 1, [])
+    older = {k: v for k, v in recipe["adapter"]["options"].items() if k != "init_options"}
+    committed(recipe={"adapter": {"name": "lora", "options": older}})
+
+    assert plan(tiny(start_from="before", start="continue")).start.mode == "continue"
+
+
+def test_what_is_only_a_part_of_versions_starts_nothing(register, plan, tiny, committed):
+    register()
+    committed(recipe={"kind": "offset"})
+
+    with pytest.raises(NotAModel, match="is the offset that other versions took out of the base"):
+        plan(tiny(start_from="before", start="stack"))

@@ -8,15 +8,18 @@ import torch
 from clients.assignment import PluginChoice
 from orchestrator.merging import (
     BadMerge,
+    NotAModel,
+    beneath,
     check_alike,
     common_stack,
     effective,
     merged_heads,
     split_head,
     stacked,
+    task_vector,
 )
 from orchestrator.plan import Start
-from orchestrator.recipes import round_recipe
+from orchestrator.recipes import offset_recipe, round_recipe
 from orchestrator.service import merge
 
 LABELS = ("cat", "dog", "model", "rank")
@@ -190,3 +193,76 @@ def test_versions_that_do_not_belong_together_are_refused(commit, make_plan, cha
 def test_an_adapter_that_is_no_plain_product_is_refused(commit):
     with pytest.raises(BadMerge, match="task-2 is a dora adapter, which is not a plain product"):
         check_alike([commit(1), commit(2, adapter="dora")], ["task-1", "task-2"])
+
+
+@pytest.fixture
+def started(workspace, make_plan, tensors):
+    """Return a function that commits a version over an offset, and returns both."""
+
+    def make(seed, adapter="lora", stack=(), **more):
+        plan = replace(make_plan(), adapter=PluginChoice(adapter, {"r": 2, "init": "kaiming"}))
+        plan = replace(plan, start=Start("fresh", None, tuple(stack)))
+        offset = tensors(seed + 100, labels=0, scaling=0.5)
+        below = workspace.store.commit(offset, parents={}, recipe=offset_recipe(plan, None))
+        own = tensors(seed) | more
+        version = workspace.store.commit(own, parents={}, recipe=round_recipe(plan, 1, [], below))
+        return workspace.store.version(version), own, offset
+
+    return make
+
+
+def test_a_version_changes_what_its_adapter_and_its_offset_change(workspace, started):
+    version, own, offset = started(1)
+
+    found = task_vector(workspace.store, version)
+
+    torch.testing.assert_close(product(found), product(own) + product(offset))
+    assert found["q.lora_A.weight"].shape == (4, 5)
+    assert not any(name.startswith("head.") for name in found)
+
+
+def test_a_diagonal_goes_into_the_plain_factors(workspace, started):
+    version, own, offset = started(1, "kasa", **{"q.lora_diag": torch.tensor([3.0, -1.0])})
+
+    found = task_vector(workspace.store, version)
+
+    scaled = {**own, "q.lora_B.weight": own["q.lora_B.weight"] * torch.tensor([3.0, -1.0])}
+    torch.testing.assert_close(product(found), product(scaled) + product(offset))
+    assert not any("lora_diag" in name for name in found)
+
+
+def test_what_lies_beneath_a_run_is_each_version_with_its_offset_and_its_own(workspace, started):
+    first, own, offset = started(1)
+    second, _, below = started(2, stack=[first.id])
+
+    found = beneath(workspace.store, [first.id], second.recipe["offset"])
+
+    torch.testing.assert_close(product(found), product(own) + product(offset) + product(below))
+    assert beneath(workspace.store, [], None) == {}
+
+
+def test_a_merge_holds_the_offsets_of_what_it_merges_and_has_none(workspace, started):
+    (first, *one), (second, *two) = started(1), started(2)
+
+    merged = merge(workspace, [first.id, second.id], PluginChoice("cat"), "both", [1.0, -0.5])
+
+    expected = sum(product(t) for t in one) - 0.5 * sum(product(t) for t in two)
+    torch.testing.assert_close(product(workspace.store.tensors(merged)), expected)
+    assert workspace.store.version(merged).recipe.get("offset") is None
+
+
+def test_a_recipe_from_before_offsets_has_none(workspace, commit):
+    version = commit(1)
+    older = {name: value for name, value in version.recipe.items() if name != "offset"}
+    own = workspace.store.tensors(version.id)
+    older_version = workspace.store.version(workspace.store.commit(own, parents={}, recipe=older))
+
+    assert product(effective(workspace.store, older_version)).equal(product(own))
+
+
+def test_an_offset_is_no_version_to_use(workspace, started):
+    version, _, _ = started(1)
+    offset = workspace.store.version(version.recipe["offset"])
+
+    with pytest.raises(NotAModel, match="took out of the base model, and no adapter by itself"):
+        effective(workspace.store, replace(offset, recipe={**offset.recipe, "stack": []}))

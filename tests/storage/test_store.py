@@ -139,7 +139,9 @@ def test_an_unknown_parent_is_refused_before_anything_is_written(store, tmp_path
 
 def test_an_unknown_kind_of_parent_is_refused(store):
     root = commit(store, 0)
-    with pytest.raises(BadParents, match=r"init, round, continue, stack, merge.*got 'mother'"):
+    with pytest.raises(
+        BadParents, match=r"init, round, continue, stack, offset, merge.*got 'mother'"
+    ):
         commit(store, 1, {root: "mother"})
 
 
