@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from clients import placement
+from clients.adapters import peft_layers
+from clients.adapters.peft_layers import AdapterMismatch
 from strategies.base import Tensors
 from strategies.plugins import BadOptions, Option, Plugin, Range
 
@@ -30,13 +32,6 @@ if TYPE_CHECKING:  # peft takes seconds to import: listing plug-ins does not nee
     from peft import LoraConfig
 
 _TRAINED, _UNDERLAY = "default", "underlay"
-_A, _B, _MAGNITUDE, _SCALING = (
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_magnitude_vector",
-    ".scaling",
-)
-
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|scaling)$")
 _REFUSED_INITS = {
     **dict.fromkeys(
@@ -49,10 +44,6 @@ _REFUSED_INITS = {
     ),
     "mica": "freezes B by itself, but which tensors train is the strategy's to say",
 }
-
-
-class AdapterMismatch(ValueError):
-    """Tensors do not belong to this adapter on this base model."""
 
 
 class UnsupportedUnderlay(ValueError):
@@ -179,22 +170,22 @@ class PeftLora:
                 tuner.peft_config[_UNDERLAY] = _lora_config(below, r=1, init_lora_weights=False)
                 with torch.random.fork_rng(devices=[]):
                     tuner.inject_adapter(backbone, _UNDERLAY)
-                _write(backbone, _UNDERLAY, underlay)
+                peft_layers.write(backbone, _UNDERLAY, underlay)
         except ValueError:
             self.detach(backbone)
             raise
-        for layer in _adapted(backbone).values():
+        for layer in peft_layers.adapted(backbone).values():
             # set_adapter makes everything active trainable, so freezing comes after it.
             layer.set_adapter([_UNDERLAY, _TRAINED] if below else [_TRAINED])
         for adapter in (_TRAINED, _UNDERLAY):
-            for parameter in _parameters(backbone, adapter).values():
+            for parameter in peft_layers.parameters(backbone, adapter).values():
                 parameter.requires_grad_(adapter == _TRAINED)
                 parameter.data = parameter.data.float()  # PEFT makes DoRA's in the base's dtype
         return backbone
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Take every adapter out of ``model`` (in place) and return it, bit for bit as it was."""
-        for name, layer in _adapted(model).items():
+        for name, layer in peft_layers.adapted(model).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
         if hasattr(model, "peft_config"):
@@ -212,8 +203,10 @@ class PeftLora:
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self.parameters(model).items()
         }
-        for name, layer in _adapted(model, _TRAINED).items():
-            tensors[name + _SCALING] = torch.tensor(layer.scaling[_TRAINED], dtype=torch.float32)
+        for name, layer in peft_layers.adapted(model, _TRAINED).items():
+            tensors[name + peft_layers.SCALING] = torch.tensor(
+                layer.scaling[_TRAINED], dtype=torch.float32
+            )
         return tensors
 
     def write(self, model: nn.Module, tensors: Tensors) -> None:
@@ -226,11 +219,11 @@ class PeftLora:
             AdapterMismatch: if a tensor is missing, unexpected, or does not fit its layer; nothing
                 is written then.
         """
-        _write(model, _TRAINED, tensors)
+        peft_layers.write(model, _TRAINED, tensors)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
-        return _parameters(model, _TRAINED)
+        return peft_layers.parameters(model, _TRAINED)
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
         """Return PEFT's config with every layer's rank and alpha spelled out."""
@@ -256,7 +249,7 @@ class PeftLora:
         self, underlay: Tensors, linear: Mapping[str, nn.Module]
     ) -> dict[str, nn.Module]:
         """Return the layers of ``underlay``, which must be low-rank and of this base model."""
-        names = sorted(_without_head(underlay))
+        names = sorted(peft_layers.without_head(underlay))
         if names and "low-rank" not in self.capabilities:
             raise UnsupportedUnderlay(
                 f"{self.method.name} cannot be trained on top of a frozen adapter: its delta is "
@@ -291,80 +284,6 @@ def _lora_config(targets: Mapping[str, nn.Module], **settings: Any) -> LoraConfi
         fan_in_fan_out=placement.transposed(targets),
         **settings,
     )
-
-
-def _without_head(tensors: Tensors) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-
-
-def _adapted(model: nn.Module, adapter: str | None = None) -> dict[str, Any]:
-    """Return the layers that hold ``adapter`` (or any), by the base model's names."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and (adapter is None or adapter in module.lora_A)
-    }
-
-
-def _parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for name, layer in _adapted(model, adapter).items():
-        found[name + _A] = layer.lora_A[adapter].weight
-        found[name + _B] = layer.lora_B[adapter].weight
-        if adapter in layer.lora_magnitude_vector:
-            found[name + _MAGNITUDE] = layer.lora_magnitude_vector[adapter].weight
-    return found
-
-
-def _write(model: nn.Module, adapter: str, tensors: Tensors) -> None:
-    layers, given = _adapted(model, adapter), _without_head(tensors)
-    for problem in _mismatches(layers, _parameters(model, adapter), given):
-        raise AdapterMismatch(problem)
-    for name, layer in layers.items():
-        rank = given[name + _A].shape[0]
-        if rank != layer.lora_A[adapter].out_features:
-            _set_rank(layer, adapter, rank)
-        layer.scaling[adapter] = float(given[name + _SCALING])
-    with torch.no_grad():
-        for name, parameter in _parameters(model, adapter).items():
-            parameter.copy_(given[name])
-
-
-def _set_rank(layer: Any, adapter: str, rank: int) -> None:
-    """Give a layer's factors another rank, with values yet to be written."""
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    layer.r[adapter] = down.out_features = up.in_features = rank
-    for factor, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
-        old = factor.weight
-        # A new object: autograd remembers the shape that the old one had in past graphs.
-        factor.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-
-
-def _mismatches(
-    layers: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], given: Tensors
-) -> Iterator[str]:
-    """Yield a sentence for everything that keeps ``given`` from fitting these layers."""
-    expected = set(parameters) | {name + _SCALING for name in layers}
-    for name in sorted(expected - set(given)):
-        yield f"the adapter has no tensor {name}, which target_modules asks for"
-    for name in sorted(set(given) - expected):
-        yield (
-            f"the adapter has the tensor {name}, for which this model has no place; set "
-            "target_modules and the method as they were when it was trained"
-        )
-    for name, layer in layers.items():
-        rank = given[name + _A].shape[0] if given[name + _A].ndim else 0
-        shapes: dict[str, tuple[int, ...]] = {
-            name + _A: (rank, layer.in_features),
-            name + _B: (layer.out_features, rank),
-            name + _MAGNITUDE: (layer.out_features,),
-            name + _SCALING: (),
-        }
-        for key in sorted(shapes.keys() & given.keys()):
-            if tuple(given[key].shape) != shapes[key] or rank < 1:
-                yield f"{key} must be {list(shapes[key])}, got {list(given[key].shape)}"
 
 
 class _InitOption(Option):

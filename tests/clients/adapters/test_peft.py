@@ -10,7 +10,8 @@ from torch import nn
 
 from clients import models, placement
 from clients.adapters import ADAPTERS
-from clients.adapters.peft import AdapterMismatch, UnsupportedUnderlay
+from clients.adapters.peft import UnsupportedUnderlay
+from clients.adapters.peft_layers import AdapterMismatch
 from clients.assignment import ModelSpec
 from strategies.plugins import BadOptions
 
