@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -271,12 +272,14 @@ def estimate(spec: ModelSpec, adapter: Adapter) -> dict[str, int]:
     with torch.device("meta"):
         model = TaskModel(adapter.attach(backbone, {}), spec)
     trained = {**adapter.parameters(model.backbone), **model.head_parameters()}
-    count = sum(parameter.numel() for parameter in trained.values())
+    counts = {name: parameter.numel() for name, parameter in trained.items()}
     return {
         "base_parameters": sum(sizes.values()),
         "base_bytes": round(held),
-        "trainable_parameters": count,
-        "adapter_bytes": 4 * count,
+        "trainable_parameters": sum(
+            count for name, count in counts.items() if not re.fullmatch(adapter.frozen, name)
+        ),
+        "adapter_bytes": 4 * sum(counts.values()),
     }
 
 

@@ -44,6 +44,7 @@ class NothingToTrain(ValueError):
 def initial_tensors(assignment: Assignment) -> dict[str, Tensor]:
     """Return the adapter's and head's first tensors, drawn from the assignment's seed."""
     with opened(assignment) as session:
+        session.adapter.initialise(session.model.backbone)
         return session.read()
 
 

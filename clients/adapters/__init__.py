@@ -30,10 +30,26 @@ class Adapter(Protocol):
         """
         ...
 
+    @property
+    def frozen(self) -> str:
+        """Regular expression (``re.fullmatch``) of tensor names that never train, empty for none.
+
+        No round trains or returns them, whatever the strategy says; a strategy that would change
+        them is refused.
+        """
+        ...
+
     def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
         """Return ``backbone`` with a trainable adapter, on top of a frozen ``underlay`` if any.
 
         The adapter's own random numbers come from torch's global generator: seed it before.
+        """
+        ...
+
+    def initialise(self, model: nn.Module) -> None:
+        """Give the attached adapter the first tensors that follow from the base weights, if any.
+
+        Called once, before round 1: every other attachment is followed by :meth:`write`.
         """
         ...
 

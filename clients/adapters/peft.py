@@ -5,8 +5,7 @@ are the methods whose tensors *are* the adapter: the same tensors on the same un
 give the same function. Of PEFT 0.21's ``LoraConfig`` variants, left out are those that change the
 base weights (PiSSA, OLoRA, CorDA, LoftQ, KaSA: the tensors alone would mean nothing), read training
 data before the first round (EVA, LoRA-GA), approximate gradients (VeLoRA), or hold more than their
-product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow). MiCA freezes ``B`` by itself, which is
-the strategy's to say.
+product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow).
 
 Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
 """
@@ -31,7 +30,7 @@ from strategies.plugins import BadOptions, Option, Plugin, Range
 if TYPE_CHECKING:  # peft takes seconds to import: listing plug-ins does not need it
     from peft import LoraConfig
 
-_TRAINED, _UNDERLAY = "default", "underlay"
+TRAINED, _UNDERLAY = "default", "underlay"
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|scaling)$")
 _REFUSED_INITS = {
     **dict.fromkeys(
@@ -42,7 +41,7 @@ _REFUSED_INITS = {
     **dict.fromkeys(
         ("eva", "lora_ga"), "reads training data before the first round, where no client is asked"
     ),
-    "mica": "freezes B by itself, but which tensors train is the strategy's to say",
+    "mica": "also freezes B, and is an adapter of its own: use adapter mica",
 }
 
 
@@ -72,15 +71,15 @@ class Method:
     capabilities: frozenset[str]
 
 
-_LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
+LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
 METHODS = (
-    Method("lora", "Low-rank update B A beside each frozen layer.", "2106.09685", {}, _LOW_RANK),
+    Method("lora", "Low-rank update B A beside each frozen layer.", "2106.09685", {}, LOW_RANK),
     Method(
         "rslora",
         "LoRA scaled by alpha / sqrt(rank), stable at high ranks.",
         "2312.03732",
         {"use_rslora": True},
-        _LOW_RANK,
+        LOW_RANK,
     ),
     Method(
         "dora",
@@ -140,6 +139,19 @@ class PeftLora:
         """What is true of the method; see :class:`Method`."""
         return self.method.capabilities
 
+    @property
+    def frozen(self) -> str:
+        """Names of the tensors that never train; none."""
+        return ""
+
+    def settings(self, targets: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+        """Return what the method sets in ``LoraConfig`` to adapt ``targets``.
+
+        Raises:
+            BadOptions: if an option does not fit them.
+        """
+        return self.method.settings
+
     def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
         """Put a trainable adapter into ``backbone`` (in place), over a frozen ``underlay`` if any.
 
@@ -164,7 +176,7 @@ class PeftLora:
         below = self._layers_of(underlay, linear)
         config = self._config(placement.targets(backbone, self.target_modules, self.layers))
         try:
-            tuner = LoraModel(backbone, config, _TRAINED)
+            tuner = LoraModel(backbone, config, TRAINED)
             if below:
                 # Ranks and scalings come with the tensors, and the random numbers go nowhere.
                 tuner.peft_config[_UNDERLAY] = _lora_config(below, r=1, init_lora_weights=False)
@@ -176,12 +188,16 @@ class PeftLora:
             raise
         for layer in peft_layers.adapted(backbone).values():
             # set_adapter makes everything active trainable, so freezing comes after it.
-            layer.set_adapter([_UNDERLAY, _TRAINED] if below else [_TRAINED])
-        for adapter in (_TRAINED, _UNDERLAY):
-            for parameter in peft_layers.parameters(backbone, adapter).values():
-                parameter.requires_grad_(adapter == _TRAINED)
+            layer.set_adapter([_UNDERLAY, TRAINED] if below else [TRAINED])
+        for adapter in (TRAINED, _UNDERLAY):
+            for name, parameter in peft_layers.parameters(backbone, adapter).items():
+                trained = adapter == TRAINED and not re.fullmatch(self.frozen, name)
+                parameter.requires_grad_(trained)
                 parameter.data = parameter.data.float()  # PEFT makes DoRA's in the base's dtype
         return backbone
+
+    def initialise(self, model: nn.Module) -> None:
+        """Keep the tensors that :meth:`attach` drew: they do not depend on the base weights."""
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Take every adapter out of ``model`` (in place) and return it, bit for bit as it was."""
@@ -203,9 +219,9 @@ class PeftLora:
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self.parameters(model).items()
         }
-        for name, layer in peft_layers.adapted(model, _TRAINED).items():
+        for name, layer in peft_layers.adapted(model, TRAINED).items():
             tensors[name + peft_layers.SCALING] = torch.tensor(
-                layer.scaling[_TRAINED], dtype=torch.float32
+                layer.scaling[TRAINED], dtype=torch.float32
             )
         return tensors
 
@@ -219,11 +235,11 @@ class PeftLora:
             AdapterMismatch: if a tensor is missing, unexpected, or does not fit its layer; nothing
                 is written then.
         """
-        peft_layers.write(model, _TRAINED, tensors)
+        peft_layers.write(model, TRAINED, tensors)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
-        return peft_layers.parameters(model, _TRAINED)
+        return peft_layers.parameters(model, TRAINED)
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
         """Return PEFT's config with every layer's rank and alpha spelled out."""
@@ -242,7 +258,7 @@ class PeftLora:
                 for n, a in alphas.items()
                 if (a or ranks[n]) != (self.alpha or self.r)
             },
-            **self.method.settings,
+            **self.settings(targets),
         )
 
     def _layers_of(
@@ -297,19 +313,23 @@ class _InitOption(Option):
         return Option.parse(self, value)
 
 
-def plugins() -> Iterator[Plugin]:
-    """Yield a plug-in for each of PEFT's methods; the fields of :class:`PeftLora` are options."""
-    schema = Plugin("adapter", "", PeftLora, "", context=("method",)).options
-    options = tuple(
-        _InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
-        for o in schema.values()
+def plugin(method: Method, kind: type[PeftLora] = PeftLora) -> Plugin:
+    """Return the plug-in of a method; the fields of ``kind`` are its options."""
+    schema = Plugin("adapter", "", kind, "", context=("method",)).options
+    return Plugin(
+        kind="adapter",
+        name=method.name,
+        factory=partial(kind, method),
+        summary=method.summary,
+        source=method.source,
+        explicit_options=tuple(
+            _InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
+            for o in schema.values()
+        ),
     )
+
+
+def plugins() -> Iterator[Plugin]:
+    """Yield a plug-in for each method that is data alone; the others have a module each."""
     for method in METHODS:
-        yield Plugin(
-            kind="adapter",
-            name=method.name,
-            factory=partial(PeftLora, method),
-            summary=method.summary,
-            source=method.source,
-            explicit_options=options,
-        )
+        yield plugin(method)

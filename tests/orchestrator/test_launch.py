@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run is found before anything starts."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -9,7 +9,10 @@ from orchestrator.config import BadConfig
 from orchestrator.launch import make_plan as plan_of
 from orchestrator.recipes import round_recipe
 from storage.ledger import ClientRecord, SpendRow
-from strategies.plugins import BadOptions
+from strategies import STRATEGIES
+from strategies.fedavg import FedAvg
+from strategies.plugins import BadOptions, Plugin
+from strategies.tensors import refactored
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3}
 
@@ -145,6 +148,39 @@ def test_forms_that_fit_the_strategy_are_planned(register, plan, tiny, strategy,
     method = {"name": "o-lora", "form": form}
 
     assert plan(tiny(strategy=strategy, regularizers=[method])).regularizers[0].name == "o-lora"
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_strategy_that_trains_only_what_the_adapter_freezes_is_refused(
+    register, refused, strategy
+):
+    register()
+
+    why = refused(strategy=strategy, adapter={"name": "mica", "r": 2, "layers": [0]})
+
+    assert f"strategy {strategy!r} trains" in why
+    assert "adapter 'mica' keeps encoder.layer.0.attention.self.query.lora_B.weight frozen" in why
+
+
+def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
+    register, refused, plan, tiny, monkeypatch
+):
+    @dataclass(frozen=True)
+    class Orthonormal(FedAvg):
+        """FedAvg whose every aggregate is re-split, which rotates B."""
+
+        def aggregate(self, state, updates):
+            mean = super().aggregate(state, updates)
+            return replace(mean, adapter=refactored(mean.adapter))
+
+    plugin = Plugin("strategy", "fedavg", Orthonormal, "")
+    monkeypatch.setitem(STRATEGIES._plugins, "fedavg", plugin)
+    register()
+
+    why = refused(strategy="fedavg", adapter={"name": "mica", "r": 2, "layers": [0]})
+
+    assert "strategy 'fedavg' changes encoder.layer.0.attention.self.query.lora_B.weight" in why
+    assert plan(tiny(adapter={"name": "lora", "r": 2})).strategy.name == "fedavg"
 
 
 @pytest.mark.parametrize(
