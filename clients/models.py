@@ -310,7 +310,7 @@ def shapes(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         model = TaskModel(adapter.attach(skeleton(spec), {}), spec)
         live = {**adapter.parameters(model.backbone), **model.head_parameters()}
     found = {name: tuple(parameter.shape) for name, parameter in live.items()}
-    layers = {n.removesuffix(".lora_A.weight") for n in live if n.endswith(".lora_A.weight")}
+    layers = {n.partition(".lora_A.")[0] for n in live if ".lora_A." in n}
     return found | {f"{layer}.scaling": () for layer in sorted(layers)}
 
 

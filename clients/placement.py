@@ -61,7 +61,7 @@ def by_pattern(
     """
     values = dict.fromkeys(names, default)
     for pattern, value in reversed(list(patterns.items())):
-        found = [name for name in values if _names(pattern, name)]
+        found = [name for name in values if matches(pattern, name)]
         if not found:
             raise BadOptions(
                 f"{option}: no adapted layer is called {pattern!r} "
@@ -107,7 +107,7 @@ def _default_targets(backbone: nn.Module, linear: Iterable[str]) -> list[str]:
 def _named(patterns: Iterable[str], linear: Mapping[str, nn.Module]) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in linear if _names(pattern, name)}
+        found = {name for name in linear if matches(pattern, name)}
         if not found:
             close = difflib.get_close_matches(pattern, _endings(linear), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -128,7 +128,7 @@ def _in_layers(names: Iterable[str], layers: Sequence[int]) -> list[str]:
     return [name for name in index if index[name] in layers]
 
 
-def _names(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Return whether ``pattern`` matches the last parts of ``name``'s path, or all of it."""
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -6,7 +6,7 @@ layer holds is asked of the layer, so that a method is known by its tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from strategies.base import Tensors
 
 SCALING = ".scaling"
-_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_RANK_AXIS = {
+    ".lora_A.weight": 0,
+    ".lora_A.blocks": 0,
+    ".lora_B.weight": 1,
+    ".lora_B.blocks": 1,
+    ".lora_monteclora_sampler.std_prior": 0,
+}
 
 
 class AdapterMismatch(ValueError):
@@ -40,13 +46,11 @@ def adapted(model: nn.Module, adapter: str | None = None) -> dict[str, Any]:
 
 def parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """Return the live parameters of ``adapter`` by name, layer after layer."""
-    found: dict[str, nn.Parameter] = {}
-    for name, layer in adapted(model, adapter).items():
-        found[name + _A] = layer.lora_A[adapter].weight
-        found[name + _B] = layer.lora_B[adapter].weight
-        if adapter in layer.lora_magnitude_vector:
-            found[name + _MAGNITUDE] = layer.lora_magnitude_vector[adapter].weight
-    return found
+    return {
+        name + part: getattr(holder, attribute)
+        for name, layer in adapted(model, adapter).items()
+        for part, (holder, attribute) in _holders(layer, adapter).items()
+    }
 
 
 def write(model: nn.Module, adapter: str, tensors: Tensors) -> None:
@@ -57,33 +61,67 @@ def write(model: nn.Module, adapter: str, tensors: Tensors) -> None:
             written then.
     """
     layers, given = adapted(model, adapter), without_head(tensors)
-    for problem in _mismatches(layers, parameters(model, adapter), given):
+    for problem in _mismatches(layers, adapter, given):
         raise AdapterMismatch(problem)
     for name, layer in layers.items():
-        rank = given[name + _A].shape[0]
-        if rank != layer.lora_A[adapter].out_features:
-            _set_rank(layer, adapter, rank)
+        _set_rank(layer, adapter, _rank(name, layer, adapter, given))
         layer.scaling[adapter] = float(given[name + SCALING])
     with torch.no_grad():
         for name, parameter in parameters(model, adapter).items():
             parameter.copy_(given[name])
 
 
+def _holders(layer: Any, adapter: str) -> dict[str, tuple[nn.Module, str]]:
+    """Return which module keeps each parameter of a layer, and under which name."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for side in ("lora_A", "lora_B"):
+        factor = getattr(layer, side)[adapter]
+        found[f".{side}.{'blocks' if _num_blocks(factor) > 1 else 'weight'}"] = factor, "weight"
+    if adapter in layer.lora_magnitude_vector:
+        found[".lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter], "weight"
+    sampler = getattr(layer, "lora_monteclora_sampler", {}).get(adapter)
+    if sampler is not None:
+        for name, _ in sampler.named_parameters(recurse=False):
+            found[f".lora_monteclora_sampler.{name}"] = sampler, name
+    return found
+
+
+def _num_blocks(factor: nn.Module) -> int:
+    """Return into how many blocks on its diagonal a factor falls; 1 for a full one."""
+    return int(getattr(factor, "nblocks", 1))
+
+
+def _shape(part: str, shape: Sequence[int], old_rank: int, rank: int) -> list[int]:
+    """Return the shape of a part at another rank."""
+    axis = _RANK_AXIS.get(part)
+    return [n * rank // old_rank if i == axis else n for i, n in enumerate(shape)]
+
+
+def _rank(name: str, layer: Any, adapter: str, given: Tensors) -> int:
+    """Return the rank that the given tensors have at a layer, 0 where they have none."""
+    factor = next(part for part in _holders(layer, adapter) if part.startswith(".lora_A."))
+    return given[name + factor].shape[0] if given[name + factor].ndim else 0
+
+
 def _set_rank(layer: Any, adapter: str, rank: int) -> None:
-    """Give a layer's factors another rank, with values yet to be written."""
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    layer.r[adapter] = down.out_features = up.in_features = rank
-    for factor, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
-        old = factor.weight
-        # A new object: autograd remembers the shape that the old one had in past graphs.
-        factor.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+    """Give a layer's parameters another rank, with values yet to be written."""
+    old_rank = layer.r[adapter]
+    if rank == old_rank:
+        return
+    for part, (holder, attribute) in _holders(layer, adapter).items():
+        old = getattr(holder, attribute)
+        if part in _RANK_AXIS:
+            # A new object: autograd remembers the shape that the old one had in past graphs.
+            empty = old.new_empty(_shape(part, old.shape, old_rank, rank))
+            setattr(holder, attribute, nn.Parameter(empty, requires_grad=old.requires_grad))
+    layer.r[adapter] = rank
+    layer.lora_A[adapter].out_features = layer.lora_B[adapter].in_features = rank
 
 
-def _mismatches(
-    layers: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], given: Tensors
-) -> Iterator[str]:
+def _mismatches(layers: Mapping[str, Any], adapter: str, given: Tensors) -> Iterator[str]:
     """Yield a sentence for everything that keeps ``given`` from fitting these layers."""
-    expected = set(parameters) | {name + SCALING for name in layers}
+    holders = {name: _holders(layer, adapter) for name, layer in layers.items()}
+    expected = {name + part for name, parts in holders.items() for part in (*parts, SCALING)}
     for name in sorted(expected - set(given)):
         yield f"the adapter has no tensor {name}, which target_modules asks for"
     for name in sorted(set(given) - expected):
@@ -92,13 +130,15 @@ def _mismatches(
             "target_modules and the method as they were when it was trained"
         )
     for name, layer in layers.items():
-        rank = given[name + _A].shape[0] if given[name + _A].ndim else 0
-        shapes: dict[str, tuple[int, ...]] = {
-            name + _A: (rank, layer.in_features),
-            name + _B: (layer.out_features, rank),
-            name + _MAGNITUDE: (layer.out_features,),
-            name + SCALING: (),
+        rank = _rank(name, layer, adapter, given)
+        blocks = max(_num_blocks(f[adapter]) for f in (layer.lora_A, layer.lora_B))
+        if rank % blocks:
+            yield f"{name} has rank {rank}, which does not fall into {blocks} blocks"
+        shapes = {
+            part: _shape(part, getattr(*held).shape, layer.r[adapter], rank)
+            for part, held in holders[name].items()
         }
-        for key in sorted(shapes.keys() & given.keys()):
-            if tuple(given[key].shape) != shapes[key] or rank < 1:
-                yield f"{key} must be {list(shapes[key])}, got {list(given[key].shape)}"
+        for part, shape in sorted({**shapes, SCALING: []}.items()):
+            key = name + part
+            if list(given[key].shape) != shape or rank < 1:
+                yield f"{key} must be {shape}, got {list(given[key].shape)}"

@@ -82,6 +82,10 @@ CASES = {
         {"r": 4, "rank_pattern": {"value": 2}, "alpha_pattern": {r"layer\S*\.0\.\S+": 3.7}},
     ),
     "some layers": ("lora", {"r": 4, "layers": [1]}),
+    "blocks on either side": (
+        "bdlora",
+        {"r": 4, "target_modules": ["query", r"output\.dense"], "rank_pattern": {"query": 2}},
+    ),
     "all linear": ("lora", {"r": 2, "target_modules": "all-linear"}),
 }
 
@@ -292,6 +296,13 @@ def test_tensors_that_are_no_adapter_are_refused(encoder, tmp_path, change, mess
     with pytest.raises(NotExportable, match=message):
         export(tmp_path / "out", changed, encoder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_with_different_numbers_of_blocks_are_refused(encoder, tmp_path):
+    tensors, _ = trained(encoder, "bdlora", r=4)
+    changed = {**tensors, f"{LAYER}.lora_B.blocks": torch.ones(32, 1)}
+    with pytest.raises(NotExportable, match="the layers have different numbers of blocks"):
+        export(tmp_path / "out", changed, encoder)
 
 
 def test_a_head_without_adapter_is_refused(encoder, tmp_path):

@@ -162,6 +162,15 @@ def test_a_strategy_that_trains_only_what_the_adapter_freezes_is_refused(
     assert "adapter 'mica' keeps encoder.layer.0.attention.self.query.lora_B.weight frozen" in why
 
 
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_strategy_of_plain_factors_is_refused_with_blocks(register, refused, strategy):
+    register()
+
+    why = refused(strategy=strategy, adapter={"name": "bdlora", "r": 2, "layers": [0]})
+
+    assert f"strategy {strategy!r} needs plain factors B and A, and adapter 'bdlora' has" in why
+
+
 def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
     register, refused, plan, tiny, monkeypatch
 ):
