@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # peft takes seconds to import
     from peft import BdLoraConfig, LoraConfig
 
 _TENSOR = re.compile(
-    r"(?P<layer>.+)\.(?P<part>lora_[AB]\.(weight|blocks)|lora_magnitude_vector|scaling)"
+    r"(?P<layer>.+)\."
+    r"(?P<part>lora_[AB]\.(weight|blocks)|lora_magnitude_vector|scaling|invocation)"
 )
 _PEFT_PREFIX = "base_model.model."
 _TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
@@ -160,7 +161,7 @@ def _peft_tensors(layers: Mapping[str, Tensors]) -> dict[str, Tensor]:
             f"{_PEFT_PREFIX}{layer}.{part.replace('.blocks', '.weight')}": tensor
             for layer, parts in layers.items()
             for part, tensor in parts.items()
-            if part != "scaling"
+            if part not in ("scaling", "invocation")
         }
     )
 
@@ -200,6 +201,7 @@ def _peft_config(
         fan_in_fan_out=placement.transposed({layer: linear[layer] for layer in layers}),
         use_dora="lora_magnitude_vector" in next(iter(layers.values())),
         use_bdlora=_blocks(layers, linear),
+        alora_invocation_tokens=_invocation(layers),
     )
 
 
@@ -220,6 +222,18 @@ def _check_fit(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Module]) -
             if part in parts and tuple(parts[part].shape) != shape:
                 got = list(parts[part].shape)
                 raise NotExportable(f"{layer}.{part} must be {list(shape)}, got {got}")
+
+
+def _invocation(layers: Mapping[str, Tensors]) -> list[int] | None:
+    """Return the tokens from which on the adapter acts, or None where it always does."""
+    found = {
+        tuple(parts["invocation"].tolist()) if "invocation" in parts else None
+        for parts in layers.values()
+    }
+    if len(found) > 1:  # PEFT's config says it once for all layers
+        raise NotExportable("the layers have different invocations; one adapter has one")
+    (ids,) = found
+    return None if ids is None else list(ids)
 
 
 def _blocks(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Module]) -> BdLoraConfig | None:

@@ -119,6 +119,11 @@ def _refuse_senseless(plan: Plan) -> None:
     ):
         if wanted and needed not in adapter.capabilities:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
+    if "causal-only" in adapter.capabilities and config.task != "causal-lm":
+        raise BadConfig(
+            f"adapter {plan.adapter.name!r} is for models that generate, and the task is "
+            f"{config.task}; use lora, or task: causal-lm"
+        )
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     trained = _trained_names(plan, adapter)

@@ -96,7 +96,7 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_options() -> dict[str, dict[str, object]]:
     """What an adapter method needs to be told on the tiny decoder, where its defaults do not do."""
-    return {}
+    return {"alora": {"invocation": [11]}}
 
 
 def _saved(kind, config, tokenizer, folder: Path) -> Path:

@@ -26,7 +26,7 @@ class Adapter(Protocol):
 
         ``low-rank``: its delta is exactly ``scaling * B @ A``, so it can be stacked, merged and
         refactored; ``merge``: it can be folded into the base weights; ``dp-hooks``: Opacus' hooks
-        give its exact per-example gradients.
+        give its exact per-example gradients; ``causal-only``: it is for ``causal-lm`` alone.
         """
         ...
 

@@ -99,8 +99,10 @@ def test_an_exported_classifier_gives_the_same_logits_with_plain_peft(encoder, t
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
-def test_an_exported_decoder_gives_the_same_logits_with_plain_peft(decoder, tmp_path, name):
-    tensors, logits = trained(decoder, name, r=4)
+def test_an_exported_decoder_gives_the_same_logits_with_plain_peft(
+    decoder, tmp_path, name, tiny_options
+):
+    tensors, logits = trained(decoder, name, r=4, **tiny_options.get(name, {}))
     export(tmp_path / "out", tensors, decoder)
     torch.testing.assert_close(plain_logits(tmp_path / "out", decoder), logits, rtol=0, atol=1e-5)
     auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()

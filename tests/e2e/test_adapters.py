@@ -31,7 +31,7 @@ def dialogue(tmp_path: Path, tiny_decoder: Path, tiny_options: Mapping[str, Any]
     """Makes the config of two rounds of a method at two clients of a tiny decoder."""
     prompts = ("the cat learns", "a dog sings", "private data", "the model weaves a thread")
     rows = [
-        {"prompt": f"{text} {number} ", "completion": f"{number} thread"}
+        {"prompt": f"{text} {number} *", "completion": f"{number} thread"}
         for number in range(4)
         for text in prompts
     ]

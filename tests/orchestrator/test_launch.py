@@ -171,6 +171,14 @@ def test_a_strategy_of_plain_factors_is_refused_with_blocks(register, refused, s
     assert f"strategy {strategy!r} needs plain factors B and A, and adapter 'bdlora' has" in why
 
 
+def test_an_adapter_for_models_that_generate_is_refused_for_classification(register, refused):
+    register()
+
+    why = refused(adapter={"name": "alora", "r": 2, "invocation": [11]})
+
+    assert "adapter 'alora' is for models that generate, and the task is classification" in why
+
+
 def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
     register, refused, plan, tiny, monkeypatch
 ):

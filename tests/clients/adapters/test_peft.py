@@ -297,16 +297,15 @@ def test_frozen_underlay_tensors_stay_exactly_as_they_are_in_training(attach):
     assert not any(now[name].requires_grad for name in frozen)
 
 
-def test_adapters_of_a_half_precision_base_are_float32(tiny_encoder):
-    spec = ModelSpec(
-        id=str(tiny_encoder), kind="classification", labels=("x", "y"), compute_dtype="bf16"
-    )
+def test_adapters_of_a_half_precision_base_are_float32(tiny_decoder, tiny_options):
+    spec = ModelSpec(id=str(tiny_decoder), kind="causal-lm", compute_dtype="bf16")
     backbone = models.load(spec).backbone
     for name in ADAPTERS.names():
-        adapter = ADAPTERS.get(name).build(r=2)
+        adapter = ADAPTERS.get(name).build(r=2, **tiny_options.get(name, {}))
         model = adapter.attach(backbone, {})
+        adapter.initialise(model)
         dtypes = {parameter.dtype for parameter in adapter.parameters(model).values()}
-        assert run(model).dtype == torch.bfloat16
+        assert model(input_ids=torch.tensor([[2, 9, 11, 40]])).logits.dtype == torch.bfloat16
         adapter.detach(model)
         assert dtypes == {torch.float32}, name
 
