@@ -29,6 +29,7 @@ _TENSOR = re.compile(
     r"(?P<layer>.+)\."
     r"(?P<part>lora_[AB]\.(weight|blocks)|lora_magnitude_vector|scaling|invocation)"
 )
+_TRAINING_ONLY = ".lora_monteclora_sampler."  # MonteCLoRA is used by its mean, which is A
 _PEFT_PREFIX = "base_model.model."
 _TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
 
@@ -69,8 +70,8 @@ def export_peft(
 
     Raises:
         FileExistsError: if ``folder`` has something in it.
-        NotExportable: if ``tensors`` are not a LoRA or DoRA adapter with the head that the task
-            needs.
+        NotExportable: if ``tensors`` are not an adapter of PEFT's LoRA family with the head that
+            the task needs.
         clients.models.ModelNotFound: if the base model is not here: its tokenizer is needed.
     """
     folder = Path(folder)
@@ -135,9 +136,9 @@ def _check_head(head: Tensors, spec: ModelSpec) -> None:
 
 
 def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Return each layer's tensors by part, layers sorted by name."""
+    """Return each layer's tensors by part, layers sorted by name, but for what only trains."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(tensors):
+    for name in sorted(name for name in tensors if _TRAINING_ONLY not in name):
         found = _TENSOR.fullmatch(name)
         if found is None:
             raise NotExportable(f"{name} has no place in PEFT's LoRA files")

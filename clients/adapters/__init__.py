@@ -65,6 +65,13 @@ class Adapter(Protocol):
         """Put ``tensors`` (all that :meth:`read` returns, head excepted) into the adapter."""
         ...
 
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return a scalar to add to the loss, from parameters alone, or None.
+
+        It sees no data: its gradient is added after DP's noise.
+        """
+        ...
+
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names, scalings excepted."""
         ...

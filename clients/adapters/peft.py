@@ -1,11 +1,17 @@
 """PEFT's own methods, by PEFT's own names: the one door to the ``peft`` library.
 
-Each :class:`Method` is data: what to set in PEFT's config, and what is true of the result. Here
-are the methods whose tensors *are* the adapter: the same tensors on the same untouched base model
-give the same function. Of PEFT 0.21's ``LoraConfig`` variants, left out are those that change the
-base weights (PiSSA, OLoRA, CorDA, LoftQ, KaSA: the tensors alone would mean nothing), read training
-data before the first round (EVA, LoRA-GA), approximate gradients (VeLoRA), or hold more than their
-product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow).
+Each :class:`Method` is data: what to set in PEFT's config, and what is true of the result. A method
+that needs code is a subclass of :class:`PeftLora` in a module of its own (MiCA, VeLoRA, BD-LoRA,
+aLoRA, MonteCLoRA). The tensors *are* the adapter: the same tensors on the same untouched base
+model give the same function. Of PEFT 0.21's ``LoraConfig``, left out are the variants that change
+the base weights (PiSSA, OLoRA, CorDA, LoftQ, KaSA), read training data before the first round (EVA,
+LoRA-GA) or route between adapters (Arrow), and these settings:
+
+* ``bias`` trains the base model's own biases, but the base model is shared and never changed.
+* ``modules_to_save`` trains copies of whole layers, which are no adapter; a head is weft's own.
+* ``trainable_token_indices`` trains rows of an embedding, which is not a linear layer.
+* ``layer_replication`` repeats layers of the base model, which makes it another base model.
+* ``target_parameters`` adapts bare parameters, which are no layers that hooks and names go by.
 
 Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
 """
@@ -156,7 +162,8 @@ class PeftLora:
         """Put a trainable adapter into ``backbone`` (in place), over a frozen ``underlay`` if any.
 
         The trained adapter's first tensors come from torch's global generator and are the same
-        with and without an underlay. Adapter tensors are float32 whatever the base model is.
+        with and without an underlay. Adapter tensors are float32 whatever the base model is. The
+        adapter is in the backbone's mode, training or not.
 
         Args:
             backbone: the base model.
@@ -189,6 +196,7 @@ class PeftLora:
         for layer in peft_layers.adapted(backbone).values():
             # set_adapter makes everything active trainable, so freezing comes after it.
             layer.set_adapter([_UNDERLAY, TRAINED] if below else [TRAINED])
+            layer.train(backbone.training)  # a new module is in training mode
         for adapter in (TRAINED, _UNDERLAY):
             for name, parameter in peft_layers.parameters(backbone, adapter).items():
                 trained = adapter == TRAINED and not re.fullmatch(self.frozen, name)
@@ -236,6 +244,10 @@ class PeftLora:
                 is written then.
         """
         peft_layers.write(model, TRAINED, tensors)
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return None: the loss is the task's."""
+        return None
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""

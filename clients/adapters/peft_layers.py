@@ -79,10 +79,10 @@ def _holders(layer: Any, adapter: str) -> dict[str, tuple[nn.Module, str]]:
         found[f".{side}.{'blocks' if _num_blocks(factor) > 1 else 'weight'}"] = factor, "weight"
     if adapter in layer.lora_magnitude_vector:
         found[".lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter], "weight"
-    sampler = getattr(layer, "lora_monteclora_sampler", {}).get(adapter)
-    if sampler is not None:
-        for name, _ in sampler.named_parameters(recurse=False):
-            found[f".lora_monteclora_sampler.{name}"] = sampler, name
+    samplers = getattr(layer, "lora_monteclora_sampler", {})
+    if adapter in samplers:
+        for name, _ in samplers[adapter].named_parameters(recurse=False):
+            found[f".lora_monteclora_sampler.{name}"] = samplers[adapter], name
     return found
 
 

@@ -134,6 +134,16 @@ def test_what_is_read_is_a_float32_copy_on_the_cpu(adapter, attached):
     assert not any((parameter == 123.0).any() for parameter in live.values())
 
 
+def test_an_adapter_is_attached_in_the_mode_of_its_backbone(adapter, backbone):
+    modes = []
+    for training in (False, True):
+        model = adapter.attach(backbone.train(training), {})
+        modes.append({module.training for module in model.modules() if hasattr(module, "lora_A")})
+        adapter.detach(model)
+    backbone.eval()
+    assert modes == [{False}, {True}]
+
+
 def test_names_are_those_of_the_base_model_without_prefix(adapter, backbone):
     layers = {name for name, _ in backbone.named_modules()}
     model = adapter.attach(backbone, {})
