@@ -25,9 +25,12 @@ def linear_layers(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def targets(
-    backbone: nn.Module, wanted: str | Sequence[str], layers: Sequence[int] | None
+    backbone: nn.Module,
+    wanted: str | Sequence[str],
+    layers: Sequence[int] | None,
+    excluded: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
-    """Return the layers that the option ``target_modules`` means.
+    """Return the layers that ``target_modules``, ``layers`` and ``exclude_modules`` mean.
 
     Args:
         backbone: the base model.
@@ -35,9 +38,11 @@ def targets(
             embedding), or module names: regular expressions of the last parts of their paths, as
             PEFT reads its patterns.
         layers: indices among the model's repeated layers, or None for all.
+        excluded: names, as in ``wanted``, of layers to leave out.
 
     Raises:
-        BadOptions: if a name or an index exists nowhere, or ``auto`` has nothing to go by.
+        BadOptions: if a name or an index exists nowhere, ``auto`` has nothing to go by, or no layer
+            is left.
     """
     linear = linear_layers(backbone)
     if wanted == "all-linear":
@@ -48,7 +53,12 @@ def targets(
         chosen = _named([patterns] if isinstance(patterns, str) else patterns, linear)
     if layers is not None:
         chosen = _in_layers(chosen, layers)
-    return {name: linear[name] for name in chosen}
+    left_out = by_pattern("exclude_modules", dict.fromkeys(excluded, True), chosen, False)
+    if chosen and all(left_out.values()):
+        raise BadOptions(
+            f"exclude_modules leaves no layer to adapt (there were: {', '.join(_endings(chosen))})"
+        )
+    return {name: linear[name] for name in chosen if not left_out[name]}
 
 
 def by_pattern(

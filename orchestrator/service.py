@@ -422,7 +422,12 @@ def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
     choice = version.recipe["adapter"]
     layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})
     # ranks come with the tensors; what else chose layers or ranks is of the first version alone
-    reset: dict[str, Any] = {"layers": None, "rank_pattern": {}, "alpha_pattern": {}}
+    reset: dict[str, Any] = {
+        "layers": None,
+        "exclude_modules": [],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
 
 

@@ -114,6 +114,7 @@ class PeftLora:
         target_modules: ``auto`` (PEFT's choice for the architecture, mostly query and value),
             ``all-linear`` (every linear layer but the output embedding), or module names: regular
             expressions of the last parts of their paths.
+        exclude_modules: names, as in ``target_modules``, of modules among them to leave out.
         layers: indices of the layers to adapt, from 0; null adapts all.
         rank_pattern: module name, as in ``target_modules``, to another rank; the first counts.
         alpha_pattern: module name to another alpha; the first counts.
@@ -126,6 +127,7 @@ class PeftLora:
     alpha: Annotated[float | None, Range(0, open_low=True)] = None
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     target_modules: str | list[str] = "auto"
+    exclude_modules: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -181,7 +183,10 @@ class PeftLora:
 
         linear = placement.linear_layers(backbone)
         below = self._layers_of(underlay, linear)
-        config = self._config(placement.targets(backbone, self.target_modules, self.layers))
+        targets = placement.targets(
+            backbone, self.target_modules, self.layers, self.exclude_modules
+        )
+        config = self._config(targets)
         try:
             tuner = LoraModel(backbone, config, TRAINED)
             if below:

@@ -105,3 +105,16 @@ def test_a_method_is_federated_reproduced_and_exported(
     ours = _logits(spec, method, options, after)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert not torch.allclose(ours, _logits(spec, method, options, before), atol=1e-4)
+
+
+def test_a_version_that_leaves_modules_out_is_evaluated_as_it_was_trained(
+    tmp_path: Path, dialogue: Callable[..., dict[str, Any]]
+) -> None:
+    left_out = {"target_modules": "all-linear", "exclude_modules": ["v_proj", "o_proj"]}
+    document = dialogue("lora", rounds=1, adapter={"name": "lora", "r": 2, **left_out})
+    workspace = service.open_workspace(tmp_path / "home")
+    version = service.launch(workspace, parse_config(document))
+    layers = {n.split(".")[-3] for n in workspace.store.tensors(version) if "lora_A" in n}
+    assert layers == {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"}
+    data = DataSpec(document["clients"]["simulate"]["data"])
+    assert service.evaluate(workspace, version, data).metrics["loss"] > 0

@@ -98,6 +98,28 @@ def test_layers_restrict_the_targets(attach):
     assert all(name.startswith("encoder.layer.1.") for name in adapter.read(model))
 
 
+def test_excluded_modules_are_left_out(attach):
+    adapter, model = attach(
+        r=2, target_modules="all-linear", exclude_modules=["key", r"output\.dense"]
+    )
+    layers = {name.removesuffix(".scaling") for name in adapter.read(model) if "scaling" in name}
+    assert layers == {
+        f"encoder.layer.{i}.{part}"
+        for i in (0, 1)
+        for part in ("attention.self.query", "attention.self.value", "intermediate.dense")
+    }
+
+
+def test_an_excluded_module_that_is_no_target_is_refused(attach):
+    with pytest.raises(BadOptions, match="exclude_modules: no adapted layer is called 'kye'"):
+        attach(target_modules="all-linear", exclude_modules=["kye"])
+
+
+def test_excluding_every_target_is_refused(attach):
+    with pytest.raises(BadOptions, match=r"leaves no layer to adapt \(there were: query, value\)"):
+        attach(exclude_modules=["query", "value"])
+
+
 def test_a_regular_expression_of_whole_names_is_a_target(attach):
     adapter, model = attach(r=2, target_modules=r"encoder\.layer\.[01]\.output\.dense")
     assert {n for n in adapter.read(model) if "scaling" in n} == {
