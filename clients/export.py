@@ -23,9 +23,13 @@ from clients.weights import MINILM, locate
 from strategies.base import Tensors
 
 if TYPE_CHECKING:  # peft takes seconds to import
-    from peft import LoraConfig
+    from peft import BdLoraConfig, LoraConfig
 
-_TENSOR = re.compile(r"(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector|scaling)")
+_TENSOR = re.compile(
+    r"(?P<layer>.+)\."
+    r"(?P<part>lora_[AB]\.(weight|blocks)|lora_magnitude_vector|scaling|invocation)"
+)
+_TRAINING_ONLY = ".lora_monteclora_sampler."  # MonteCLoRA is used by its mean, which is A
 _PEFT_PREFIX = "base_model.model."
 _TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
 
@@ -66,8 +70,8 @@ def export_peft(
 
     Raises:
         FileExistsError: if ``folder`` has something in it.
-        NotExportable: if ``tensors`` are not a LoRA or DoRA adapter with the head that the task
-            needs.
+        NotExportable: if ``tensors`` are not an adapter of PEFT's LoRA family with the head that
+            the task needs.
         clients.models.ModelNotFound: if the base model is not here: its tokenizer is needed.
     """
     folder = Path(folder)
@@ -132,9 +136,9 @@ def _check_head(head: Tensors, spec: ModelSpec) -> None:
 
 
 def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Return each layer's tensors by part, layers sorted by name."""
+    """Return each layer's tensors by part, layers sorted by name, but for what only trains."""
     layers: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(tensors):
+    for name in sorted(name for name in tensors if _TRAINING_ONLY not in name):
         found = _TENSOR.fullmatch(name)
         if found is None:
             raise NotExportable(f"{name} has no place in PEFT's LoRA files")
@@ -143,7 +147,8 @@ def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
         raise NotExportable("there is no adapter among the tensors")
     with_magnitude = sum("lora_magnitude_vector" in parts for parts in layers.values())
     for layer, parts in layers.items():
-        lacking = {"lora_A.weight", "lora_B.weight", "scaling"} - set(parts)
+        whole = {part.replace(".blocks", ".weight") for part in parts}
+        lacking = {"lora_A.weight", "lora_B.weight", "scaling"} - whole
         if 0 < with_magnitude < len(layers):  # PEFT's config says it once for all layers
             lacking |= {"lora_magnitude_vector"} - set(parts)
         if lacking:
@@ -154,10 +159,10 @@ def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 def _peft_tensors(layers: Mapping[str, Tensors]) -> dict[str, Tensor]:
     return _plain(
         {
-            f"{_PEFT_PREFIX}{layer}.{part}": tensor
+            f"{_PEFT_PREFIX}{layer}.{part.replace('.blocks', '.weight')}": tensor
             for layer, parts in layers.items()
             for part, tensor in parts.items()
-            if part != "scaling"
+            if part not in ("scaling", "invocation")
         }
     )
 
@@ -179,8 +184,8 @@ def _peft_config(
     """
     from peft import LoraConfig
 
+    ranks = {layer: _rank(parts) for layer, parts in layers.items()}
     _check_fit(layers, linear)
-    ranks = {layer: parts["lora_A.weight"].shape[0] for layer, parts in layers.items()}
     alphas = {layer: _alpha(layers[layer]["scaling"], rank) for layer, rank in ranks.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -196,7 +201,13 @@ def _peft_config(
         target_modules=_target_modules(layers, linear),
         fan_in_fan_out=placement.transposed({layer: linear[layer] for layer in layers}),
         use_dora="lora_magnitude_vector" in next(iter(layers.values())),
+        use_bdlora=_blocks(layers, linear),
+        alora_invocation_tokens=_invocation(layers),
     )
+
+
+def _rank(parts: Tensors) -> int:
+    return parts["lora_A.blocks" if "lora_A.blocks" in parts else "lora_A.weight"].shape[0]
 
 
 def _check_fit(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Module]) -> None:
@@ -204,11 +215,46 @@ def _check_fit(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Module]) -
         if layer not in linear:
             raise NotExportable(f"the base model has no layer {layer}; the adapter is another's")
         out_features, in_features = placement.shape(linear[layer])
-        rank = parts["lora_A.weight"].shape[0]
-        for part, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
-            got = parts[f"{part}.weight"].shape
-            if tuple(got) != shape:
-                raise NotExportable(f"{layer}.{part}.weight must be {list(shape)}, got {list(got)}")
+        rank = _rank(parts)
+        for part, shape in (
+            ("lora_A.weight", (rank, in_features)),
+            ("lora_B.weight", (out_features, rank)),
+        ):
+            if part in parts and tuple(parts[part].shape) != shape:
+                got = list(parts[part].shape)
+                raise NotExportable(f"{layer}.{part} must be {list(shape)}, got {got}")
+
+
+def _invocation(layers: Mapping[str, Tensors]) -> list[int] | None:
+    """Return the tokens from which on the adapter acts, or None where it always does."""
+    found = {
+        tuple(parts["invocation"].tolist()) if "invocation" in parts else None
+        for parts in layers.values()
+    }
+    if len(found) > 1:  # PEFT's config says it once for all layers
+        raise NotExportable("the layers have different invocations; one adapter has one")
+    (ids,) = found
+    return None if ids is None else list(ids)
+
+
+def _blocks(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Module]) -> BdLoraConfig | None:
+    """Return which layers have a block-diagonal factor, or None where none has."""
+    from peft import BdLoraConfig
+
+    side_a = {n: p["lora_A.blocks"] for n, p in layers.items() if "lora_A.blocks" in p}
+    side_b = {n: p["lora_B.blocks"] for n, p in layers.items() if "lora_B.blocks" in p}
+    if not side_a and not side_b:
+        return None
+    counts = {n: placement.shape(linear[n])[1] / t.shape[1] for n, t in side_a.items()}
+    counts |= {n: _rank(layers[n]) / t.shape[1] for n, t in side_b.items()}
+    if len(set(counts.values())) > 1:  # PEFT's config says it once for all layers
+        raise NotExportable(f"the layers have different numbers of blocks: {counts}")
+    return BdLoraConfig(
+        target_modules_bd_a=sorted(side_a),
+        target_modules_bd_b=sorted(side_b),
+        nblocks=int(next(iter(counts.values()))),
+        match_strict=False,
+    )
 
 
 def _alpha(scaling: Tensor, rank: int) -> float:

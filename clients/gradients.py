@@ -244,7 +244,7 @@ def _per_example_gradients(
             for name, p in params.items():
                 _check_sum(name, samples[name], p.grad)
         return samples
-    except (ValueError, AttributeError, TypeError, NotImplementedError) as error:
+    except (ValueError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
         raise NoPerExampleGradient(
             f"per-example gradients failed: {error}. The model must be in train mode, and gradient "
             "checkpointing must be reentrant"

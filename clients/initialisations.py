@@ -7,9 +7,8 @@ as a frozen **offset**: the function is the same, and one base model serves ever
 EVA, CorDA and LoRA-GA read data before the first round. What they make of them reaches every client
 without noise, so that these must be data that everyone may see: a run names them as ``init_data``.
 
-Left out: ``mica`` freezes B by itself, which is the strategy's to say. Arrow is a router over
-adapters that are finished, not a beginning. QA-LoRA starts from GPTQ weights, which weft does not
-load.
+Left out: ``mica`` also freezes B, and is an adapter of its own. Arrow is a router over adapters
+that are finished, not a beginning. QA-LoRA starts from GPTQ weights, which weft does not load.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ TRAITS = frozenset().union(*(init.traits for init in INITS.values()))
 """Every capability that an initialisation may add."""
 
 _REFUSED = {
-    "mica": "freezes B by itself, but which tensors train is the strategy's to say",
+    "mica": "also freezes B, and is an adapter of its own: set adapter to mica",
     "arrow": "routes between adapters that are finished, and starts none",
     "qalora": "starts from GPTQ weights, which weft does not load",
 }

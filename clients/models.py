@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -271,12 +272,14 @@ def estimate(spec: ModelSpec, adapter: Adapter) -> dict[str, int]:
     with torch.device("meta"):
         model = TaskModel(adapter.attach(backbone, {}), spec)
     trained = {**adapter.parameters(model.backbone), **model.head_parameters()}
-    count = sum(parameter.numel() for parameter in trained.values())
+    counts = {name: parameter.numel() for name, parameter in trained.items()}
     return {
         "base_parameters": sum(sizes.values()),
         "base_bytes": round(held),
-        "trainable_parameters": count,
-        "adapter_bytes": 4 * count,
+        "trainable_parameters": sum(
+            count for name, count in counts.items() if not re.fullmatch(adapter.frozen, name)
+        ),
+        "adapter_bytes": 4 * sum(counts.values()),
     }
 
 
@@ -307,7 +310,7 @@ def shapes(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         model = TaskModel(adapter.attach(skeleton(spec), {}), spec)
         live = {**adapter.parameters(model.backbone), **model.head_parameters()}
     found = {name: tuple(parameter.shape) for name, parameter in live.items()}
-    layers = {n.removesuffix(".lora_A.weight") for n in live if n.endswith(".lora_A.weight")}
+    layers = {n.partition(".lora_A.")[0] for n in live if ".lora_A." in n}
     return found | {f"{layer}.scaling": () for layer in sorted(layers)}
 
 

@@ -25,9 +25,12 @@ def linear_layers(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def targets(
-    backbone: nn.Module, wanted: str | Sequence[str], layers: Sequence[int] | None
+    backbone: nn.Module,
+    wanted: str | Sequence[str],
+    layers: Sequence[int] | None,
+    excluded: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
-    """Return the layers that the option ``target_modules`` means.
+    """Return the layers that ``target_modules``, ``layers`` and ``exclude_modules`` mean.
 
     Args:
         backbone: the base model.
@@ -35,9 +38,11 @@ def targets(
             embedding), or module names: regular expressions of the last parts of their paths, as
             PEFT reads its patterns.
         layers: indices among the model's repeated layers, or None for all.
+        excluded: names, as in ``wanted``, of layers to leave out.
 
     Raises:
-        BadOptions: if a name or an index exists nowhere, or ``auto`` has nothing to go by.
+        BadOptions: if a name or an index exists nowhere, ``auto`` has nothing to go by, or no layer
+            is left.
     """
     linear = linear_layers(backbone)
     if wanted == "all-linear":
@@ -48,7 +53,12 @@ def targets(
         chosen = _named([patterns] if isinstance(patterns, str) else patterns, linear)
     if layers is not None:
         chosen = _in_layers(chosen, layers)
-    return {name: linear[name] for name in chosen}
+    left_out = by_pattern("exclude_modules", dict.fromkeys(excluded, True), chosen, False)
+    if chosen and all(left_out.values()):
+        raise BadOptions(
+            f"exclude_modules leaves no layer to adapt (there were: {', '.join(_endings(chosen))})"
+        )
+    return {name: linear[name] for name in chosen if not left_out[name]}
 
 
 def by_pattern(
@@ -61,7 +71,7 @@ def by_pattern(
     """
     values = dict.fromkeys(names, default)
     for pattern, value in reversed(list(patterns.items())):
-        found = [name for name in values if _names(pattern, name)]
+        found = [name for name in values if matches(pattern, name)]
         if not found:
             raise BadOptions(
                 f"{option}: no adapted layer is called {pattern!r} "
@@ -107,7 +117,7 @@ def _default_targets(backbone: nn.Module, linear: Iterable[str]) -> list[str]:
 def _named(patterns: Iterable[str], linear: Mapping[str, nn.Module]) -> list[str]:
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in linear if _names(pattern, name)}
+        found = {name for name in linear if matches(pattern, name)}
         if not found:
             close = difflib.get_close_matches(pattern, _endings(linear), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -128,7 +138,7 @@ def _in_layers(names: Iterable[str], layers: Sequence[int]) -> list[str]:
     return [name for name in index if index[name] in layers]
 
 
-def _names(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
     """Return whether ``pattern`` matches the last parts of ``name``'s path, or all of it."""
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

@@ -57,8 +57,7 @@ def opened(assignment: Assignment) -> Iterator[Session]:
     """
     torch.set_num_threads(assignment.threads)
     base = models.load(assignment.model, assignment.device)
-    choice = assignment.adapter
-    adapter: Adapter = ADAPTERS.get(choice.name).build(**choice.options)
+    adapter = _adapter(assignment)
     torch.manual_seed(assignment.seed)
     attached = adapter.attach(base.backbone, assignment.underlay)
     try:
@@ -69,13 +68,21 @@ def opened(assignment: Assignment) -> Iterator[Session]:
         adapter.detach(attached)
 
 
+def _adapter(assignment: Assignment) -> Adapter:
+    choice = assignment.adapter
+    adapter: Adapter = ADAPTERS.get(choice.name).build(**choice.options)
+    return adapter
+
+
 def trained_names(assignment: Assignment, names: list[str]) -> list[str]:
     """Return which of ``names`` this assignment trains, sorted."""
     pattern = re.compile(assignment.broadcast.trainable)
+    frozen = re.compile(_adapter(assignment).frozen)
     return sorted(
         name
         for name in names
         if pattern.fullmatch(name)
+        and not frozen.fullmatch(name)
         and not name.endswith(".scaling")
         and not (assignment.head == "freeze" and name.startswith("head."))
     )

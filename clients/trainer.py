@@ -302,15 +302,20 @@ class _Loop:
 
     def _add_penalties(self) -> None:
         """Add the penalties' gradients: after the noise, because they see no data."""
-        for name, regularizer in self.regularizers:
-            value = regularizer.penalty(self.params, self.reference, recall(self.memory, name))
-            if value is None:
+        for value in self._penalties():
+            if value is None or not value.requires_grad:
                 continue
             parameters = list(self.params.values())
             extra = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, extra, strict=True):
                 if gradient is not None:
                     parameter.grad = _gradient(parameter) + gradient
+
+    def _penalties(self) -> Iterator[Tensor | None]:
+        """Yield the adapter's own penalty and the regularizers', each where it has one."""
+        yield self.session.adapter.penalty(self.session.model.backbone)
+        for name, regularizer in self.regularizers:
+            yield regularizer.penalty(self.params, self.reference, recall(self.memory, name))
 
     def _plain_batches(self) -> Iterator[list[int]]:
         """Yield the indices of each step's examples: shuffled passes over the data."""

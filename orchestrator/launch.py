@@ -24,7 +24,7 @@ from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies import STRATEGIES
-from strategies.base import ClientSpec, Tensors
+from strategies.base import ClientSpec, Strategy, Tensors, Update
 from strategies.tensors import NotLowRank, same_products
 
 
@@ -215,25 +215,16 @@ def _refuse_senseless(plan: Plan) -> None:
         if wanted and needed not in adapter.capabilities:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
     _refuse_init(config, adapter)
-    names = models.shapes(plan.model, adapter)
-    strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    if "causal-only" in adapter.capabilities and config.task != "causal-lm":
+        raise BadConfig(
+            f"adapter {plan.adapter.name!r} is for models that generate, and the task is "
+            f"{config.task}; use lora, or task: causal-lm"
+        )
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
-    sample = {name: torch.ones(shape) for name, shape in names.items()}
-    try:
-        pattern = strategy.broadcast(strategy.init(sample), ClientSpec("anyone")).trainable
-    except NotLowRank as error:
-        raise BadConfig(
-            f"strategy {plan.strategy.name!r} and adapter {plan.adapter.name!r}: {error}"
-        ) from None
-    trained = [n for n in names if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
-    if not trained:
-        raise BadConfig(
-            f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
-            f"{plan.adapter.name!r} has no such tensor"
-        )
+    trained = _trained_names(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
-        _refuse_moved_start(plan, names)
+        _refuse_moved_start(plan, models.shapes(plan.model, adapter))
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
         moved = [n for n in trained if method.freezes and re.fullmatch(method.freezes, n)]
@@ -254,6 +245,44 @@ def _refuse_senseless(plan: Plan) -> None:
                 f"regularizer {choice.name!r} computes its memory from data, which is not "
                 "private; leave it out or run without privacy"
             )
+
+
+def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
+    """Return the names of the tensors that the run trains.
+
+    Raises:
+        BadConfig: if none of the adapter's is among them, or the strategy undoes the adapter.
+    """
+    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    sample = {n: torch.ones(shape) for n, shape in models.shapes(plan.model, adapter).items()}
+    try:
+        state = strategy.init(sample)
+    except NotLowRank as error:
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} needs plain factors B and A, and adapter "
+            f"{plan.adapter.name!r} has others ({error}); use fedavg"
+        ) from error
+    pattern = strategy.broadcast(state, ClientSpec("anyone")).trainable
+    asked = [n for n in sample if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
+    trained = [n for n in asked if not re.fullmatch(adapter.frozen, n)]
+    if all(n.startswith("head.") for n in trained):
+        frozen = [n for n in asked if n not in trained]
+        why = f"keeps {frozen[0]} frozen; use fedavg" if frozen else "has no such tensor"
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
+            f"{plan.adapter.name!r} {why}"
+        )
+    if adapter.frozen:
+        update = Update("anyone", 1, "", {n: 2 * sample[n] for n in trained}, 1)
+        after = strategy.aggregate(state, [update]).adapter
+        kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
+        moved = [n for n in kept if not torch.equal(after[n], sample[n])]
+        if moved:
+            raise BadConfig(
+                f"strategy {plan.strategy.name!r} changes {moved[0]}, which adapter "
+                f"{plan.adapter.name!r} keeps as it is; use fedavg"
+            )
+    return trained
 
 
 def _participants(config: RunConfig, model: ModelSpec, ledger: Ledger) -> list[Participant]:

@@ -428,7 +428,12 @@ def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
     if "low-rank" in adapter_of(version).capabilities:
         # plain factors, whatever method trained them; ranks and scalings come with them
         return PluginChoice("lora", {"r": 1, "target_modules": layers})
-    reset: dict[str, Any] = {"layers": None, "rank_pattern": {}, "alpha_pattern": {}}
+    reset: dict[str, Any] = {
+        "layers": None,
+        "exclude_modules": [],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
 
 

@@ -197,7 +197,10 @@ class Plugin:
         """The options by name, in the order of the signature."""
         if self.explicit_options is not None:
             return {option.name: option for option in self.explicit_options}
-        target = self.factory.__init__ if inspect.isclass(self.factory) else self.factory
+        target: Any = self.factory
+        if inspect.isclass(target) and not is_dataclass(target):
+            target = target.__init__
+        # a dataclass by its fields: an inherited one is annotated with the names of its own module
         hints = typing.get_type_hints(target, include_extras=True)
         made = _default_factories(self.factory)
         found: dict[str, Option] = {}

@@ -93,6 +93,12 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _saved(LlamaForCausalLM, config, fast, folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_options() -> dict[str, dict[str, object]]:
+    """What an adapter method needs to be told on the tiny decoder, where its defaults do not do."""
+    return {"alora": {"invocation": [11]}}
+
+
 def _saved(kind, config, tokenizer, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20260101)

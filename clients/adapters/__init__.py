@@ -27,8 +27,18 @@ class Adapter(Protocol):
 
         ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
         it can be stacked and merged; ``merge``: it can be folded into the base weights;
-        ``dp-hooks``: Opacus' hooks give its exact per-example gradients. And of how it starts, see
+        ``dp-hooks``: Opacus' hooks give its exact per-example gradients; ``causal-only``: it is for
+        ``causal-lm`` alone. And of how it starts, see
         :class:`clients.initialisations.Init`.
+        """
+        ...
+
+    @property
+    def frozen(self) -> str:
+        """Regular expression (``re.fullmatch``) of tensor names that never train, empty for none.
+
+        No round trains or returns them, whatever the strategy says; a strategy that would change
+        them is refused.
         """
         ...
 
@@ -65,6 +75,13 @@ class Adapter(Protocol):
 
     def write(self, model: nn.Module, tensors: Tensors) -> None:
         """Put ``tensors`` (all that :meth:`read` returns, head excepted) into the adapter."""
+        ...
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return a scalar to add to the loss, from parameters alone, or None.
+
+        It sees no data: its gradient is added after DP's noise.
+        """
         ...
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:

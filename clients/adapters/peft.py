@@ -1,13 +1,19 @@
-"""PEFT's own methods, by PEFT's own names: the one door to the ``peft`` library.
+"""The one door to the ``peft`` library: what its LoRA methods share.
 
-Each :class:`Method` is data: what to set in PEFT's config, and what is true of the result. Here
-are the methods whose tensors *are* the adapter: the same tensors on the same untouched base model,
+A :class:`Method` is data: what to set in PEFT's config, and what is true of the result. The methods
+are in ``lora.py`` (LoRA, rsLoRA, DoRA, with every initialisation) and, where one needs code, in a
+module of its own. The tensors *are* the adapter: the same tensors on the same untouched base model,
 over the same frozen tensors underneath, give the same function. What PEFT takes out of the base
-weights (:mod:`clients.initialisations`; KaSA's smallest components) lies underneath as an offset.
+weights (:mod:`clients.initialisations`, KaSA) lies underneath as an offset.
 
-Of PEFT 0.21's ``LoraConfig`` variants, left out are those that approximate gradients (VeLoRA), or
-hold more than their product ``B @ A`` says (BD-LoRA, aLoRA, MonteCLoRA, Arrow). MiCA freezes ``B``
-by itself, which is the strategy's to say.
+Of PEFT 0.21's ``LoraConfig``, left out are Arrow, a router over adapters that are finished,
+QA-LoRA, for GPTQ weights, which weft does not load, and these settings:
+
+* ``bias`` trains the base model's own biases, but the base model is shared and never changed.
+* ``modules_to_save`` trains copies of whole layers, which are no adapter; a head is weft's own.
+* ``trainable_token_indices`` trains rows of an embedding, which is not a linear layer.
+* ``layer_replication`` repeats layers of the base model, which makes it another base model.
+* ``target_parameters`` adapts bare parameters, which are no layers that hooks and names go by.
 
 Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
 """
@@ -15,7 +21,7 @@ Source: Hu et al., LoRA, arXiv 2106.09685; the other methods name theirs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,29 +29,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from clients import placement
-from clients.base_factors import first_factors, minor_components
-from clients.initialisations import DRAWN, InitInputs, InitOption, checked_options, init_of
-from clients.lora_layers import (
-    DIAGONAL,
-    SCALING,
-    AdapterMismatch,
-    B,
-    adapted,
-    add_diagonal,
-    factor_tensors,
-    live_parameters,
-    offset_tensors,
-    without_head,
-    write_tensors,
-)
+from clients import lora_layers, placement
+from clients.initialisations import InitInputs
+from clients.lora_layers import AdapterMismatch
 from strategies.base import Tensors
-from strategies.plugins import BadOptions, Plugin, Range
+from strategies.plugins import BadOptions, Option, Plugin, Range
 
 if TYPE_CHECKING:  # peft takes seconds to import: listing plug-ins does not need it
     from peft import LoraConfig
 
-_TRAINED, _UNDERLAY = "default", "underlay"
+TRAINED, _UNDERLAY = "default", "underlay"
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|scaling)$")
 
 
@@ -63,8 +56,6 @@ class Method:
         source: arXiv id.
         settings: what it sets in ``LoraConfig``.
         capabilities: see :attr:`clients.adapters.Adapter.capabilities`.
-        diagonal: whether a trained diagonal stands between B and A, and the base gives up as many
-            of its smallest singular components (KaSA).
     """
 
     name: str
@@ -72,35 +63,9 @@ class Method:
     source: str
     settings: Mapping[str, Any]
     capabilities: frozenset[str]
-    diagonal: bool = False
 
 
-_LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
-METHODS = (
-    Method("lora", "Low-rank update B A beside each frozen layer.", "2106.09685", {}, _LOW_RANK),
-    Method(
-        "rslora",
-        "LoRA scaled by alpha / sqrt(rank), stable at high ranks.",
-        "2312.03732",
-        {"use_rslora": True},
-        _LOW_RANK,
-    ),
-    Method(
-        "dora",
-        "LoRA on the direction of each weight row, and a trained magnitude.",
-        "2402.09353",
-        {"use_dora": True},
-        frozenset({"merge"}),  # Opacus' hooks raise a TypeError on its keyword-only forward
-    ),
-    Method(
-        "kasa",
-        "LoRA with a diagonal between B and A, over a base without its smallest components.",
-        "2412.06071",
-        {},
-        frozenset({"low-rank", "merge", "offset"}),  # Opacus has no rule for the diagonal
-        diagonal=True,
-    ),
-)
+LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +73,8 @@ class PeftLora:
     """A method of PEFT's LoRA family, configured.
 
     Attaching gives it random first tensors of zero delta; :meth:`initialise` then gives it those
-    that the initialisation computes. ``write`` takes tensors of any rank: a layer gets the rank and
-    the scaling that its tensors have, so that merged and mixed-rank adapters load as they are.
+    that the method computes. ``write`` takes tensors of any rank: a layer gets the rank and the
+    scaling that its tensors have, so that merged and mixed-rank adapters load as they are.
 
     Attributes:
         method: which of PEFT's methods.
@@ -120,17 +85,10 @@ class PeftLora:
         target_modules: ``auto`` (PEFT's choice for the architecture, mostly query and value),
             ``all-linear`` (every linear layer but the output embedding), or module names: regular
             expressions of the last parts of their paths.
+        exclude_modules: names, as in ``target_modules``, of modules among them to leave out.
         layers: indices of the layers to adapt, from 0; null adapts all.
         rank_pattern: module name, as in ``target_modules``, to another rank; the first counts.
         alpha_pattern: module name to another alpha; the first counts.
-        init: how ``A`` and ``B`` start: ``kaiming`` and ``gaussian`` with B = 0, ``orthogonal``
-            with both drawn from one orthogonal matrix and B A = 0 (needs an even rank). From the
-            base weights: ``pissa``, ``pissa_niter_N`` (N iterations of a faster SVD), ``olora``.
-            From data that everyone may see, the run's ``init_data``: ``eva``, ``corda``,
-            ``lora_ga``. From what quantisation lost, on an nf4 base: ``loftq``.
-        init_options: of the initialisation, by PEFT's names: ``rho``, ``tau`` and ``whiten`` of
-            eva, ``corda_method`` of corda, ``direction``, ``scale`` and ``stable_gamma`` of
-            lora_ga.
     """
 
     method: Method
@@ -138,46 +96,48 @@ class PeftLora:
     alpha: Annotated[float | None, Range(0, open_low=True)] = None
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     target_modules: str | list[str] = "auto"
+    exclude_modules: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init: str = "kaiming"
-    init_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for where, rank in {"r": self.r, **self.rank_pattern}.items():
-            if rank < 1 or (self.init == "orthogonal" and rank % 2):
-                kind = "even and >= 2 for init 'orthogonal'" if rank >= 1 else ">= 1"
-                raise BadOptions(f"the rank of {where} must be {kind}, got {rank}")
+            if rank < 1:
+                raise BadOptions(f"the rank of {where} must be >= 1, got {rank}")
         for where, alpha in self.alpha_pattern.items():
             if alpha <= 0:
                 raise BadOptions(f"the alpha of {where} must be > 0, got {alpha}")
-        checked_options(self.init, self.init_options)
-        self._check_init()
-
-    def _check_init(self) -> None:
-        if self.method.diagonal and self.init not in ("kaiming", "gaussian"):
-            raise BadOptions(
-                f"init {self.init!r} has no part in {self.method.name}, which takes its own out of "
-                "the base; use init 'kaiming' or 'gaussian'"
-            )
-        drawn_or_zero = self.init in DRAWN or "zero-b" in init_of(self.init).traits
-        if "low-rank" not in self.method.capabilities and not drawn_or_zero:
-            raise BadOptions(
-                f"init {self.init!r} starts with a product B A, and the delta of "
-                f"{self.method.name} is more than that; use lora or rslora, or init 'kaiming'"
-            )
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What is true of the method and of how it starts."""
-        return self.method.capabilities | init_of(self.init).traits
+        """What is true of the method; see :class:`Method`."""
+        return self.method.capabilities
+
+    @property
+    def frozen(self) -> str:
+        """Names of the tensors that never train; none."""
+        return ""
+
+    @property
+    def drawn(self) -> bool | str:
+        """How PEFT draws the tensors that attaching begins with; True is Kaiming, and B = 0."""
+        return True
+
+    def settings(self, targets: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+        """Return what the method sets in ``LoraConfig`` to adapt ``targets``.
+
+        Raises:
+            BadOptions: if an option does not fit them.
+        """
+        return self.method.settings
 
     def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
         """Put a trainable adapter into ``backbone`` (in place), over a frozen ``underlay`` if any.
 
         The trained adapter's first tensors come from torch's global generator and are the same
-        with and without an underlay. Adapter tensors are float32 whatever the base model is.
+        with and without an underlay. Adapter tensors are float32 whatever the base model is. The
+        adapter is in the backbone's mode, training or not.
 
         Args:
             backbone: the base model.
@@ -195,66 +155,43 @@ class PeftLora:
 
         linear = placement.linear_layers(backbone)
         below = self._layers_of(underlay, linear)
-        config = self._config(placement.targets(backbone, self.target_modules, self.layers))
+        targets = placement.targets(
+            backbone, self.target_modules, self.layers, self.exclude_modules
+        )
+        config = self._config(targets)
         try:
-            tuner = LoraModel(backbone, config, _TRAINED)
+            tuner = LoraModel(backbone, config, TRAINED)
             if below:
                 # Ranks and scalings come with the tensors, and the random numbers go nowhere.
                 tuner.peft_config[_UNDERLAY] = _lora_config(below, r=1, init_lora_weights=False)
                 with torch.random.fork_rng(devices=[]):
                     tuner.inject_adapter(backbone, _UNDERLAY)
-                write_tensors(backbone, _UNDERLAY, underlay)
+                lora_layers.write(backbone, _UNDERLAY, underlay)
         except ValueError:
             self.detach(backbone)
             raise
-        if self.method.diagonal:
-            for layer in adapted(backbone, _TRAINED).values():
-                add_diagonal(layer, _TRAINED)
-        for layer in adapted(backbone).values():
+        for layer in lora_layers.adapted(backbone).values():
             # set_adapter makes everything active trainable, so freezing comes after it.
-            layer.set_adapter([_UNDERLAY, _TRAINED] if below else [_TRAINED])
-        for adapter in (_TRAINED, _UNDERLAY):
-            for parameter in live_parameters(backbone, adapter).values():
-                parameter.requires_grad_(adapter == _TRAINED)
+            layer.set_adapter([_UNDERLAY, TRAINED] if below else [TRAINED])
+            layer.train(backbone.training)  # a new module is in training mode
+        for adapter in (TRAINED, _UNDERLAY):
+            for name, parameter in lora_layers.parameters(backbone, adapter).items():
+                trained = adapter == TRAINED and not re.fullmatch(self.frozen, name)
+                parameter.requires_grad_(trained)
                 parameter.data = parameter.data.float()  # PEFT makes DoRA's in the base's dtype
         return backbone
 
     def initialise(self, model: nn.Module, inputs: InitInputs) -> dict[str, Tensor]:
-        """Give the freshly attached adapter its first tensors; return what is taken from the base.
-
-        Only this pays for an SVD of the weights: later rounds attach and :meth:`write`.
-
-        Returns:
-            The offset: factors by the base model's names, to lie frozen underneath from now on, as
-            of a plain LoRA. Empty where the base stays whole.
-
-        Raises:
-            BadOptions: if the initialisation does not work on this base model or these data.
-            clients.base_factors.NotSettled: if EVA does not converge.
-        """
-        layers = adapted(model, _TRAINED)
-        if self.method.diagonal:
-            return offset_tensors(
-                {n: minor_components(layer, _TRAINED) for n, layer in layers.items()}
-            )
-        if self.init in DRAWN:
-            return {}
-        options = checked_options(self.init, self.init_options)
-        made = first_factors(self.init, options, layers, _TRAINED, inputs)
-        self.write(model, {**self.read(model), **factor_tensors(made)})
-        return offset_tensors(made) if "offset" in self.capabilities else {}
+        """Keep the tensors that :meth:`attach` drew, over the base as it is."""
+        return {}
 
     def factored(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Return the same delta as plain factors: a diagonal goes into B."""
-        found = {n: t for n, t in tensors.items() if not n.endswith(DIAGONAL)}
-        for name in tensors.keys() - found.keys():
-            up = name.removesuffix(DIAGONAL) + B
-            found[up] = tensors[up] * tensors[name]
-        return found
+        """Return the tensors themselves."""
+        return dict(tensors)
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Take every adapter out of ``model`` (in place) and return it, bit for bit as it was."""
-        for name, layer in adapted(model).items():
+        for name, layer in lora_layers.adapted(model).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
         if hasattr(model, "peft_config"):
@@ -272,8 +209,10 @@ class PeftLora:
             name: parameter.detach().to("cpu", torch.float32, copy=True)
             for name, parameter in self.parameters(model).items()
         }
-        for name, layer in adapted(model, _TRAINED).items():
-            tensors[name + SCALING] = torch.tensor(layer.scaling[_TRAINED], dtype=torch.float32)
+        for name, layer in lora_layers.adapted(model, TRAINED).items():
+            tensors[name + lora_layers.SCALING] = torch.tensor(
+                layer.scaling[TRAINED], dtype=torch.float32
+            )
         return tensors
 
     def write(self, model: nn.Module, tensors: Tensors) -> None:
@@ -286,11 +225,15 @@ class PeftLora:
             AdapterMismatch: if a tensor is missing, unexpected, or does not fit its layer; nothing
                 is written then.
         """
-        write_tensors(model, _TRAINED, tensors)
+        lora_layers.write(model, TRAINED, tensors)
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return None: the loss is the task's."""
+        return None
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
-        return live_parameters(model, _TRAINED)
+        return lora_layers.parameters(model, TRAINED)
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
         """Return PEFT's config with every layer's rank and alpha spelled out."""
@@ -302,22 +245,21 @@ class PeftLora:
             r=self.r,
             lora_alpha=self.alpha or self.r,
             lora_dropout=self.dropout,
-            # what is computed replaces what is drawn here, once, in initialise
-            init_lora_weights=self.init if self.init in ("gaussian", "orthogonal") else True,
+            init_lora_weights=self.drawn,
             rank_pattern={_exactly(n): r for n, r in ranks.items() if r != self.r},
             alpha_pattern={
                 _exactly(n): a or ranks[n]
                 for n, a in alphas.items()
                 if (a or ranks[n]) != (self.alpha or self.r)
             },
-            **self.method.settings,
+            **self.settings(targets),
         )
 
     def _layers_of(
         self, underlay: Tensors, linear: Mapping[str, nn.Module]
     ) -> dict[str, nn.Module]:
         """Return the layers of ``underlay``, which must be low-rank and of this base model."""
-        names = sorted(without_head(underlay))
+        names = sorted(lora_layers.without_head(underlay))
         if names and "low-rank" not in self.capabilities:
             raise UnsupportedUnderlay(
                 f"{self.method.name} cannot be trained on top of a frozen adapter: its delta is "
@@ -354,19 +296,23 @@ def _lora_config(targets: Mapping[str, nn.Module], **settings: Any) -> LoraConfi
     )
 
 
-def plugins() -> Iterator[Plugin]:
-    """Yield a plug-in for each of PEFT's methods; the fields of :class:`PeftLora` are options."""
-    schema = Plugin("adapter", "", PeftLora, "", context=("method",)).options
-    options = tuple(
-        InitOption(o.name, o.type, o.default, o.range) if o.name == "init" else o
-        for o in schema.values()
+def plugin(
+    method: Method, kind: type[PeftLora] = PeftLora, options: Sequence[Option] = ()
+) -> Plugin:
+    """Return the plug-in of a method.
+
+    Args:
+        method: which.
+        kind: its class; the fields are its options.
+        options: those that a field's type alone does not describe, in place of the field's.
+    """
+    schema = Plugin("adapter", "", kind, "", context=("method",)).options
+    own = {option.name: option for option in options}
+    return Plugin(
+        kind="adapter",
+        name=method.name,
+        factory=partial(kind, method),
+        summary=method.summary,
+        source=method.source,
+        explicit_options=tuple(own.get(o.name, o) for o in schema.values()),
     )
-    for method in METHODS:
-        yield Plugin(
-            kind="adapter",
-            name=method.name,
-            factory=partial(PeftLora, method),
-            summary=method.summary,
-            source=method.source,
-            explicit_options=options,
-        )

@@ -78,13 +78,17 @@ def inputs_of(model, kind: str, batches=None) -> InitInputs:
     )
 
 
+def build(method: str, init: str, **options):
+    plugin = ADAPTERS.get(method)
+    return plugin.build(**({"init": init} if "init" in plugin.options else {}), **options)
+
+
 class Started:
     """An adapter that was attached, initialised and taken off again."""
 
     def __init__(self, base, method="lora", init="kaiming", underlay=None, **options):
         self.base, self.kind = base, base.spec.kind
-        options = {"r": 4, "alpha": 6.0, **options}
-        self.adapter = ADAPTERS.get(method).build(init=init, **options)
+        self.adapter = build(method, init, **{"r": 4, "alpha": 6.0, **options})
         torch.manual_seed(7)
         attached = self.adapter.attach(base.backbone, underlay or {})
         try:
@@ -487,7 +491,7 @@ def test_gpt2s_transposed_layers_start_the_same_way(method, init):
     config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     backbone = GPT2Model(config).eval().requires_grad_(False)
     before = run_gpt2(backbone)
-    adapter = ADAPTERS.get(method).build(r=2, init=init)
+    adapter = build(method, init, r=2)
     attached = adapter.attach(backbone, {})
     offset = adapter.initialise(attached, InitInputs(attached, list, list, list))
     tensors = adapter.read(attached)

@@ -82,6 +82,10 @@ CASES = {
         {"r": 4, "rank_pattern": {"value": 2}, "alpha_pattern": {r"layer\S*\.0\.\S+": 3.7}},
     ),
     "some layers": ("lora", {"r": 4, "layers": [1]}),
+    "blocks on either side": (
+        "bdlora",
+        {"r": 4, "target_modules": ["query", r"output\.dense"], "rank_pattern": {"query": 2}},
+    ),
     "all linear": ("lora", {"r": 2, "target_modules": "all-linear"}),
 }
 
@@ -95,8 +99,10 @@ def test_an_exported_classifier_gives_the_same_logits_with_plain_peft(encoder, t
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
-def test_an_exported_decoder_gives_the_same_logits_with_plain_peft(decoder, tmp_path, name):
-    tensors, logits = trained(decoder, name, r=4)
+def test_an_exported_decoder_gives_the_same_logits_with_plain_peft(
+    decoder, tmp_path, name, tiny_options
+):
+    tensors, logits = trained(decoder, name, r=4, **tiny_options.get(name, {}))
     export(tmp_path / "out", tensors, decoder)
     torch.testing.assert_close(plain_logits(tmp_path / "out", decoder), logits, rtol=0, atol=1e-5)
     auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -292,6 +298,13 @@ def test_tensors_that_are_no_adapter_are_refused(encoder, tmp_path, change, mess
     with pytest.raises(NotExportable, match=message):
         export(tmp_path / "out", changed, encoder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_with_different_numbers_of_blocks_are_refused(encoder, tmp_path):
+    tensors, _ = trained(encoder, "bdlora", r=4)
+    changed = {**tensors, f"{LAYER}.lora_B.blocks": torch.ones(32, 1)}
+    with pytest.raises(NotExportable, match="the layers have different numbers of blocks"):
+        export(tmp_path / "out", changed, encoder)
 
 
 def test_a_head_without_adapter_is_refused(encoder, tmp_path):

@@ -31,9 +31,11 @@ LAYER = "encoder.layer.0.attention.self.query"
 TEXTS = ("where is it now", "go away and do not come back to this house", "hello")
 
 
+KASA = {"name": "kasa", "r": 4, "alpha": 6.0, "target_modules": ["query", "value"]}
+
+
 def lora(init: str, **options: Any) -> dict[str, Any]:
-    chosen = {"name": "lora", "r": 4, "alpha": 6.0, "target_modules": ["query", "value"]}
-    return {**chosen, "init": init, **options}
+    return {**KASA, "name": "lora", "init": init, **options}
 
 
 def public(document: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def test_an_offset_is_nothing_by_itself(
             use()
 
 
-@pytest.mark.parametrize("method", [lora("pissa"), {**lora("kaiming"), "name": "kasa"}])
+@pytest.mark.parametrize("method", [lora("pissa"), KASA])
 def test_a_continued_run_keeps_the_offset_and_a_stacked_one_makes_its_own(
     workspace: service.Workspace, document: Document, method: dict[str, Any]
 ) -> None:
@@ -209,7 +211,7 @@ def test_a_merge_is_the_sum_of_what_the_versions_change(
 ) -> None:
     versions = []
     for name in names:
-        adapter = lora("kaiming", name="kasa") if name == "kasa" else lora(name)
+        adapter = KASA if name == "kasa" else lora(name)
         config = document(adapter=adapter, name=name, strategy="fedavg", rounds=1)
         versions.append(service.launch(workspace, parse_config(config)))
 
@@ -243,7 +245,7 @@ def test_kasa_trains_its_diagonal_and_exports_as_a_plain_adapter(
 def test_a_merge_of_kasa_adapters_is_not_continued_as_one(
     workspace: service.Workspace, document: Document
 ) -> None:
-    kasa = {**lora("kaiming"), "name": "kasa"}
+    kasa = KASA
     versions = [
         service.launch(
             workspace,

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run is found before anything starts."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -10,7 +10,10 @@ from orchestrator.launch import make_plan as plan_of
 from orchestrator.merging import NotAModel
 from orchestrator.recipes import round_recipe
 from storage.ledger import ClientRecord, SpendRow
-from strategies.plugins import BadOptions
+from strategies import STRATEGIES
+from strategies.fedavg import FedAvg
+from strategies.plugins import BadOptions, Plugin
+from strategies.tensors import refactored
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3}
 
@@ -146,6 +149,56 @@ def test_forms_that_fit_the_strategy_are_planned(register, plan, tiny, strategy,
     method = {"name": "o-lora", "form": form}
 
     assert plan(tiny(strategy=strategy, regularizers=[method])).regularizers[0].name == "o-lora"
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_strategy_that_trains_only_what_the_adapter_freezes_is_refused(
+    register, refused, strategy
+):
+    register()
+
+    why = refused(strategy=strategy, adapter={"name": "mica", "r": 2, "layers": [0]})
+
+    assert f"strategy {strategy!r} trains" in why
+    assert "adapter 'mica' keeps encoder.layer.0.attention.self.query.lora_B.weight frozen" in why
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+def test_a_strategy_of_plain_factors_is_refused_with_blocks(register, refused, strategy):
+    register()
+
+    why = refused(strategy=strategy, adapter={"name": "bdlora", "r": 2, "layers": [0]})
+
+    assert f"strategy {strategy!r} needs plain factors B and A, and adapter 'bdlora' has" in why
+
+
+def test_an_adapter_for_models_that_generate_is_refused_for_classification(register, refused):
+    register()
+
+    why = refused(adapter={"name": "alora", "r": 2, "invocation": [11]})
+
+    assert "adapter 'alora' is for models that generate, and the task is classification" in why
+
+
+def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
+    register, refused, plan, tiny, monkeypatch
+):
+    @dataclass(frozen=True)
+    class Orthonormal(FedAvg):
+        """FedAvg whose every aggregate is re-split, which rotates B."""
+
+        def aggregate(self, state, updates):
+            mean = super().aggregate(state, updates)
+            return replace(mean, adapter=refactored(mean.adapter))
+
+    plugin = Plugin("strategy", "fedavg", Orthonormal, "")
+    monkeypatch.setitem(STRATEGIES._plugins, "fedavg", plugin)
+    register()
+
+    why = refused(strategy="fedavg", adapter={"name": "mica", "r": 2, "layers": [0]})
+
+    assert "strategy 'fedavg' changes encoder.layer.0.attention.self.query.lora_B.weight" in why
+    assert plan(tiny(adapter={"name": "lora", "r": 2})).strategy.name == "fedavg"
 
 
 @pytest.mark.parametrize(
@@ -311,10 +364,10 @@ def test_a_factor_that_starts_at_zero_leaves_the_other_free(register, plan, tiny
 def test_a_diagonal_between_the_factors_is_not_refactored(register, refused, strategy):
     register()
 
-    why = refused(adapter=lora("kaiming", "kasa"), strategy=strategy)
+    why = refused(adapter={"name": "kasa", "r": 2}, strategy=strategy)
 
-    assert f"strategy '{strategy}' and adapter 'kasa': layer 'encoder.layer.0." in why
-    assert "has a diagonal between its factors, so that B A is not its delta; use a str" in why
+    assert f"strategy '{strategy}' needs plain factors B and A, and adapter 'kasa' has oth" in why
+    assert "has a diagonal between its factors, so that B A is not its delta" in why
 
 
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])

@@ -200,7 +200,7 @@ def started(workspace, make_plan, tensors):
     """Return a function that commits a version over an offset, and returns both."""
 
     def make(seed, adapter="lora", stack=(), **more):
-        plan = replace(make_plan(), adapter=PluginChoice(adapter, {"r": 2, "init": "kaiming"}))
+        plan = replace(make_plan(), adapter=PluginChoice(adapter, {"r": 2}))
         plan = replace(plan, start=Start("fresh", None, tuple(stack)))
         offset = tensors(seed + 100, labels=0, scaling=0.5)
         below = workspace.store.commit(offset, parents={}, recipe=offset_recipe(plan, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from pathlib import Path
 
@@ -12,12 +13,16 @@ import torch
 from clients import models
 from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec
-from clients.initialisations import TRAITS
+from clients.gradients import NoPerExampleGradient, PrivateGradient
+from clients.initialisations import TRAITS, InitInputs
+from clients.noise import NoiseStream
+from strategies.tensors import BadMerge, merge_terms
 
 
-def having(capability: str) -> pytest.MarkDecorator:
-    """Run a test for the adapters that declare ``capability`` only."""
-    names = [n for n in ADAPTERS.names() if capability in ADAPTERS.get(n).build().capabilities]
+def having(capability: str, has: bool = True) -> pytest.MarkDecorator:
+    """Run a test for the adapters that declare ``capability`` only, or for the others."""
+    declared = {n: ADAPTERS.get(n).build().capabilities for n in ADAPTERS.names()}
+    names = [name for name, true in declared.items() if (capability in true) is has]
     return pytest.mark.parametrize("adapter", names, indirect=True)
 
 
@@ -32,20 +37,24 @@ def backbones(tiny_encoder, tiny_decoder):
     return {kind: models.load(spec_of(path, kind)).backbone for kind, path in folders.items()}
 
 
-@pytest.fixture(params=["classification", "causal-lm"])
-def backbone(request, backbones):
-    return backbones[request.param]
-
-
 @pytest.fixture(params=ADAPTERS.names())
-def adapter(request):
-    return ADAPTERS.get(request.param).build()
+def adapter(request, tiny_options):
+    return ADAPTERS.get(request.param).build(**tiny_options.get(request.param, {}))
+
+
+@pytest.fixture(params=["classification", "causal-lm"])
+def backbone(request, adapter, backbones):
+    if request.param == "classification" and "causal-only" in adapter.capabilities:
+        pytest.skip("its method is for causal-lm; launch refuses it here")
+    return backbones[request.param]
 
 
 @pytest.fixture
 def attached(adapter, backbone):
     torch.manual_seed(7)
-    yield adapter.attach(backbone, {})
+    model = adapter.attach(backbone, {})
+    adapter.initialise(model, InitInputs(model, list, list, list))
+    yield model
     adapter.detach(backbone)
 
 
@@ -59,10 +68,13 @@ def run(model) -> torch.Tensor:
 def shaken(tensors: dict[str, torch.Tensor], seed: int = 1) -> dict[str, torch.Tensor]:
     """Tensors near ``tensors``, as training would leave them."""
     source = torch.Generator().manual_seed(seed)
-    return {
-        name: t if name.endswith(".scaling") else t + 0.3 * torch.randn(t.shape, generator=source)
-        for name, t in tensors.items()
-    }
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith(".scaling") or not tensor.is_floating_point():
+            return tensor
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=source)
+
+    return {name: moved(name, tensor) for name, tensor in tensors.items()}
 
 
 def delta(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -78,6 +90,7 @@ def delta(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_fresh_adapter_changes_nothing(adapter, backbone):
     before = run(backbone)
     model = adapter.attach(backbone, {})
+    adapter.initialise(model, InitInputs(model, list, list, list))
     after = run(model)
     adapter.detach(model)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
@@ -115,10 +128,21 @@ def test_what_is_read_and_written_gives_the_same_logits(adapter, attached):
 def test_what_is_read_is_a_float32_copy_on_the_cpu(adapter, attached):
     tensors = adapter.read(attached)
     live = adapter.parameters(attached)
-    assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors.values())
+    assert all(t.dtype == torch.float32 for t in tensors.values() if t.is_floating_point())
+    assert all(t.device.type == "cpu" for t in tensors.values())
     for tensor in tensors.values():
         tensor.fill_(123.0)
     assert not any((parameter == 123.0).any() for parameter in live.values())
+
+
+def test_an_adapter_is_attached_in_the_mode_of_its_backbone(adapter, backbone):
+    modes = []
+    for training in (False, True):
+        model = adapter.attach(backbone.train(training), {})
+        modes.append({module.training for module in model.modules() if hasattr(module, "lora_A")})
+        adapter.detach(model)
+    backbone.eval()
+    assert modes == [{False}, {True}]
 
 
 def test_names_are_those_of_the_base_model_without_prefix(adapter, backbone):
@@ -141,7 +165,8 @@ def test_every_low_rank_layer_carries_its_scaling(adapter, attached):
 
 def test_parameters_are_the_live_ones_behind_what_is_read(adapter, attached):
     tensors, live = adapter.read(attached), adapter.parameters(attached)
-    assert live.keys() == {name for name in tensors if not name.endswith(".scaling")}
+    constants = {n for n, t in tensors.items() if t.ndim == 0 or not t.is_floating_point()}
+    assert live.keys() == tensors.keys() - constants
     assert all(torch.equal(live[name].detach(), tensors[name]) for name in live)
     with torch.no_grad():
         for parameter in live.values():
@@ -158,11 +183,14 @@ def test_writing_keeps_the_parameters_identity(adapter, attached):
 
 
 def test_only_the_adapter_trains_and_the_base_model_gets_no_gradient(adapter, attached):
-    live = {id(parameter) for parameter in adapter.parameters(attached).values()}
+    parameters = adapter.parameters(attached)
+    live = {id(p) for name, p in parameters.items() if not re.fullmatch(adapter.frozen, name)}
     trainable = {id(p) for p in attached.parameters() if p.requires_grad}
     assert trainable == live
     ids = torch.tensor([[5, 9, 11, 40]])
+    attached.train()  # with the base model's dropout off; what only trains is reached too
     attached(input_ids=ids, attention_mask=torch.ones_like(ids))[0].square().sum().backward()
+    attached.eval()
     assert {id(p) for p in attached.parameters() if p.grad is not None} == live
 
 
@@ -193,7 +221,7 @@ def test_an_underlay_and_an_adapter_add_up(adapter, backbone):
     adapter.write(model, tensors)
     stacked = run(model)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {
-        id(p) for p in adapter.parameters(model).values()
+        id(p) for n, p in adapter.parameters(model).items() if not re.fullmatch(adapter.frozen, n)
     }
     adapter.detach(model)
 
@@ -249,6 +277,12 @@ def test_a_low_rank_delta_is_the_product_of_its_tensors(adapter, attached, backb
         torch.testing.assert_close(after - before, value, rtol=1e-4, atol=1e-5)
 
 
+@having("low-rank", has=False)
+def test_what_is_not_a_plain_product_is_refused_by_every_merge(adapter, attached):
+    with pytest.raises(BadMerge, match="adapter 0 "):
+        merge_terms([adapter.read(attached)], [1.0])
+
+
 @having("merge")
 def test_a_mergeable_adapter_folds_into_the_base_weights(adapter, attached):
     adapter.write(attached, shaken(adapter.read(attached)))
@@ -264,12 +298,37 @@ def test_a_mergeable_adapter_folds_into_the_base_weights(adapter, attached):
     torch.testing.assert_close(folded, logits, rtol=1e-4, atol=1e-4)
 
 
+@having("merge", has=False)
+def test_what_is_declared_unmergeable_does_not_merge(adapter, attached):
+    with pytest.raises(NotImplementedError, match="does not support"):
+        next(m for m in attached.modules() if hasattr(m, "unmerge")).merge()
+
+
+@having("dp-hooks", has=False)
+def test_hooks_that_are_not_declared_give_no_private_step(adapter, attached):
+    adapter.write(attached, shaken(adapter.read(attached)))
+    live = {n: p for n, p in adapter.parameters(attached).items() if p.requires_grad}
+    engine = PrivateGradient(attached.train(), live, 1.0, 1.0, 2.0, NoiseStream(b"k" * 32, "d"))
+
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        out = attached(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        return out.square().flatten(1).sum(1)
+
+    try:
+        with pytest.raises(NoPerExampleGradient), engine:
+            engine.step([torch.tensor([[5, 9, 11], [6, 11, 30]])], losses, 0)
+    finally:
+        attached.eval()
+
+
 @having("dp-hooks")
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # frozen below: as it should be
 def test_declared_hooks_give_the_gradients_of_micro_batches_of_one(adapter, attached):
     from opacus.grad_sample import GradSampleModule
 
-    live = adapter.parameters(attached)
+    parameters = adapter.parameters(attached)
+    live = {n: p for n, p in parameters.items() if not re.fullmatch(adapter.frozen, n)}
+    assert live
     ids = torch.tensor([[5, 9, 11], [6, 7, 30]])
     alone = []
     for row in ids:
@@ -297,4 +356,5 @@ def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
     plugin = ADAPTERS.get(name)
     assert plugin.summary.endswith(".")
     assert plugin.source
-    assert plugin.build().capabilities <= {"low-rank", "merge", "dp-hooks"} | TRAITS
+    known = {"low-rank", "merge", "dp-hooks", "causal-only"} | TRAITS
+    assert plugin.build().capabilities <= known
