@@ -94,7 +94,7 @@ def minor_components(layer: Any, adapter: str) -> Factors:
     Raises:
         BadOptions: if nothing would be left of the weight.
     """
-    weight, rank = _weight(layer, adapter), layer.r[adapter]
+    weight, rank = layer_weight(layer, adapter), layer.r[adapter]
     if rank >= min(weight.shape):
         raise BadOptions(
             f"kasa drops the rank's number of singular components: it must be below "
@@ -123,7 +123,7 @@ def residual_factors(weight: Tensor, dequantized: Tensor, rank: int, scaling: fl
     return Factors(found["R"], found["L"] / scaling, scaling)
 
 
-def _weight(layer: Any, adapter: str) -> Tensor:
+def layer_weight(layer: Any, adapter: str) -> Tensor:
     """Return the frozen weight under ``adapter``, a float32 copy ``[out, in]``."""
     weight = _dequantized(layer.get_base_layer()).clone()
     for below in layer.lora_A:
@@ -134,8 +134,14 @@ def _weight(layer: Any, adapter: str) -> Tensor:
 
 
 def _dequantized(base: Any) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
 
+    if get_bnb_param_type(base.weight) == "8bit":
+        # PEFT looks for the scales where they are no longer after a first forward pass. What the
+        # layer does to unit vectors is its columns.
+        with torch.no_grad():
+            columns: Tensor = base(torch.eye(base.in_features, device=base.weight.device)).float()
+        return (columns if base.bias is None else columns - base.bias.float()).T
     weight: Tensor = dequantize_module_weight(base)
     return weight.detach().float()
 
@@ -161,7 +167,7 @@ def _by_peft(
 
     rank, alpha = layer.r[adapter], layer.lora_alpha[adapter]
     config = _config(init, options, r=rank, lora_alpha=alpha, use_rslora=layer.use_rslora[adapter])
-    scratch = _scratch(_weight(layer, adapter))
+    scratch = _scratch(layer_weight(layer, adapter))
     prepare(layer, scratch)
     made = Linear(scratch, _SCRATCH, config, rank, alpha)
     a, b = made.lora_A[_SCRATCH].weight, made.lora_B[_SCRATCH].weight

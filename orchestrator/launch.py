@@ -215,6 +215,11 @@ def _refuse_senseless(plan: Plan) -> None:
         if wanted and needed not in adapter.capabilities:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
     _refuse_init(config, adapter)
+    if "unquantised-only" in adapter.capabilities and config.model.quantization != "none":
+        raise BadConfig(
+            f"adapter {plan.adapter.name!r} has no layer for quantised weights, and "
+            f"model.quantization is {config.model.quantization}; use lora, or quantization: none"
+        )
     if "causal-only" in adapter.capabilities and config.task != "causal-lm":
         raise BadConfig(
             f"adapter {plan.adapter.name!r} is for models that generate, and the task is "

@@ -5,7 +5,7 @@ base weight that belong to its ``r`` smallest singular values, ``A`` starts at z
 
 PEFT decomposes every layer whenever it makes one, and rounds ``B`` to the base model's precision,
 in which its columns are no longer orthonormal. Here the decomposition is done once, before round 1,
-from the weight as it is (dequantised where it is quantised), and kept in float32; in every later
+from the weight as it acts (also where it is quantised), and kept in float32; in every later
 attachment ``B`` is what the version says. In all else the method is LoRA with ``B`` frozen.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clients import lora_layers
 from clients.adapters.peft import LOW_RANK, TRAINED, Method, PeftLora, plugin
+from clients.base_factors import layer_weight
 from clients.initialisations import InitInputs
 from strategies.plugins import Plugin
 
@@ -49,11 +50,8 @@ class MiCA(PeftLora):
 
         Costs an SVD of every adapted weight: O(out in min(out, in)), in float32.
         """
-        from peft.utils.integrations import dequantize_module_weight
-
         for layer in lora_layers.adapted(model, TRAINED).values():
-            weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
-            left = torch.linalg.svd(weight.T if layer.fan_in_fan_out else weight, False).U
+            left = torch.linalg.svd(layer_weight(layer, TRAINED), full_matrices=False).U
             down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
             with torch.no_grad():
                 up.copy_(left[:, -up.shape[1] :])  # singular values descend

@@ -147,7 +147,8 @@ class PeftLora:
             ``backbone`` itself.
 
         Raises:
-            BadOptions: if a target does not exist or a rank exceeds its layer.
+            BadOptions: if a target does not exist, a rank exceeds its layer, or a layer is
+                quantised and the method has none for it.
             UnsupportedUnderlay: if either adapter is not low-rank.
             AdapterMismatch: if the underlay does not fit the base model.
         """
@@ -158,6 +159,7 @@ class PeftLora:
         targets = placement.targets(
             backbone, self.target_modules, self.layers, self.exclude_modules
         )
+        self._refuse_quantised(targets)
         config = self._config(targets)
         try:
             tuner = LoraModel(backbone, config, TRAINED)
@@ -234,6 +236,18 @@ class PeftLora:
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
         return lora_layers.parameters(model, TRAINED)
+
+    def _refuse_quantised(self, targets: Mapping[str, nn.Module]) -> None:
+        """Refuse quantised layers where PEFT would fail on them, or put plain LoRA there."""
+        if "unquantised-only" not in self.capabilities:
+            return
+        for name, layer in targets.items():
+            weight: Any = layer.weight
+            if not weight.is_floating_point():
+                raise BadOptions(
+                    f"{self.method.name} has no layer for quantised weights, and {name} is "
+                    "quantised; use lora, or quantization: none"
+                )
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:
         """Return PEFT's config with every layer's rank and alpha spelled out."""

@@ -180,6 +180,18 @@ def test_an_adapter_for_models_that_generate_is_refused_for_classification(regis
     assert "adapter 'alora' is for models that generate, and the task is classification" in why
 
 
+@pytest.mark.parametrize("name", ["velora", "bdlora", "monteclora"])
+def test_an_adapter_without_quantised_layers_is_refused_with_them(
+    register, refused, tiny_encoder, name
+):
+    register()
+    model = {"id": str(tiny_encoder), "max_length": 16, "quantization": "int8"}
+
+    why = refused(model=model, adapter={"name": name, "r": 2})
+
+    assert f"adapter {name!r} has no layer for quantised weights, and model.quant" in why
+
+
 def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
     register, refused, plan, tiny, monkeypatch
 ):

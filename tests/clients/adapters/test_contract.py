@@ -16,6 +16,7 @@ from clients.assignment import ModelSpec
 from clients.gradients import NoPerExampleGradient, PrivateGradient
 from clients.initialisations import TRAITS, InitInputs
 from clients.noise import NoiseStream
+from strategies.plugins import BadOptions
 from strategies.tensors import BadMerge, merge_terms
 
 
@@ -304,6 +305,16 @@ def test_what_is_declared_unmergeable_does_not_merge(adapter, attached):
         next(m for m in attached.modules() if hasattr(m, "unmerge")).merge()
 
 
+@having("unquantised-only")
+def test_a_method_without_quantised_layers_refuses_them(adapter, tiny_decoder):
+    pytest.importorskip("bitsandbytes")
+    spec = ModelSpec(id=str(tiny_decoder), kind="causal-lm", quantization="int8")
+    backbone = models.load(spec).backbone
+    with pytest.raises(BadOptions, match="has no layer for quantised weights, and model"):
+        adapter.attach(backbone, {})
+    assert not any(hasattr(module, "lora_A") for module in backbone.modules())
+
+
 @having("dp-hooks", has=False)
 def test_hooks_that_are_not_declared_give_no_private_step(adapter, attached):
     adapter.write(attached, shaken(adapter.read(attached)))
@@ -356,5 +367,5 @@ def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
     plugin = ADAPTERS.get(name)
     assert plugin.summary.endswith(".")
     assert plugin.source
-    known = {"low-rank", "merge", "dp-hooks", "causal-only"} | TRAITS
+    known = {"low-rank", "merge", "dp-hooks", "causal-only", "unquantised-only"} | TRAITS
     assert plugin.build().capabilities <= known

@@ -77,6 +77,23 @@ def test_a_transposed_weight_is_decomposed_as_it_acts():
     torch.testing.assert_close(b @ b.T, left @ left.T)
 
 
+def test_a_quantised_weight_is_decomposed_as_it_acts(tiny_decoder):
+    pytest.importorskip("bitsandbytes")
+    spec = ModelSpec(str(tiny_decoder), "causal-lm", quantization="int8")
+    backbone = models.load(spec).backbone
+    ids = torch.tensor([[5, 9, 11]])
+    layer = "model.layers.0.self_attn.q_proj"
+    found = []
+    for _ in range(2):  # bitsandbytes keeps its scales elsewhere after a first forward pass
+        found.append(initialised(backbone, r=4)[f"{layer}.lora_B.weight"])
+        backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(found[0] @ found[0].T, found[1] @ found[1].T, atol=1e-3, rtol=0)
+    whole = models.load(replace(spec, quantization="none")).backbone
+    b = initialised(whole, r=4)[f"{layer}.lora_B.weight"]
+    overlap = torch.linalg.svdvals(b.T @ found[0])
+    assert overlap.min() > 0.9  # the same subspace, but for the rounding of the weights
+
+
 def test_the_first_tensors_are_those_of_pefts_own_mica(tiny_encoder):
     from peft import LoraConfig, LoraModel
 
