@@ -119,7 +119,7 @@ def resume(
 def _drive(workspace: Workspace, plan: Plan, observe: Observe, backend: Backend | None) -> str:
     ledger, run = workspace.ledger, plan.run
     with _sole_driver(workspace, run):
-        ledger.set_status(run, "running", error=None)
+        ledger.record(run, "claimed", {}, status="running")
         observe("run", {"run": run, "name": plan.config.name, "plan": plan})
         used = backend
         try:
@@ -130,8 +130,7 @@ def _drive(workspace: Workspace, plan: Plan, observe: Observe, backend: Backend 
             return federation.run()
         except (Exception, KeyboardInterrupt) as error:
             reason = str(error) or type(error).__name__
-            ledger.set_status(run, "failed", error=reason)
-            ledger.append(run, "failed", {"reason": reason})
+            ledger.record(run, "failed", {"reason": reason}, status="failed", error=reason)
             raise
         finally:
             if backend is None and used is not None:

@@ -145,7 +145,7 @@ def test_a_diverging_client_is_refused_by_the_tensor(home, tiny):
 def test_two_processes_cannot_drive_one_run(home, tiny):
     service.launch(home, tiny())
     run = home.ledger.runs()[0].id
-    home.ledger.set_status(run, "failed")
+    home.ledger.record(run, "failed", {}, status="failed")
 
     with service._sole_driver(home, run), pytest.raises(service.RunBusy, match="another process"):
         service.resume(home, run)
