@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from clients import data, models
 from clients.accounting import BudgetSpent
@@ -36,8 +37,6 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     chosen = config.checked_plugins()
     config = _anchored(config)
     model = config.model_spec()
-    if Path(model.id).is_dir():
-        model = replace(model, id=str(Path(model.id).absolute()))
     model = replace(model, hash=models.base_hash(model))
     start = _start(config, model, store)
     plan = Plan(
@@ -57,11 +56,18 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
 
 
 def _anchored(config: RunConfig) -> RunConfig:
-    """Return the config with absolute paths: a run may be resumed from another folder."""
-    if config.evaluate is None:
-        return config
-    place = {"data": data.absolute(config.evaluate.data)}
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=place)})
+    """Return the config with absolute paths: a run may be driven, or cloned, from elsewhere."""
+    changes: dict[str, BaseModel] = {}
+    if Path(config.model.id).is_dir():
+        place = {"id": str(Path(config.model.id).absolute())}
+        changes["model"] = config.model.model_copy(update=place)
+    if config.evaluate is not None:
+        place = {"data": data.absolute(config.evaluate.data)}
+        changes["evaluate"] = config.evaluate.model_copy(update=place)
+    if (simulate := config.clients.simulate) is not None:
+        there = simulate.model_copy(update={"data": data.absolute(simulate.data)})
+        changes["clients"] = config.clients.model_copy(update={"simulate": there})
+    return config.model_copy(update=changes)
 
 
 def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, func, or_, select, update
 
 from storage.database import lock, writing
-from storage.records import Wish
+from storage.records import RunRecord, Wish
 from storage.runs import append, clock, lost, standing, take
 from storage.schema import runs
 
@@ -40,8 +40,8 @@ class RunQueue:
         lease_s: float,
         limits: Mapping[str, int] | None = None,
         run: str | None = None,
-    ) -> str | None:
-        """Make ``owner`` the driver of a run and return the run's id; None if there is none.
+    ) -> RunRecord | None:
+        """Make ``owner`` the driver of a run and return its record; None if there is none.
 
         Without ``run``, it is the one of highest priority, then the oldest, of those that wait or
         whose lease is over, and whose every label is below its limit among the live leases. Of
@@ -68,9 +68,8 @@ class RunQueue:
                     break
                 if run is not None:
                     return None
-            if found is not None:
-                take(connection, found, owner, lease_s)
-            return found
+            # read before anybody else can claim it: the token must be the one that was given
+            return None if found is None else take(connection, found, owner, lease_s)
 
     def renew(self, run: str, token: int, lease_s: float) -> None:
         """Make the lease on a run (by its id) last ``lease_s`` seconds from now.

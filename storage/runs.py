@@ -119,7 +119,7 @@ class RunLog:
             append(connection, id, "queued", {}, queued | {"labels": dict(wait.labels)})
             if wait.owner is not None:
                 take(connection, id, wait.owner, wait.lease_s)
-        return self.run(id)
+            return _run(connection.execute(_runs().where(runs.c.id == id)).one())
 
     def run(self, ref: str) -> RunRecord:
         """Return a run by its id, its name (the newest of it), or a prefix of its id.
@@ -156,7 +156,10 @@ class RunLog:
 
         Raises:
             UnknownRun: if there is no run ``before``.
+            BadStatus: if there is no such status.
         """
+        if status is not None:
+            _check({"status": status})
         # the numbers first, from an index alone: rows are long
         page = select(runs.c.number).order_by(runs.c.number.desc()).limit(limit)
         with self._engine.connect() as connection:
@@ -313,8 +316,8 @@ def clock(connection: Connection) -> datetime:
     return now()
 
 
-def take(connection: Connection, run: str, owner: str, lease_s: float) -> None:
-    """Make ``owner`` the driver of a run, with a new token and a lease.
+def take(connection: Connection, run: str, owner: str, lease_s: float) -> RunRecord:
+    """Make ``owner`` the driver of a run, with a new token and a lease; return its record.
 
     Raises:
         UnknownRun: if there is no such run.
@@ -324,6 +327,7 @@ def take(connection: Connection, run: str, owner: str, lease_s: float) -> None:
     append(connection, run, "claimed", {"owner": owner, "token": token}, changes)
     until = clock(connection) + timedelta(seconds=lease_s)
     connection.execute(update(runs).where(runs.c.id == run).values(lease_until=until))
+    return _run(connection.execute(_runs().where(runs.c.id == run)).one())
 
 
 def _runs() -> Select[Any]:

@@ -89,7 +89,7 @@ def test_runs_of_the_first_schema_stand_where_they_stood(empty_url):
     assert (died.status, died.round, died.version, died.started_at) == ("running", 2, "v", late)
     assert [e.seq for e in ledger.events("died")] == [1, 2, 3]
     assert ledger.run("failed").finished_at == late
-    assert [ledger.queue.claim("me:1", 60) for _ in range(3)] == ["waits", "died", None]
+    assert [ledger.queue.claim("me:1", 60).id for _ in range(2)] == ["waits", "died"]
     ledger._engine.dispose()
 
 

@@ -36,8 +36,8 @@ def jump(monkeypatch):
 
 def claim_all(ledger, limits=None, owner="me:1"):
     found = []
-    while (run := ledger.queue.claim(owner, 60, limits)) is not None:
-        found.append(run)
+    while (record := ledger.queue.claim(owner, 60, limits)) is not None:
+        found.append(record.id)
     return found
 
 
@@ -49,8 +49,8 @@ def test_the_highest_priority_is_claimed_first_then_the_oldest(ledger, submit):
 
 def test_a_claimed_run_has_an_owner_a_token_and_a_lease(ledger, submit):
     run = submit("a")
-    assert ledger.queue.claim("gpu-3:17", 60) == run
-    record = ledger.run(run)
+    record = ledger.queue.claim("gpu-3:17", 60)
+    assert record == ledger.run(run)
     assert (record.status, record.owner, record.token) == ("running", "gpu-3:17", 1)
     assert record.lease_until > record.started_at + timedelta(seconds=50)
     assert ledger.queue.is_driven(run)
@@ -74,7 +74,7 @@ def test_a_run_whose_lease_is_over_is_claimed_again_and_its_first_driver_is_fenc
     assert ledger.queue.claim("second:1", 60) is None
     jump(61)
     assert not ledger.queue.is_driven(run)
-    assert ledger.queue.claim("second:1", 60) == run
+    assert ledger.queue.claim("second:1", 60).id == run
     for call in (
         lambda: ledger.record(run, "committed", {}, token=1, round=1),
         lambda: ledger.queue.renew(run, 1, 60),
@@ -107,7 +107,7 @@ def test_a_clock_that_jumps_back_makes_the_next_driver_wait_and_no_more(ledger, 
     assert ledger.queue.claim("second:1", 60) is None
     ledger.queue.renew(run, 1, 60)  # the lease is as long as it should be again
     jump(61)
-    assert ledger.queue.claim("second:1", 60) == run
+    assert ledger.queue.claim("second:1", 60).id == run
 
 
 def test_a_renewed_lease_lasts(ledger, submit, jump):
@@ -118,7 +118,7 @@ def test_a_renewed_lease_lasts(ledger, submit, jump):
     jump(100)
     assert ledger.queue.claim("second:1", 60) is None
     jump(111)
-    assert ledger.queue.claim("second:1", 60) == run
+    assert ledger.queue.claim("second:1", 60).id == run
 
 
 def test_a_released_run_waits_in_its_old_place_and_keeps_what_people_want(ledger, submit):
@@ -131,7 +131,7 @@ def test_a_released_run_waits_in_its_old_place_and_keeps_what_people_want(ledger
     assert record.wanted == "pause"
     with pytest.raises(LeaseLost, match="it is queued"):
         ledger.record(run, "round", {}, token=1)
-    assert ledger.queue.claim("second:1", 60) == run
+    assert ledger.queue.claim("second:1", 60).id == run
 
 
 def test_only_what_waits_is_claimed(ledger, submit):
@@ -139,8 +139,11 @@ def test_only_what_waits_is_claimed(ledger, submit):
         ledger.record(submit(status), status, {}, status=status)
     assert ledger.queue.claim("me:1", 60) is None
     assert ledger.queue.is_idle()
-    asked = {run: ledger.queue.claim("me:1", 60, run=run) for run in ("paused", "failed")}
-    assert asked == {"paused": "paused", "failed": "failed"}
+    asked = [ledger.queue.claim("me:1", 60, run=run) for run in ("paused", "failed")]
+    assert [(record.id, record.status) for record in asked] == [
+        ("paused", "running"),
+        ("failed", "running"),
+    ]
     assert ledger.queue.claim("me:1", 60, run="completed") is None
     assert ledger.queue.claim("me:1", 60, run="cancelled") is None
     with pytest.raises(UnknownRun):
@@ -186,8 +189,8 @@ ledger, owner = Ledger(open_database(sys.argv[1])), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
 found = []
-while (run := ledger.queue.claim(owner, 60, {"gpu=a100": 3})) is not None:
-    found.append(run)
+while (record := ledger.queue.claim(owner, 60, {"gpu=a100": 3})) is not None:
+    found.append(record.id)
 print(json.dumps(found))
 """
 
