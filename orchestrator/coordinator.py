@@ -134,8 +134,9 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
             )
             return federation.run()
         except (Exception, KeyboardInterrupt) as error:
+            interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
             with suppress(LeaseLost):
-                _record_end(ledger, record, error)
+                _record_end(ledger, record, Stopped() if interrupted else error)
             raise
         finally:
             if backend is not None and backend is not driving.backend:

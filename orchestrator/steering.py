@@ -115,13 +115,16 @@ def clone(workspace: Workspace, ref: str, overrides: Iterable[str] = ()) -> RunC
     Args:
         workspace: where.
         ref: the run.
-        overrides: ``path.to.key=value``.
+        overrides: ``path.to.key=value``, as for the file that the run came from.
 
     Raises:
         UnknownRun: if there is no such run.
         BadConfig: if the changes make no sense.
     """
-    return parse_config(workspace.ledger.run(ref).config, overrides)
+    document = dict(workspace.ledger.run(ref).config)
+    for kind in ("adapter", "strategy", "optimizer"):  # {name, options} on record, flat in a file
+        document[kind] = {"name": document[kind]["name"], **document[kind]["options"]}
+    return parse_config(document, overrides)
 
 
 def log(

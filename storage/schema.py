@@ -183,8 +183,10 @@ runs = Table(
     Column("seq", Integer, nullable=False, server_default="0"),
 )
 
-# What a claim reads of the runs that it does not take, so that a long queue costs it nothing.
+# What a claim reads of the runs that it does not take: a long queue costs it no look at a row.
 Index(None, runs.c.status, runs.c.priority, runs.c.number, runs.c.labels)
+# A page of the runs that stand alike, newest first.
+Index(None, runs.c.status, runs.c.number)
 
 events = Table(
     "events",

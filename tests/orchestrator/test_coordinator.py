@@ -129,6 +129,19 @@ def test_a_stopped_run_says_so_to_who_drives_it(home, tiny):
     assert home.ledger.run(record.id).status == "queued"
 
 
+def test_a_coordinator_that_cannot_wait_for_the_next_event_releases_its_run_too(home, tiny):
+    run, stop = service.submit(home, tiny()), threading.Event()
+
+    def impatient():
+        stop.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serve(home, at("training", impatient), stop=stop)
+    assert home.ledger.run(run).status == "queued"
+    assert kinds(home, run)[-1] == "released"
+
+
 def test_who_lost_the_lease_writes_nothing_more(home, tiny):
     record = claimed(home, service.submit(home, tiny(rounds=2)))
 

@@ -207,7 +207,7 @@ def test_a_clone_is_the_same_run_but_for_what_is_changed(home, tiny):
     version = service.launch(home, config)
     same = service.clone(home, "task-1")
     assert service.launch(home, same) == version
-    changed = service.clone(home, "task-1", ["rounds=1", "adapter.options.r=1", "name=other"])
+    changed = service.clone(home, "task-1", ["rounds=1", "adapter.r=1", "name=other"])
     assert (changed.rounds, changed.name) == (1, "other")
     assert changed.adapter.options["r"] == 1
     with pytest.raises(BadConfig, match="rounds"):

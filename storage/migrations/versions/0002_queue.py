@@ -25,6 +25,7 @@ def upgrade() -> None:
     op.add_column("events", sa.Column("changes", sa.Text, nullable=False, server_default="{}"))
     op.drop_index("ix_runs_status", "runs")
     op.create_index(QUEUE, "runs", ["status", "priority", "number", "labels"])
+    op.create_index("ix_runs_status_number", "runs", ["status", "number"])
     op.create_index("ix_runs_version", "runs", ["version"])
     _say_where_each_run_stands(op.get_bind())
 
@@ -95,6 +96,7 @@ def _standing(row: sa.Row[Any]) -> dict[str, Any]:
 
 def downgrade() -> None:
     op.drop_index("ix_runs_version", "runs")
+    op.drop_index("ix_runs_status_number", "runs")
     op.drop_index(QUEUE, "runs")
     op.create_index("ix_runs_status", "runs", ["status"])
     op.execute("DELETE FROM events WHERE kind = 'migrated'")
