@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_clients import clients_app
+from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
@@ -36,8 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-runs_app = typer.Typer(help="List runs, show one, read its log.", invoke_without_command=True)
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+app.command()(run)
+app.command()(coordinator)
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
@@ -64,45 +65,6 @@ def _is_expected(error: BaseException) -> bool:
     """Whether an error is one of ours by name, or the system's about a file."""
     own = type(error).__module__.partition(".")[0] in _OURS
     return own or (isinstance(error, OSError) and error.filename is not None)
-
-
-# --- runs -------------------------------------------------------------------------------------
-
-
-@app.command()
-def run(
-    config: Annotated[Path | None, typer.Argument(help="The run's YAML file.")] = None,
-    overrides: Set = [],  # noqa: B006  (typer reads the default and never changes it)
-    resume: Annotated[
-        str | None, typer.Option("--resume", help="Go on with this run instead.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Launch a federated run, or go on with one."""
-    from orchestrator import service, views
-    from orchestrator.config import BadConfig, load_config
-    from orchestrator.progress import RunProgress
-    from orchestrator.spending import spent_by_run
-
-    if (config is None) == (resume is None):
-        raise BadConfig("give a run's YAML file, or --resume RUN")
-    if resume is not None and overrides:
-        raise BadConfig("--set cannot change a run that goes on; launch a new one")
-    workspace = workspace_here()
-    console = err if as_json else out
-    with RunProgress(console, lambda plan: spent_by_run(plan, workspace.ledger)) as progress:
-        if resume is not None:
-            version = service.resume(workspace, resume, progress)
-        else:
-            assert config is not None
-            version = service.launch(workspace, load_config(config, overrides), progress)
-    found = workspace.store.version(version)
-    if as_json:
-        print_json(views.version_json(found))
-        return
-    name = found.names[-1] if found.names else version[:12]
-    out.print(f"{name}  {version}")
-    out.print(f"next: weft lineage {name}", style="dim")
 
 
 @app.command()
@@ -144,55 +106,6 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
     for name, spent in found.epsilons.items():
         noise = facts["epsilon"][name]["noise_multiplier"]
         out.print(f"privacy        {name}: {spent}, noise multiplier {noise:g}", highlight=False)
-
-
-@runs_app.callback()
-def runs(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """List runs, newest first."""
-    if context.invoked_subcommand is None:
-        runs_list(as_json=as_json)
-
-
-@runs_app.command("list")
-def runs_list(limit: Annotated[int, typer.Option(min=1)] = 50, as_json: JsonFlag = False) -> None:
-    """List runs, newest first."""
-    from orchestrator import report, views
-
-    records = workspace_here().ledger.runs(limit=limit)
-    if as_json:
-        print_json([views.run_json(r) for r in records])
-    else:
-        out.print(report.runs_table(records))
-
-
-@runs_app.command("show")
-def runs_show(ref: str, as_json: JsonFlag = False) -> None:
-    """Show one run: by id, unique prefix, or name (its newest)."""
-    from orchestrator import report, views
-
-    record = workspace_here().ledger.run(ref)
-    if as_json:
-        print_json(views.run_json(record))
-        return
-    out.print(report.runs_table([record]))
-    out.print_json(json.dumps(record.config))
-
-
-@runs_app.command("log")
-def runs_log(ref: str, as_json: JsonFlag = False) -> None:
-    """Print a run's events in order."""
-    ledger = workspace_here().ledger
-    for event in ledger.events(ledger.run(ref).id):
-        if as_json:
-            row = {"seq": event.seq, "at": event.at.isoformat(), "kind": event.kind}
-            sys.stdout.write(json.dumps({**row, "data": event.data}) + "\n")
-        else:
-            facts = " ".join(f"{k}={v}" for k, v in event.data.items())
-            out.print(
-                f"{event.seq:5d} {event.at:%H:%M:%S} {event.kind} {facts}",
-                markup=False,
-                highlight=False,
-            )
 
 
 # --- versions ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
@@ -21,7 +21,7 @@ from orchestrator.merging import beneath, split_head
 from orchestrator.plan import Plan, RoundInputs, plan_evaluation, plan_init, plan_round
 from orchestrator.recipes import offset_recipe, round_recipe, start_recipe
 from orchestrator.spending import reserve
-from storage.ledger import Ledger
+from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
 from strategies import STRATEGIES
 from strategies.base import Broadcast, ClientSpec, ServerState, Strategy, Tensors, Update
@@ -33,6 +33,14 @@ _EDGES = {"fresh": "init", "continue": "continue", "stack": "stack"}
 
 class RoundFailed(RuntimeError):
     """No client of a round returned an update that could be accepted."""
+
+
+class Paused(RuntimeError):
+    """Somebody asked to pause the run; it goes on from here when it is resumed."""
+
+
+class Cancelled(RuntimeError):
+    """Somebody cancelled the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class Federation:
         backend: where clients train.
         home: folder for spilled updates and the clients' private state.
         observe: called with each event, for progress; the same events are in the ledger.
+        token: of who drives the run: events are refused when it is not the newest any more.
+        wanted: returns what people want of the run: ``run``, ``pause`` or ``cancel``.
     """
 
     plan: Plan
@@ -73,6 +83,8 @@ class Federation:
     backend: Backend
     home: Path
     observe: Observe = lambda kind, data: None
+    token: int | None = None
+    wanted: Callable[[], str] = lambda: "run"
     strategy: Strategy = field(init=False)
     underlay: Tensors = field(init=False)
 
@@ -86,15 +98,25 @@ class Federation:
 
         Raises:
             RoundFailed: if no update of a round could be accepted; the run can be resumed.
+            Paused, Cancelled: if somebody asked for it.
+            LeaseLost: if somebody else drives the run by now.
         """
         done = self._last_commit() or self._begin()
         self.underlay = beneath(self.store, self.plan.start.stack, done.offset)
         for round_ in range(done.round + 1, self.plan.config.rounds + 1):
+            self._heed()
             done = self._round(round_, done)
         name = self.store.name(self.plan.config.name, done.version)
-        self.ledger.set_status(self.plan.run, "completed")
-        self._log("completed", {"version": done.version, "name": name})
+        self._log("completed", {"version": done.version, "name": name}, status="completed")
         return done.version
+
+    def _heed(self) -> None:
+        """Stop where people want the run to stop."""
+        run, wish = self.plan.run, self.wanted()
+        if wish == "pause":
+            raise Paused(f"run {run} is paused; go on with: weft runs resume {run}")
+        if wish == "cancel":
+            raise Cancelled(f"run {run} is cancelled; what it committed stays")
 
     def _round(self, round_: int, done: Committed) -> Committed:
         """Ask the cohort, aggregate what it sends and commit the result."""
@@ -117,8 +139,8 @@ class Federation:
             parents={done.version: "init" if round_ == 1 else "round"},
             recipe=round_recipe(self.plan, round_, [a.leaf for a in accepted], done.offset),
         )
-        self.ledger.set_status(self.plan.run, "running", version=version, round=round_)
-        self._log("committed", {"round": round_, "version": version, "updates": len(accepted)})
+        facts = {"round": round_, "version": version, "updates": len(accepted)}
+        self._log("committed", facts, version=version, round=round_)
         self._evaluate(inputs, version, state.adapter)
         return Committed(round_, version, state, memory, done.offset)
 
@@ -243,7 +265,7 @@ class Federation:
         clients = [client for assigned in rounds.values() for client in assigned]
         return {client: clients.count(client) for client in set(clients)}
 
-    def _log(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Write an event to the ledger, then show it."""
-        self.ledger.append(self.plan.run, kind, data)
+    def _log(self, kind: str, data: Mapping[str, Any], **fields: Unpack[RunFields]) -> None:
+        """Write an event, and what it changes of the run's row, to the ledger, then show it."""
+        self.ledger.record(self.plan.run, kind, data, token=self.token, **fields)
         self.observe(kind, data)

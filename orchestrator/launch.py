@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from clients import data, models
 from clients.accounting import BudgetSpent
@@ -40,8 +41,6 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     chosen = config.checked_plugins()
     config = _anchored(config)
     model = config.model_spec()
-    if Path(model.id).is_dir():
-        model = replace(model, id=str(Path(model.id).absolute()))
     model = replace(model, hash=models.base_hash(model))
     start = _start(config, model, store)
     plan = Plan(
@@ -61,12 +60,18 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
 
 
 def _anchored(config: RunConfig) -> RunConfig:
-    """Return the config with absolute paths: a run may be resumed from another folder."""
-    moved = {
+    """Return the config with absolute paths: a run may be driven, or cloned, from elsewhere."""
+    moved: dict[str, BaseModel] = {
         key: section.model_copy(update={"data": data.absolute(section.data)})
         for key in ("evaluate", "init_data")
         if (section := getattr(config, key)) is not None
     }
+    if Path(config.model.id).is_dir():
+        place = {"id": str(Path(config.model.id).absolute())}
+        moved["model"] = config.model.model_copy(update=place)
+    if (simulate := config.clients.simulate) is not None:
+        there = simulate.model_copy(update={"data": data.absolute(simulate.data)})
+        moved["clients"] = config.clients.model_copy(update={"simulate": there})
     return config.model_copy(update=moved)
 
 

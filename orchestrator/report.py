@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.markup import escape
@@ -14,6 +15,7 @@ from orchestrator.service import Ancestry
 from orchestrator.spending import Epsilon
 from storage.ledger import ClientRecord, RunRecord
 from storage.lineage import Edge, Lineage, Version
+from storage.records import now
 
 _KEEP = 3
 
@@ -162,12 +164,27 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
 
 def runs_table(records: Sequence[RunRecord]) -> Table:
     """Return runs, newest first."""
-    table = Table("run", "name", "status", "round", "version", "started", "error")
+    table = Table("run", "name", "status", "priority", "owner", "round", "age", "version", "error")
     for r in records:
-        started = r.started_at.strftime("%Y-%m-%d %H:%M") if r.started_at else "-"
-        version, error = (r.version or "-")[:12], escape(r.error or "")
-        table.add_row(r.id, r.name, r.status, f"{r.round}/{r.rounds}", version, started, error)
+        owner = ":".join((r.owner or "-").split(":")[:2])  # host and process
+        facts = (r.id, r.name, standing(r), str(r.priority), owner, f"{r.round}/{r.rounds}")
+        rest = (_age(now() - r.created_at), (r.version or "-")[:12], r.error or "")
+        table.add_row(*(escape(text) for text in (*facts, *rest)))
     return table
+
+
+def standing(record: RunRecord) -> str:
+    """Return a run's status, and what it will soon be."""
+    soon = {"pause": " (to be paused)", "cancel": " (to be cancelled)"}
+    return record.status + soon.get(record.wanted, "")
+
+
+def _age(span: timedelta) -> str:
+    seconds = max(0, int(span.total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def clients_table(records: Sequence[ClientRecord]) -> Table:

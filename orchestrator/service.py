@@ -2,73 +2,95 @@
 
 from __future__ import annotations
 
-import fcntl
 import getpass
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from clients import data, models
-from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
-from clients.evaluate import Evaluation
-from clients.export import export_peft
-from orchestrator.backends.base import Backend, Failure, complete
-from orchestrator.backends.inline import InlineBackend
-from orchestrator.config import BackendConfig, BadConfig, RunConfig, find_plugin
-from orchestrator.federation import Federation, Observe
+from clients.assignment import DataSpec, ModelSpec, PluginChoice
+from orchestrator.backends.base import Backend
+from orchestrator.config import BadConfig, RunConfig, find_plugin
+from orchestrator.coordinator import (
+    Driving,
+    RunBusy,
+    Serving,
+    claim,
+    drive,
+    make_backend,
+    serve,
+)
+from orchestrator.federation import Observe
 from orchestrator.launch import make_plan
+from orchestrator.lease import driver_name
 from orchestrator.merging import (
-    adapter_of,
     check_alike,
     common_stack,
-    effective,
     merged_heads,
-    refuse_offset,
     split_head,
     task_vector,
 )
-from orchestrator.plan import Plan
 from orchestrator.recipes import merge_recipe
-from orchestrator.spending import Epsilon, composed, epsilon_of_lineage, spend_from_row
-from orchestrator.workspace import Workspace, base_of, open_workspace, remember_base
-from storage.ledger import ClientRecord
-from storage.lineage import Lineage, Version
-from strategies.base import Broadcast, Tensors
+from orchestrator.spending import composed, spend_from_row
+from orchestrator.steering import (
+    RunRefused,
+    WaitedTooLong,
+    cancel,
+    clone,
+    extend,
+    log,
+    pause,
+    requeue,
+    wait,
+)
+from orchestrator.versions import (
+    Ancestry,
+    EvaluationFailed,
+    evaluate,
+    evaluate_many,
+    export,
+    lineage,
+    use,
+)
+from orchestrator.workspace import Workspace, open_workspace, remember_base
+from storage.ledger import ClientRecord, Queueing, RunRecord
 
 __all__ = [
     "Ancestry",
+    "Driving",
     "EvaluationFailed",
     "RunBusy",
+    "RunRefused",
+    "Serving",
+    "WaitedTooLong",
     "Workspace",
+    "cancel",
     "check_data",
+    "clone",
     "evaluate",
     "evaluate_many",
     "export",
+    "extend",
     "launch",
     "lineage",
+    "log",
     "make_backend",
     "merge",
     "name_of",
     "open_workspace",
+    "pause",
     "promote",
     "register_client",
+    "requeue",
     "resume",
+    "serve",
     "spent_by_population",
+    "submit",
     "use",
+    "wait",
 ]
 
 _DELTA = 1e-5
-
-
-class RunBusy(RuntimeError):
-    """Another process is driving this run."""
-
-
-class EvaluationFailed(RuntimeError):
-    """A version could not be scored."""
 
 
 # --- launch -----------------------------------------------------------------------------------
@@ -79,23 +101,50 @@ def launch(
     config: RunConfig,
     observe: Observe = lambda kind, data: None,
     backend: Backend | None = None,
+    queueing: Queueing | None = None,
 ) -> str:
     """Run a federation from start to end and return the id of its final version.
+
+    Args:
+        workspace: where.
+        config: what to run.
+        observe: called with each event.
+        backend: where clients train; by default what the config asks for.
+        queueing: its labels count against limits while it goes on; nobody else claims it.
 
     Raises:
         BadConfig: if the config cannot be run; nothing was started.
         RoundFailed: if a round got no update; the run can be resumed.
     """
+    mine = replace(queueing or Queueing(), owner=driver_name())
+    record = _create(workspace, config, mine)
+    return drive(workspace, record, observe, Driving(backend, mine.lease_s))
+
+
+def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = None) -> str:
+    """Plan a run, put it into the queue and return its id; a coordinator drives it.
+
+    What can be wrong is found now, and what the run starts from is settled now: the start version
+    that a name stands for, the base model's hash, the clients, their sizes and their noise.
+
+    Raises:
+        BadConfig: if the config cannot be run; nothing was queued.
+        BadLabels: if the labels are too long.
+    """
+    return _create(workspace, config, queueing).id
+
+
+def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
     plan = make_plan(config, workspace.store, workspace.ledger)
-    workspace.ledger.create_run(
+    remember_base(workspace, plan.model)
+    return workspace.ledger.create_run(
         plan.run,
         config.name,
-        config=config.model_dump(mode="json"),
+        config=plan.config.model_dump(mode="json"),
         plan=plan.to_json(),
         rounds=config.rounds,
+        queueing=queueing,
     )
-    remember_base(workspace, plan.model)
-    return _drive(workspace, plan, observe, backend)
 
 
 def resume(
@@ -112,60 +161,15 @@ def resume(
     Raises:
         UnknownRun: if there is no such run.
         RunBusy: if another process is driving it.
+        RunRefused: if it was cancelled.
     """
     record = workspace.ledger.run(run)
     if record.status == "completed" and record.version is not None:
         return record.version
-    return _drive(workspace, Plan.from_json(record.plan), observe, backend)
-
-
-def _drive(workspace: Workspace, plan: Plan, observe: Observe, backend: Backend | None) -> str:
-    ledger, run = workspace.ledger, plan.run
-    with _sole_driver(workspace, run):
-        ledger.set_status(run, "running", error=None)
-        observe("run", {"run": run, "name": plan.config.name, "plan": plan})
-        used = backend
-        try:
-            used = used or make_backend(
-                plan.config.backend, plan.config.threads, len(plan.participants)
-            )
-            federation = Federation(plan, workspace.store, ledger, used, workspace.home, observe)
-            return federation.run()
-        except (Exception, KeyboardInterrupt) as error:
-            reason = str(error) or type(error).__name__
-            ledger.set_status(run, "failed", error=reason)
-            ledger.append(run, "failed", {"reason": reason})
-            raise
-        finally:
-            if backend is None and used is not None:
-                used.close()
-
-
-def make_backend(config: BackendConfig, threads: int, num_clients: int) -> Backend:
-    """Return the backend that ``config`` asks for.
-
-    Raises:
-        orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
-    """
-    if config.name == "inline":
-        return InlineBackend()
-    from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
-
-    cores = os.cpu_count() or 1
-    workers = config.workers or max(1, min(num_clients, cores // threads))
-    return RayBackend(workers, threads, config.gpus_per_worker, config.address)
-
-
-@contextmanager
-def _sole_driver(workspace: Workspace, run: str) -> Iterator[None]:
-    folder = workspace.home / "runs" / run
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusy(f"another process is driving run {run}; wait for it or stop it") from None
-        yield
+    if record.status != "cancelled":  # claimed as it is: in the queue, somebody could be faster
+        record = claim(workspace, record)
+    requeue(workspace, record.id)  # what people wanted of it before, they want no more
+    return drive(workspace, record, observe, Driving(backend))
 
 
 # --- clients ----------------------------------------------------------------------------------
@@ -232,33 +236,6 @@ def check_data(
     return data.check(spec, form if labels else None, tokenizer)
 
 
-# --- lineage ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Ancestry:
-    """What a version is made of.
-
-    Attributes:
-        lineage: versions and edges, down to the first.
-        epsilons: the ε it has inherited, by population; each event counts once.
-    """
-
-    lineage: Lineage
-    epsilons: tuple[Epsilon, ...]
-
-
-def lineage(workspace: Workspace, ref: str) -> Ancestry:
-    """Return a version's ancestors down to client updates, and what privacy it has cost.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-    """
-    found = workspace.store.lineage(ref)
-    epsilons = epsilon_of_lineage(v.recipe for v in found.nodes.values())
-    return Ancestry(found, tuple(epsilons))
-
-
 # --- merge ------------------------------------------------------------------------------------
 
 
@@ -311,12 +288,16 @@ def merge(
 
 
 def promote(workspace: Workspace, name: str, alias: str, ref: str, why: str = "") -> None:
-    """Point ``name@alias`` at a version; the alias keeps its history.
+    """Point ``name@alias`` at a version; the alias and the version's runs keep the history.
 
     Raises:
         UnknownVersion: if there is no such version.
     """
-    workspace.store.promote(name, alias, ref, who=getpass.getuser(), why=why)
+    version, who = workspace.store.resolve(ref), getpass.getuser()
+    workspace.store.promote(name, alias, version, who=who, why=why)
+    for run in workspace.ledger.runs_at(version):
+        facts = {"name": name, "alias": alias, "version": version, "who": who, "why": why}
+        workspace.ledger.record(run, "promoted", facts)
 
 
 def name_of(workspace: Workspace, ref: str) -> str:
@@ -329,151 +310,3 @@ def name_of(workspace: Workspace, ref: str) -> str:
     if len(names) != 1:
         raise BadConfig(f"{ref} has {len(names)} names ({', '.join(names)}); choose with --name")
     return names[0]
-
-
-# --- use a version ----------------------------------------------------------------------------
-
-
-def evaluate(
-    workspace: Workspace,
-    ref: str,
-    dataset: DataSpec,
-    model: str | None = None,
-    backend: Backend | None = None,
-) -> Evaluation:
-    """Score a version on a data set, among all labels that the version has seen.
-
-    Args:
-        workspace: where the version is.
-        ref: the version.
-        dataset: what to score it on; its ``labels`` choose examples.
-        model: where its base model lies now, if not where it was last seen.
-        backend: where to run; by default in this process.
-
-    Raises:
-        UnknownVersion, models.ModelNotFound, data.DataNotFound: if one is not there.
-        EvaluationFailed: if a worker failed, with its reason.
-    """
-    version = workspace.store.version(ref)
-    return evaluate_many(workspace, [(version, dataset)], model, backend)[0]
-
-
-def evaluate_many(
-    workspace: Workspace,
-    wanted: Sequence[tuple[Version, DataSpec]],
-    model: str | None = None,
-    backend: Backend | None = None,
-) -> list[Evaluation]:
-    """Score several versions, on several workers where the backend has them.
-
-    Raises:
-        EvaluationFailed: if one could not be scored.
-    """
-    assignments = [
-        replace(use(workspace, version, dataset, model), client=str(number))
-        for number, (version, dataset) in enumerate(wanted)
-    ]
-    used = backend or InlineBackend()
-    found: dict[str, Evaluation] = {}
-    for result in complete(used, assignments, 3600.0, lambda a: None):
-        if isinstance(result, Failure):
-            raise EvaluationFailed(f"the version cannot be scored: {result.reason}")
-        if isinstance(result, Evaluation):
-            found[result.client] = result
-    return [found[a.client] for a in assignments]
-
-
-def use(
-    workspace: Workspace, version: Version, dataset: DataSpec, model: str | None = None
-) -> Assignment:
-    """Return the assignment that uses a version, stack and all, on a data set.
-
-    Raises:
-        EvaluationFailed: if its heads are personal.
-        NotAModel: if it is only part of others.
-        models.ModelNotFound: if nobody says where its base model is.
-    """
-    _refuse_unusable(version)
-    tensors = effective(workspace.store, version)
-    return Assignment(
-        action="evaluate",
-        run="",
-        client="",
-        round=0,
-        base=version.id,
-        model=base_of(workspace, version, model),
-        adapter=_as_it_is(version, tensors),
-        broadcast=Broadcast(tensors),
-        data=dataset,
-        optimizer=PluginChoice(""),
-        site=str(workspace.home / "sites"),
-        head="freeze",
-        labels=tuple(version.recipe["seen_labels"]),
-    )
-
-
-def _refuse_unusable(version: Version) -> None:
-    refuse_offset(version)
-    if version.recipe.get("training", {}).get("head") == "personal":
-        raise EvaluationFailed(
-            f"{version.id[:12]} has personal heads, which stay at the clients that trained them; "
-            "it cannot be used without one: train with head: train or freeze"
-        )
-
-
-def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
-    """Return the adapter that holds exactly ``tensors``: a merge may cover more layers."""
-    choice = version.recipe["adapter"]
-    layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})
-    if "low-rank" in adapter_of(version).capabilities:
-        # plain factors, whatever method trained them; ranks and scalings come with them
-        return PluginChoice("lora", {"r": 1, "target_modules": layers})
-    reset: dict[str, Any] = {
-        "layers": None,
-        "exclude_modules": [],
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
-
-
-def export(
-    workspace: Workspace, ref: str, folder: str | Path, model: str | None = None
-) -> list[Path]:
-    """Write a version as a PEFT folder that peft, vLLM and the Hub load as is.
-
-    A stacked version is exported whole: its factors and those underneath, concatenated.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-        FileExistsError: if the folder is not empty.
-    """
-    version = workspace.store.version(ref)
-    _refuse_unusable(version)
-    spec = base_of(workspace, version, model)
-    ancestry = lineage(workspace, version.id)
-    return export_peft(
-        Path(folder),
-        tensors=effective(workspace.store, version),
-        spec=spec,
-        base_revision=spec.revision,
-        card=_card(version, ancestry),
-        extra={
-            "version": version.id,
-            "seen_labels": version.recipe["seen_labels"],
-            "base_hash": spec.hash,
-        },
-    )
-
-
-def _card(version: Version, ancestry: Ancestry) -> str:
-    lines = [f"Version `{version.id}`.", ""]
-    kinds = version.recipe["kind"]
-    lines.append(f"Made by: {kinds}; {len(ancestry.lineage.nodes)} versions in its history.")
-    clients = sorted(
-        {leaf["client"] for v in ancestry.lineage.nodes.values() for leaf in v.recipe["updates"]}
-    )
-    lines.append(f"Trained at: {', '.join(clients) or 'nowhere'}.")
-    for spent in ancestry.epsilons:
-        lines.append(f"- {spent.population}: {spent}{', public data' if spent.public else ''}")
-    return "\n".join(lines)

@@ -108,7 +108,7 @@ def reserve(
     A round that is run again after a crash has the same events, which count once.
     """
     populations = {p.name: p.population for p in plan.participants}
-    kept = []
+    kept, spent = [], {}
     for assignment in assignments:
         if assignment.privacy is not None:
             row = _row(plan, assignment, populations[assignment.client])
@@ -118,7 +118,10 @@ def reserve(
             except BudgetSpent as error:
                 log("refused", {"client": assignment.client, "reason": str(error)})
                 continue
+            spent[row.client] = row.event
         kept.append(assignment)
+    if spent:
+        log("spent", {"round": _round(kept), "events": spent})
     log("assigned", {"round": _round(assignments), "assigned": [a.client for a in kept]})
     return kept
 

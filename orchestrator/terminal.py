@@ -53,6 +53,23 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def limits(texts: list[str]) -> dict[str, int]:
+    """Return ``key=value:count`` texts as a mapping from label to count.
+
+    Raises:
+        BadConfig: if one is not of this form.
+    """
+    from orchestrator.config import BadConfig
+
+    found = {}
+    for text in texts:
+        label, _, count = text.rpartition(":")
+        if not count.isdecimal() or not all(label.partition("=")):
+            raise BadConfig(f"--limit takes key=value:count such as gpu=a100:2, got {text!r}")
+        found[label] = int(count)
+    return found
+
+
 def yaml_value(text: str, option: str) -> Any:
     """Return an option's text read as YAML, as ``--set`` reads it.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.config import FAMILIES
 from orchestrator.service import Ancestry
-from storage.ledger import ClientRecord, RunRecord
+from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from strategies.plugins import UnknownPlugin
 
@@ -44,6 +44,12 @@ def run_json(record: RunRecord) -> dict[str, Any]:
     """Return a run's record as JSON."""
     document = asdict(record)
     return {k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in document.items()}
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    """Return a line of a run's log as JSON."""
+    row = {"seq": event.seq, "at": event.at.isoformat(), "kind": event.kind}
+    return {**row, "data": event.data, "changes": event.changes}
 
 
 def version_json(version: Version) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import (
     Column,
     Connection,
+    Engine,
     Row,
     Select,
     delete,
@@ -25,22 +26,38 @@ from sqlalchemy import (
 
 from storage.canonical import canonical_json
 from storage.database import insert_missing, lock, writing
-from storage.records import ClientRecord, Event, RunRecord, SpendRow, Status
+from storage.queue import RunQueue
+from storage.records import ClientRecord, Event, Queueing, RunRecord, SpendRow, Status, Wish
 from storage.refs import did_you_mean
-from storage.runs import AmbiguousRun, BadStatus, RunExists, RunFields, RunLog, UnknownRun
+from storage.runs import (
+    AmbiguousRun,
+    BadLabels,
+    BadStatus,
+    LeaseLost,
+    RunChanged,
+    RunExists,
+    RunFields,
+    RunLog,
+    UnknownRun,
+)
 from storage.schema import clients, populations, spends
 
 __all__ = [
     "AmbiguousRun",
     "BadBudget",
     "BadClient",
+    "BadLabels",
     "BadStatus",
     "ClientExists",
     "ClientRecord",
     "Event",
+    "LeaseLost",
     "Ledger",
+    "Queueing",
+    "RunChanged",
     "RunExists",
     "RunFields",
+    "RunQueue",
     "RunRecord",
     "SpendConflict",
     "SpendRow",
@@ -49,6 +66,7 @@ __all__ = [
     "UnknownPopulation",
     "UnknownRun",
     "UnknownSpend",
+    "Wish",
 ]
 
 Check = Callable[[str, list[SpendRow], list[SpendRow]], None]
@@ -90,7 +108,14 @@ class Ledger(RunLog):
 
     Args:
         engine: from :func:`storage.database.open_database`; shared with the adapter store.
+
+    Attributes:
+        queue: claims of the runs that wait.
     """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.queue = RunQueue(engine)
 
     def add_client(self, record: ClientRecord) -> None:
         """Register a client, and its population with the budget if that is new.

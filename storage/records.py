@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
-Status: TypeAlias = Literal["queued", "running", "completed", "failed", "cancelled"]
+Status: TypeAlias = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 """Where a run stands."""
 
+Wish: TypeAlias = Literal["run", "pause", "cancel"]
+"""What people want of a run that is being driven."""
+
 STATUSES: tuple[Status, ...] = get_args(Status)
+WISHES: tuple[Wish, ...] = get_args(Wish)
 FINAL: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})
 
 
@@ -82,6 +86,23 @@ class SpendRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Queueing:
+    """How a new run waits for who drives it.
+
+    Attributes:
+        priority: a higher one is claimed first; runs of one priority in the order of asking.
+        labels: what limits of concurrency go by, such as ``{"gpu": "a100"}``.
+        owner: who drives it from the start; None leaves it to whoever claims it.
+        lease_s: seconds until an owner that is not heard of has lost it.
+    """
+
+    priority: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    owner: str | None = None
+    lease_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run.
 
@@ -98,6 +119,14 @@ class RunRecord:
         created_at: when it was asked for, UTC.
         started_at: when it first ran, or None.
         finished_at: when it completed, failed or was cancelled, or None.
+        priority: a higher one is claimed first.
+        labels: what limits of concurrency go by.
+        owner: who drives it while it is running, or None.
+        token: the fencing token: it rises when the run changes hands, and only who has the
+            newest may write.
+        lease_until: when its owner has lost it unless the lease is renewed, or None.
+        wanted: what people want of it.
+        seq: number of its last event.
     """
 
     id: str
@@ -112,13 +141,29 @@ class RunRecord:
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    priority: int
+    labels: dict[str, str]
+    owner: str | None
+    token: int
+    lease_until: datetime | None
+    wanted: Wish
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of a run's log: ``seq`` counts from 1 without gaps; ``at`` is UTC."""
+    """One line of a run's log.
+
+    Attributes:
+        seq: counts from 1 without gaps.
+        kind: what happened.
+        data: the facts of it, JSON.
+        at: when, UTC.
+        changes: what it changed of where the run stands; see :mod:`storage.projection`.
+    """
 
     seq: int
     kind: str
     data: dict[str, Any]
     at: datetime
+    changes: dict[str, Any]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,11 @@ def test_a_second_process_is_told_that_a_run_is_driven(
     killed(home, document(), "round", 1)
     workspace = service.open_workspace(home)
     [record] = workspace.ledger.runs()
-    with (home / "runs" / record.id / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(service.RunBusy, match="another process is driving"):
-            service.resume(workspace, record.id)
+    workspace.ledger.queue.release(record.id, record.token, "its driver is dead")
+    workspace.ledger.queue.claim("elsewhere:17:abc:123", 60, run=record.id)
+    with pytest.raises(service.RunBusy, match=r"is driving run \w+ \(elsewhere:17:abc:123\) until"):
+        service.resume(workspace, record.id)
+    assert workspace.ledger.run(record.id).owner == "elsewhere:17:abc:123"
 
 
 def test_a_run_of_relative_paths_is_resumed_from_another_folder(

@@ -4,13 +4,26 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from clients.assignment import DataSpec
+from orchestrator import cli
 from orchestrator.config import parse_config
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.service import open_workspace
+from storage.ledger import ClientRecord
 
 LABELS = ("cat", "dog", "model", "rank")
+SMALL = {
+    "name": "task-1",
+    "labels": ["cat", "dog", "model", "rank"],
+    "strategy": "fedsvd",
+    "adapter": {"name": "lora", "r": 2, "layers": [0]},
+    "rounds": 2,
+    "steps": 2,
+    "batch_size": 4,
+    "backend": "inline",
+}
 WORDS = ("the", "a", "learns", "weaves", "thread", "adapter", "private", "data", "round")
 
 
@@ -97,6 +110,15 @@ def notes(tmp_path):
 
 
 @pytest.fixture
+def home(workspace, notes):
+    """Return a workspace with two registered clients."""
+    for shift, name in enumerate(("a", "b")):
+        data = notes(name, shift=shift)
+        workspace.ledger.add_client(ClientRecord(name, data, name, num_examples=12))
+    return workspace
+
+
+@pytest.fixture
 def tiny(tiny_encoder, document):
     """Return a function that makes a config on the tiny encoder: rank 2, one short round."""
 
@@ -111,3 +133,75 @@ def tiny(tiny_encoder, document):
         return parse_config(document(**(base | changes)))
 
     return make
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weft(tmp_path, monkeypatch, capsys):
+    """Run the command line in an empty home; return (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WEFT_DATABASE", raising=False)
+
+    def run(*argv):
+        monkeypatch.setattr("sys.argv", ["weft", *map(str, argv)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def ok(weft):
+    """Run a command that must succeed; return what it printed."""
+
+    def run(*argv):
+        code, out, err = weft(*argv)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def read(ok):
+    """Run a read command with --json and return the document."""
+    return lambda *argv: json.loads(ok(*argv, "--json"))
+
+
+@pytest.fixture
+def refused(weft):
+    """Run a command that must be refused in one line; return the line."""
+
+    def run(*argv):
+        code, out, err = weft(*argv)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+        assert "Traceback" not in err
+        return err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def run_yaml(tmp_path, tiny_encoder, notes):
+    """Return a function that writes a run's file over one client's data, with changes."""
+
+    def write(**changes):
+        model = {"id": str(tiny_encoder), "max_length": 16}
+        simulate = {"data": notes("train"), "by": "column", "column": "ward"}
+        document = SMALL | {"model": model, "clients": {"simulate": simulate}} | changes
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in document.items() if v is not None}))
+        return path
+
+    return write

@@ -18,15 +18,6 @@ from strategies.plugins import UnknownPlugin
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
 
 
-@pytest.fixture
-def home(workspace, notes):
-    """Return a workspace with two registered clients."""
-    for shift, name in enumerate(("a", "b")):
-        data = notes(name, shift=shift)
-        workspace.ledger.add_client(ClientRecord(name, data, name, num_examples=12))
-    return workspace
-
-
 class Dying:
     """A backend that runs inline until round ``last`` and then stops the process's work."""
 
@@ -111,6 +102,15 @@ def test_a_run_that_is_done_stays_as_it_is(home, tiny):
     assert kinds(home) == before
 
 
+def test_a_promotion_is_in_the_log_of_the_run_that_made_the_version(home, tiny):
+    version = service.launch(home, tiny())
+    service.promote(home, "task-1", "production", "task-1:v1", why="scores best")
+
+    event = home.ledger.events(home.ledger.runs()[0].id)[-1]
+    assert event.kind == "promoted"
+    assert event.data.items() >= {"alias": "production", "version": version}.items()
+
+
 def test_any_error_of_the_coordinator_is_on_the_run_s_record(home, tiny):
     with pytest.raises(ZeroDivisionError):
         service.launch(home, tiny(), backend=Dying(last=-1, error=ZeroDivisionError("oh")))
@@ -141,15 +141,6 @@ def test_a_diverging_client_is_refused_by_the_tensor(home, tiny):
 
     with pytest.raises(RoundFailed, match="non-finite values"):
         service.launch(home, tiny(optimizer=wild, steps=4))
-
-
-def test_two_processes_cannot_drive_one_run(home, tiny):
-    service.launch(home, tiny())
-    run = home.ledger.runs()[0].id
-    home.ledger.set_status(run, "failed")
-
-    with service._sole_driver(home, run), pytest.raises(service.RunBusy, match="another process"):
-        service.resume(home, run)
 
 
 def test_resuming_an_unknown_run_is_refused(home):

@@ -100,7 +100,7 @@ def test_what_was_spent_is_there_before_anybody_is_told(workspace, round_of):
 
     reserve(plan, assignments, workspace.ledger, log)
 
-    assert seen == [("assigned", 3)]
+    assert seen == [("spent", 3), ("assigned", 3)]
 
 
 def test_a_round_that_is_run_again_spends_once(workspace, round_of):

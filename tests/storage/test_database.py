@@ -1,13 +1,13 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import MetaData, inspect, text
 
 from storage import database, schema
 from storage.database import (
@@ -18,6 +18,8 @@ from storage.database import (
     open_database,
     writing,
 )
+from storage.ledger import Ledger
+from storage.projection import PROJECTED, project
 
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -57,6 +59,40 @@ def test_downgrading_leaves_no_table(empty_url):
     assert tables <= {REVISION_TABLE}
 
 
+def test_runs_of_the_first_schema_stand_where_they_stood(empty_url):
+    engine, config = database.connect(empty_url), alembic_config()
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        old = MetaData()
+        old.reflect(connection)
+        version = {"number": 1, "id": "v", "tensors": "t", "recipe": "{}", "created_at": MOMENT}
+        connection.execute(old.tables["versions"].insert().values(version))
+        common = {"name": "x", "config": "{}", "plan": "{}", "rounds": 3, "created_at": MOMENT}
+        late = MOMENT + timedelta(hours=2)
+        for row in (
+            {"id": "waits", "status": "queued", "round": 0},
+            {"id": "died", "status": "running", "round": 2, "version": "v", "started_at": late},
+            {"id": "failed", "status": "failed", "round": 0, "error": "oh", "finished_at": late},
+        ):
+            connection.execute(old.tables["runs"].insert().values(common | row))
+        event = {"run": "died", "kind": "round", "data": '{"round":1}', "created_at": MOMENT}
+        for seq in (1, 2):
+            connection.execute(old.tables["events"].insert().values(event | {"seq": seq}))
+    engine.dispose()
+    ledger = Ledger(open_database(empty_url))
+    for run in ledger.runs():
+        log = ledger.events(run.id)
+        assert {name: getattr(run, name) for name in PROJECTED} == project(log)
+        assert (log[-1].kind, log[-1].seq) == ("migrated", run.seq)
+    died = ledger.run("died")
+    assert (died.status, died.round, died.version, died.started_at) == ("running", 2, "v", late)
+    assert [e.seq for e in ledger.events("died")] == [1, 2, 3]
+    assert ledger.run("failed").finished_at == late
+    assert [ledger.queue.claim("me:1", 60).id for _ in range(2)] == ["waits", "died"]
+    ledger._engine.dispose()
+
+
 def test_opening_again_keeps_the_rows(empty_url):
     engine = open_database(empty_url)
     with writing(engine) as connection:
@@ -94,7 +130,7 @@ def test_a_newer_schema_is_refused(empty_url):
     with writing(engine) as connection:
         connection.execute(text(f"UPDATE {REVISION_TABLE} SET version_num = '9999'"))
     engine.dispose()
-    with pytest.raises(NewerSchema, match=r"newer weft \(schema 9999\); this one knows 0001"):
+    with pytest.raises(NewerSchema, match=r"newer weft \(schema 9999\); this one knows 0002"):
         open_database(empty_url)
 
 

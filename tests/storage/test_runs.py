@@ -1,17 +1,26 @@
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 from storage.canonical import NotJson
 from storage.ledger import (
     AmbiguousRun,
+    BadLabels,
     BadStatus,
-    Event,
+    LeaseLost,
     Ledger,
+    Queueing,
+    RunChanged,
     RunExists,
     UnknownRun,
 )
+from storage.projection import PROJECTED, project
+from storage.records import STATUSES, WISHES
 
 CONFIG = {"model": "tiny", "privacy": {"epsilon": 8.0}}
 
@@ -38,14 +47,14 @@ def test_an_id_is_used_once(ledger, run):
 
 def test_a_run_goes_on_and_ends(ledger, store, run):
     version = store.commit({"x": torch.ones(1)}, parents={}, recipe={})
-    ledger.set_status(run, "running")
-    ledger.set_status(run, "running", round=3, version=version)
+    ledger.record(run, "claimed", {}, status="running")
+    ledger.record(run, "committed", {}, round=3, version=version)
     halfway = ledger.run(run)
     assert (halfway.status, halfway.round, halfway.rounds) == ("running", 3, 20)
     assert halfway.version == version
     assert halfway.started_at >= halfway.created_at
     assert halfway.finished_at is None
-    ledger.set_status(run, "completed", round=20)
+    ledger.record(run, "completed", {}, status="completed", round=20)
     done = ledger.run(run)
     assert (done.status, done.round, done.version) == ("completed", 20, version)
     assert done.started_at == halfway.started_at
@@ -53,19 +62,23 @@ def test_a_run_goes_on_and_ends(ledger, store, run):
 
 
 def test_a_resumed_run_is_neither_finished_nor_failed(ledger, run):
-    ledger.set_status(run, "running")
+    ledger.record(run, "claimed", {}, status="running")
     started = ledger.run(run).started_at
-    ledger.set_status(run, "failed", error="3 of 4 clients failed")
+    ledger.record(run, "failed", {}, status="failed", error="3 of 4 clients failed")
     assert ledger.run(run).error == "3 of 4 clients failed"
     assert ledger.run(run).finished_at is not None
-    ledger.set_status(run, "running")
+    ledger.record(run, "claimed", {}, status="running")
     record = ledger.run(run)
     assert (record.error, record.finished_at, record.started_at) == (None, None, started)
 
 
 def test_a_status_that_is_none_is_refused(ledger, run):
-    with pytest.raises(BadStatus, match="queued, running, completed, failed, cancelled; got 'x'"):
-        ledger.set_status(run, "x")
+    wanted = "status is one of queued, running, paused, completed, failed, cancelled; got 'x'"
+    with pytest.raises(BadStatus, match=wanted):
+        ledger.record(run, "odd", {}, status="x")
+    with pytest.raises(BadStatus, match="wanted is one of run, pause, cancel; got 'y'"):
+        ledger.record(run, "odd", {}, wanted="y")
+    assert [e.kind for e in ledger.events(run)] == ["queued"]
 
 
 def test_a_run_is_found_by_id_prefix_and_name(ledger, run):
@@ -95,9 +108,9 @@ def test_an_unknown_run_comes_with_the_nearest_name(ledger, run):
 
 def test_what_is_not_there_is_not_changed(ledger):
     for call in (
-        lambda: ledger.set_status("nothing", "running"),
-        lambda: ledger.append("nothing", "started", {}),
+        lambda: ledger.record("nothing", "started", {}),
         lambda: ledger.events("nothing"),
+        lambda: ledger.runs(before="nothing"),
     ):
         with pytest.raises(UnknownRun, match="no run has the id 'nothing'"):
             call()
@@ -107,33 +120,115 @@ def test_runs_are_listed_newest_first_in_pages(ledger):
     for number in range(5):
         ledger.create_run(f"r{number}", "x", {}, {})
     assert [r.id for r in ledger.runs()] == ["r4", "r3", "r2", "r1", "r0"]
-    assert [r.id for r in ledger.runs(limit=2, offset=1)] == ["r3", "r2"]
+    assert [r.id for r in ledger.runs(limit=2, before="r4")] == ["r3", "r2"]
+    ledger.record("r1", "paused", {}, status="paused")
+    assert [r.id for r in ledger.runs(status="paused")] == ["r1"]
+    assert [r.id for r in ledger.runs(limit=2, before="r3", status="queued")] == ["r2", "r0"]
 
 
 def test_events_count_from_one_and_come_back_in_order(ledger, run):
     other = ledger.create_run("other", "x", {}, {}).id
-    assert [ledger.append(run, "round", {"round": n}) for n in range(3)] == [1, 2, 3]
-    assert ledger.append(other, "started", {}) == 1
+    assert [ledger.record(run, "round", {"round": n}) for n in range(3)] == [2, 3, 4]
+    assert ledger.record(other, "started", {}) == 2
     events = ledger.events(run)
     assert [(e.seq, e.kind, e.data) for e in events] == [
-        (1, "round", {"round": 0}),
-        (2, "round", {"round": 1}),
-        (3, "round", {"round": 2}),
+        (1, "queued", {}),
+        (2, "round", {"round": 0}),
+        (3, "round", {"round": 1}),
+        (4, "round", {"round": 2}),
     ]
-    assert ledger.events(run, after=2) == events[2:]
-    assert isinstance(events[0], Event)
+    assert ledger.events(run, after=3) == events[3:]
+    assert ledger.events(run, after=1, limit=2) == events[1:3]
+    assert ledger.run(run).seq == 4
 
 
 def test_events_that_are_not_json_are_refused(ledger, run):
     with pytest.raises(NotJson, match=r"data\.loss must be a finite number, got nan"):
-        ledger.append(run, "round", {"loss": float("nan")})
-    assert ledger.events(run) == []
+        ledger.record(run, "round", {"loss": float("nan")}, status="running")
+    assert [e.kind for e in ledger.events(run)] == ["queued"]
+    assert ledger.run(run).status == "queued"
 
 
-def test_threads_that_append_at_once_lose_nothing_and_leave_no_gap(ledger, run):
+def test_an_event_whose_change_cannot_be_stored_is_not_written_either(ledger, run):
+    with pytest.raises(IntegrityError):
+        ledger.record(run, "committed", {}, version="of nothing", round=1)
+    record = ledger.run(run)
+    assert (record.round, record.seq) == (0, 1)
+    assert [e.kind for e in ledger.events(run)] == ["queued"]
+
+
+def test_threads_that_record_at_once_lose_nothing_and_leave_no_gap(ledger, run):
     with ThreadPoolExecutor(8) as pool:
-        given = list(pool.map(lambda n: ledger.append(run, "tick", {"n": n}), range(40)))
-    assert sorted(given) == list(range(1, 41))
-    events = ledger.events(run)
-    assert [e.seq for e in events] == list(range(1, 41))
+        given = list(pool.map(lambda n: ledger.record(run, "tick", {"n": n}), range(40)))
+    assert sorted(given) == list(range(2, 42))
+    events = ledger.events(run)[1:]
+    assert [e.seq for e in events] == list(range(2, 42))
     assert {e.seq: e.data["n"] for e in events} == dict(zip(given, range(40), strict=True))
+
+
+def test_labels_that_no_index_can_hold_are_refused(ledger):
+    with pytest.raises(BadLabels, match="may have 1000 characters in all, got 1"):
+        ledger.create_run("r", "x", {}, {}, queueing=Queueing(labels={"gpu": "x" * 1000}))
+
+
+# --- who may write ----------------------------------------------------------------------------
+
+
+def test_who_has_an_old_token_writes_nothing(ledger, run):
+    ledger.queue.claim("first:1", 60)
+    token = ledger.run(run).token
+    ledger.record(run, "round", {}, token=token)
+    ledger.record(run, "paused", {}, status="paused")  # by hand: takes it away from its driver
+    with pytest.raises(LeaseLost, match=f"has the token {token + 1}, and this driver's is {token}"):
+        ledger.record(run, "committed", {}, token=token, round=1, status="running")
+    record = ledger.run(run)
+    assert (record.status, record.round, record.owner) == ("paused", 0, None)
+    assert [e.kind for e in ledger.events(run)] == ["queued", "claimed", "round", "paused"]
+
+
+def test_a_decision_on_an_old_look_is_refused(ledger, run):
+    seen = ledger.run(run).seq
+    ledger.queue.claim("first:1", 60)
+    with pytest.raises(RunChanged, match="has event 2 by now, not 1"):
+        ledger.record(run, "paused", {}, status="paused", after=seen)
+    assert ledger.run(run).status == "running"
+    ledger.record(run, "wanted", {}, wanted="pause", after=seen + 1)
+    assert ledger.queue.wanted(run, ledger.run(run).token) == "pause"
+
+
+# --- the row is the projection of the events --------------------------------------------------
+
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "status": st.sampled_from(STATUSES),
+        "round": st.integers(0, 9),
+        "rounds": st.integers(0, 9),
+        "error": st.none() | st.just("out of memory"),
+        "wanted": st.sampled_from(WISHES),
+    },
+)
+STEPS = st.lists(st.tuples(st.sampled_from(["record", "claim", "release"]), FIELDS), max_size=8)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    steps=STEPS,
+    priority=st.integers(-3, 3),
+    labels=st.dictionaries(st.text("ab", min_size=1), st.text("ab")),
+)
+def test_a_run_s_row_is_what_its_events_amount_to(ledger, steps, priority, labels):
+    run = ledger.create_run(secrets.token_hex(4), "x", {}, {}, 5, Queueing(priority, labels)).id
+    for step, fields in steps:
+        if step == "record":
+            ledger.record(run, "something", {}, **fields)
+        elif step == "claim":
+            ledger.queue.claim("somebody:1", 60, run=run)
+        elif ledger.run(run).status == "running":
+            ledger.queue.release(run, ledger.run(run).token, "stopped")
+    record, events = ledger.run(run), ledger.events(run)
+    assert {name: getattr(record, name) for name in PROJECTED} == project(events)
+    assert record.seq == len(events)
+    assert (record.owner is None) or record.status == "running"

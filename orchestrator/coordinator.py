@@ -1,0 +1,232 @@
+"""Driving runs: claim one, keep its lease, drive it, record how it ended.
+
+Every run is driven here, whether somebody waits for it or it was queued. Any number of processes,
+on any machines that share the database and the home, may do it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from orchestrator.backends.base import Backend
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.config import BackendConfig
+from orchestrator.federation import Cancelled, Federation, Observe, Paused, RoundFailed
+from orchestrator.lease import Lease, driver_name, is_dead
+from orchestrator.plan import Plan
+from orchestrator.workspace import Workspace
+from storage.ledger import LeaseLost, Ledger, RunRecord
+
+LEASE_S = 60.0
+_LOG = logging.getLogger(__name__)
+
+
+class RunBusy(RuntimeError):
+    """Another process is driving this run."""
+
+
+class Stopped(RuntimeError):
+    """This process was asked to stop; the run it drove is back in the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Driving:
+    """How a process drives runs.
+
+    Attributes:
+        backend: where clients train; by default what each run's config asks for.
+        lease_s: seconds until a run of a driver that died is another's to claim, > 0.
+        stop: set it to stop at the next event and put the run back into the queue.
+    """
+
+    backend: Backend | None = None
+    lease_s: float = LEASE_S
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a coordinator does with the queue.
+
+    Attributes:
+        limits: how many runs with a label, written ``key=value``, may be driven at once.
+        once: whether to end after one look at the queue, and the run that it found.
+        until_idle: whether to end when no run waits and none is being driven, by anyone.
+        poll_s: seconds between looks at an empty queue, > 0.
+    """
+
+    limits: Mapping[str, int] = field(default_factory=dict)
+    once: bool = False
+    until_idle: bool = False
+    poll_s: float = 1.0
+
+
+def planned(record: RunRecord) -> Plan:
+    """Return a run's plan with as many rounds as it has by now: it may have been extended."""
+    plan = Plan.from_json(record.plan)
+    return replace(plan, config=plan.config.model_copy(update={"rounds": record.rounds}))
+
+
+def claim(workspace: Workspace, record: RunRecord, lease_s: float = LEASE_S) -> RunRecord:
+    """Make this process the driver of a run, at once if its driver was a process here and is gone.
+
+    Returns:
+        The run's record, with the token.
+
+    Raises:
+        RunBusy: if another process is driving it, or died elsewhere and its lease is not over.
+    """
+    queue = workspace.ledger.queue
+    if record.status == "running" and record.owner is not None and is_dead(record.owner):
+        with suppress(LeaseLost):  # somebody was faster
+            queue.release(record.id, record.token, "the process that drove it is gone")
+    mine = queue.claim(driver_name(), lease_s, run=record.id)
+    if mine is None:
+        now = workspace.ledger.run(record.id)
+        until = f" until {now.lease_until:%H:%M:%S} UTC at least" if now.lease_until else ""
+        raise RunBusy(
+            f"another process is driving run {now.id} ({now.owner}){until}; wait for it with: "
+            f"weft runs wait {now.id}; or stop it with: weft runs pause {now.id}"
+        )
+    return mine
+
+
+def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving) -> str:
+    """Drive a run that this process has claimed, record how it ends, return its final version.
+
+    Args:
+        workspace: where.
+        record: the run as its claim gave it, with the token.
+        observe: called with each event.
+        driving: how.
+
+    Raises:
+        RoundFailed: if a round got no update; the run can be resumed.
+        Paused, Cancelled: if somebody asked for it.
+        Stopped: if this process was asked to stop.
+        LeaseLost: if somebody else drives the run by now; nothing more was written.
+    """
+    ledger, run, backend = workspace.ledger, record.id, driving.backend
+    with Lease(ledger.queue, run, record.token, driving.lease_s):
+        try:
+            plan = planned(record)
+            seen = _stoppable(observe, driving.stop)
+            seen("run", {"run": run, "name": record.name, "plan": plan})
+            backend = backend or make_backend(
+                plan.config.backend, plan.config.threads, len(plan.participants)
+            )
+            federation = Federation(
+                plan,
+                workspace.store,
+                ledger,
+                backend,
+                workspace.home,
+                observe=seen,
+                token=record.token,
+                wanted=partial(ledger.queue.wanted, run, record.token),
+            )
+            return federation.run()
+        except (Exception, KeyboardInterrupt) as error:
+            interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
+            with suppress(LeaseLost):
+                _record_end(ledger, record, Stopped() if interrupted else error)
+            raise
+        finally:
+            if backend is not None and backend is not driving.backend:
+                backend.close()
+
+
+def serve(
+    workspace: Workspace,
+    serving: Serving,
+    driving: Driving,
+    watch: Callable[[], AbstractContextManager[Observe]],
+) -> int:
+    """Claim queued runs and drive them, one after another; return how many.
+
+    How a run ends is on its record, and is no error here.
+
+    Args:
+        workspace: whose queue.
+        serving: what to do with it.
+        driving: how to drive; its ``stop`` also ends the waiting.
+        watch: called for each run; what it enters is shown the run's events.
+    """
+    queue, stop, count = workspace.ledger.queue, driving.stop, 0
+    while not stop.is_set():
+        record = queue.claim(driver_name(), driving.lease_s, serving.limits)
+        if record is None:
+            if serving.once or (serving.until_idle and queue.is_idle()):
+                break
+            stop.wait(serving.poll_s)
+            continue
+        count += 1
+        with watch() as observe:
+            _drive_to_an_end(workspace, record, observe, driving)
+        if serving.once:
+            break
+    return count
+
+
+def make_backend(config: BackendConfig, threads: int, num_clients: int) -> Backend:
+    """Return the backend that ``config`` asks for.
+
+    Raises:
+        orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
+    """
+    if config.name == "inline":
+        return InlineBackend()
+    from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
+
+    cores = os.cpu_count() or 1
+    workers = config.workers or max(1, min(num_clients, cores // threads))
+    return RayBackend(workers, threads, config.gpus_per_worker, config.address)
+
+
+def _drive_to_an_end(
+    workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving
+) -> None:
+    try:
+        drive(workspace, record, observe, driving)
+    except (RoundFailed, Paused, Cancelled, Stopped, LeaseLost) as error:
+        _LOG.warning("%s", error)
+    except Exception as error:  # one run's error must not keep the others waiting
+        _LOG.error("run %s failed: %s", record.id, type(error).__name__, exc_info=True)
+
+
+def _stoppable(observe: Observe, stop: threading.Event) -> Observe:
+    """Return ``observe`` that raises after an event if the process is to stop."""
+
+    def seen(kind: str, data: Mapping[str, Any]) -> None:
+        observe(kind, data)
+        if stop.is_set() and kind != "completed":
+            raise Stopped("the coordinator was asked to stop; its run is back in the queue")
+
+    return seen
+
+
+def _record_end(ledger: Ledger, record: RunRecord, error: BaseException) -> None:
+    """Record how a run stopped short of its end.
+
+    Raises:
+        LeaseLost: if somebody else drives it by now.
+    """
+    run, token = record.id, record.token
+    if isinstance(error, LeaseLost):
+        return
+    if isinstance(error, Stopped):
+        ledger.queue.release(run, token, "the coordinator was asked to stop")
+    elif isinstance(error, Paused):
+        ledger.record(run, "paused", {}, token=token, status="paused")
+    elif isinstance(error, Cancelled):
+        ledger.record(run, "cancelled", {}, token=token, status="cancelled")
+    else:
+        reason = str(error) or type(error).__name__
+        ledger.record(run, "failed", {"reason": reason}, token=token, status="failed", error=reason)

@@ -1,0 +1,192 @@
+"""What people do with a version: trace it, score it, use it, export it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clients.assignment import Assignment, DataSpec, PluginChoice
+from clients.evaluate import Evaluation
+from clients.export import export_peft
+from orchestrator.backends.base import Backend, Failure, complete
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.merging import adapter_of, effective, refuse_offset
+from orchestrator.spending import Epsilon, epsilon_of_lineage
+from orchestrator.workspace import Workspace, base_of
+from storage.lineage import Lineage, Version
+from strategies.base import Broadcast, Tensors
+
+
+class EvaluationFailed(RuntimeError):
+    """A version could not be scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """What a version is made of.
+
+    Attributes:
+        lineage: versions and edges, down to the first.
+        epsilons: the ε it has inherited, by population; each event counts once.
+    """
+
+    lineage: Lineage
+    epsilons: tuple[Epsilon, ...]
+
+
+def lineage(workspace: Workspace, ref: str) -> Ancestry:
+    """Return a version's ancestors down to client updates, and what privacy it has cost.
+
+    Raises:
+        UnknownVersion: if there is no such version.
+    """
+    found = workspace.store.lineage(ref)
+    epsilons = epsilon_of_lineage(v.recipe for v in found.nodes.values())
+    return Ancestry(found, tuple(epsilons))
+
+
+def evaluate(
+    workspace: Workspace,
+    ref: str,
+    dataset: DataSpec,
+    model: str | None = None,
+    backend: Backend | None = None,
+) -> Evaluation:
+    """Score a version on a data set, among all labels that the version has seen.
+
+    Args:
+        workspace: where the version is.
+        ref: the version.
+        dataset: what to score it on; its ``labels`` choose examples.
+        model: where its base model lies now, if not where it was last seen.
+        backend: where to run; by default in this process.
+
+    Raises:
+        UnknownVersion, models.ModelNotFound, data.DataNotFound: if one is not there.
+        EvaluationFailed: if a worker failed, with its reason.
+    """
+    version = workspace.store.version(ref)
+    return evaluate_many(workspace, [(version, dataset)], model, backend)[0]
+
+
+def evaluate_many(
+    workspace: Workspace,
+    wanted: Sequence[tuple[Version, DataSpec]],
+    model: str | None = None,
+    backend: Backend | None = None,
+) -> list[Evaluation]:
+    """Score several versions, on several workers where the backend has them.
+
+    Raises:
+        EvaluationFailed: if one could not be scored.
+    """
+    assignments = [
+        replace(use(workspace, version, dataset, model), client=str(number))
+        for number, (version, dataset) in enumerate(wanted)
+    ]
+    used = backend or InlineBackend()
+    found: dict[str, Evaluation] = {}
+    for result in complete(used, assignments, 3600.0, lambda a: None):
+        if isinstance(result, Failure):
+            raise EvaluationFailed(f"the version cannot be scored: {result.reason}")
+        if isinstance(result, Evaluation):
+            found[result.client] = result
+    return [found[a.client] for a in assignments]
+
+
+def use(
+    workspace: Workspace, version: Version, dataset: DataSpec, model: str | None = None
+) -> Assignment:
+    """Return the assignment that uses a version, stack and all, on a data set.
+
+    Raises:
+        EvaluationFailed: if its heads are personal.
+        NotAModel: if it is only part of others.
+        models.ModelNotFound: if nobody says where its base model is.
+    """
+    _refuse_unusable(version)
+    tensors = effective(workspace.store, version)
+    return Assignment(
+        action="evaluate",
+        run="",
+        client="",
+        round=0,
+        base=version.id,
+        model=base_of(workspace, version, model),
+        adapter=_as_it_is(version, tensors),
+        broadcast=Broadcast(tensors),
+        data=dataset,
+        optimizer=PluginChoice(""),
+        site=str(workspace.home / "sites"),
+        head="freeze",
+        labels=tuple(version.recipe["seen_labels"]),
+    )
+
+
+def _refuse_unusable(version: Version) -> None:
+    refuse_offset(version)
+    if version.recipe.get("training", {}).get("head") == "personal":
+        raise EvaluationFailed(
+            f"{version.id[:12]} has personal heads, which stay at the clients that trained them; "
+            "it cannot be used without one: train with head: train or freeze"
+        )
+
+
+def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
+    """Return the adapter that holds exactly ``tensors``: a merge may cover more layers."""
+    choice = version.recipe["adapter"]
+    layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})
+    if "low-rank" in adapter_of(version).capabilities:
+        # plain factors, whatever method trained them; ranks and scalings come with them
+        return PluginChoice("lora", {"r": 1, "target_modules": layers})
+    reset: dict[str, Any] = {
+        "layers": None,
+        "exclude_modules": [],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
+
+
+def export(
+    workspace: Workspace, ref: str, folder: str | Path, model: str | None = None
+) -> list[Path]:
+    """Write a version as a PEFT folder that peft, vLLM and the Hub load as is.
+
+    A stacked version is exported whole: its factors and those underneath, concatenated.
+
+    Raises:
+        UnknownVersion: if there is no such version.
+        FileExistsError: if the folder is not empty.
+    """
+    version = workspace.store.version(ref)
+    _refuse_unusable(version)
+    spec = base_of(workspace, version, model)
+    ancestry = lineage(workspace, version.id)
+    return export_peft(
+        Path(folder),
+        tensors=effective(workspace.store, version),
+        spec=spec,
+        base_revision=spec.revision,
+        card=_card(version, ancestry),
+        extra={
+            "version": version.id,
+            "seen_labels": version.recipe["seen_labels"],
+            "base_hash": spec.hash,
+        },
+    )
+
+
+def _card(version: Version, ancestry: Ancestry) -> str:
+    lines = [f"Version `{version.id}`.", ""]
+    kinds = version.recipe["kind"]
+    lines.append(f"Made by: {kinds}; {len(ancestry.lineage.nodes)} versions in its history.")
+    clients = sorted(
+        {leaf["client"] for v in ancestry.lineage.nodes.values() for leaf in v.recipe["updates"]}
+    )
+    lines.append(f"Trained at: {', '.join(clients) or 'nowhere'}.")
+    for spent in ancestry.epsilons:
+        lines.append(f"- {spent.population}: {spent}{', public data' if spent.public else ''}")
+    return "\n".join(lines)
