@@ -6,7 +6,7 @@ same as running it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,42 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from clients.regularizers import REGULARIZERS, namespaced, recall
-from orchestrator.acceptance import Accepted, lazily, refusal, spill
-from orchestrator.backends.base import Backend, Failure, complete
+from orchestrator.acceptance import lazily, moved
+from orchestrator.backends.base import Backend, Failure
+from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
+from orchestrator.collecting import Collector, RoundFailed
+from orchestrator.committed import Commits, Committed, consolidated, initialised
+from orchestrator.desk import Desk
+from orchestrator.history import History, Open
 from orchestrator.merging import split_head, stacked
-from orchestrator.plan import Plan, RoundInputs, plan_evaluation, plan_init, plan_round
-from orchestrator.recipes import round_recipe, start_recipe
-from orchestrator.spending import reserve
+from orchestrator.plan import (
+    Participant,
+    Plan,
+    RoundInputs,
+    plan_evaluation,
+    plan_init,
+    plan_round,
+)
+from orchestrator.recipes import final_recipe, round_recipe, start_recipe
+from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger
 from storage.store import AdapterStore
 from strategies import STRATEGIES
-from strategies.base import Broadcast, ClientSpec, ServerState, Strategy, Tensors, Update
+from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update
+
+__all__ = ["Cancelled", "Federation", "Observe", "Paused", "RoundFailed"]
 
 Observe = Callable[[str, Mapping[str, Any]], None]
 
 _EDGES = {"fresh": "init", "continue": "continue", "stack": "stack"}
 
 
-class RoundFailed(RuntimeError):
-    """No client of a round returned an update that could be accepted."""
+class Paused(RuntimeError):
+    """Somebody asked to pause the run; it goes on from here when it is resumed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The last committed round.
-
-    Attributes:
-        round: 0 before the first round.
-        version: its id.
-        state: what the strategy carries.
-        memory: regulariser memory.
-    """
-
-    round: int
-    version: str
-    state: ServerState
-    memory: Tensors
+class Cancelled(RuntimeError):
+    """Somebody cancelled the run."""
 
 
 @dataclass(slots=True)
@@ -64,6 +64,9 @@ class Federation:
         backend: where clients train.
         home: folder for spilled updates and the clients' private state.
         observe: called with each event, for progress; the same events are in the ledger.
+        wanted: returns what people want of the run: ``run``, ``pause`` or ``cancel``.
+        available: returns which of the named clients are there; those that are registered no more
+            are not, whatever it says. Asked where the cohort is ``available_only``.
     """
 
     plan: Plan
@@ -72,101 +75,173 @@ class Federation:
     backend: Backend
     home: Path
     observe: Observe = lambda kind, data: None
+    wanted: Callable[[], str] = lambda: "run"
+    available: Callable[[Sequence[str]], Collection[str]] = lambda names: names
     strategy: Strategy = field(init=False)
     underlay: Tensors = field(init=False)
+    _roster: Roster = field(init=False)
+    _desk: Desk = field(init=False)
+    _collector: Collector = field(init=False)
+    _known: History = field(default_factory=History, init=False)
+    _commits: Commits = field(init=False)
 
     def __post_init__(self) -> None:
-        choice = self.plan.strategy
+        choice, plan = self.plan.strategy, self.plan
         self.strategy = STRATEGIES.get(choice.name).build(**choice.options)
-        self.underlay = stacked([self.store.tensors(ref) for ref in self.plan.start.stack])
+        self.underlay = stacked([self.store.tensors(ref) for ref in plan.start.stack])
+        self._roster = roster(plan.participants, plan.config.cohort)
+        self._commits = Commits(self.store)
+        self._desk = Desk(self.backend, self._started)
+        self._collector = Collector(
+            plan=plan,
+            people={p.name: p for p in plan.participants},
+            roster=self._roster,
+            folder=self.home / "runs" / plan.run,
+            desk=self._desk,
+            ledger=self.ledger,
+            log=self._log,
+            history=self._history,
+            assign=self._assignments,
+            heed=self._heed,
+            unreachable=self._unreachable,
+        )
 
     def run(self) -> str:
         """Run what is left of the plan and return the id of the final version.
 
         Raises:
-            RoundFailed: if no update of a round could be accepted; the run can be resumed.
+            RoundFailed: if too few updates of a round could be accepted; the run can be resumed.
+            Paused, Cancelled: if somebody asked for it.
         """
-        done = self._last_commit() or self._begin()
-        for round_ in range(done.round + 1, self.plan.config.rounds + 1):
-            done = self._round(round_, done)
-        name = self.store.name(self.plan.config.name, done.version)
-        self.ledger.set_status(self.plan.run, "completed")
-        self._log("completed", {"version": done.version, "name": name})
-        return done.version
+        try:
+            done = self._last_commit() or self._begin()
+            self._evaluate(done)
+            while done.round < self.plan.config.rounds and not self._stops():
+                self._heed()
+                done = self._round(done)
+                self._evaluate(done)
+            return self._finish(done)
+        finally:
+            self._collector.close()
 
-    def _round(self, round_: int, done: Committed) -> Committed:
+    def _round(self, done: Committed) -> Committed:
         """Ask the cohort, aggregate what it sends and commit the result."""
-        inputs = self._inputs(round_, done.version, done.memory)
-
-        def broadcast(client: ClientSpec) -> Broadcast:
-            return self.strategy.broadcast(done.state, client)
-
-        assignments = plan_round(self.plan, inputs, broadcast, self._participations(round_))
-        self._log("round", {"round": round_, "cohort": [a.client for a in assignments]})
-        assignments = reserve(self.plan, assignments, self.ledger, self._log)
-        accepted = self._collect(assignments)
-        state = self.strategy.aggregate(done.state, lazily(accepted))
-        last = round_ == self.plan.config.rounds
-        memory = self._consolidated(state.adapter, done.memory) if last else done.memory
+        opened = self._opened(done)
+        accepted = self._collector.collect(opened)
+        state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
+        last = opened.round == self.plan.config.rounds and not self._chooses
+        memory = consolidated(self.plan, state.adapter, done.memory) if last else done.memory
         version = self.store.commit(
             state.adapter,
             auxiliary=state.auxiliary,
             memory=memory,
-            parents={done.version: "init" if round_ == 1 else "round"},
-            recipe=round_recipe(self.plan, round_, [a.leaf for a in accepted]),
+            parents={done.version: "init" if opened.round == 1 else "round"},
+            recipe=round_recipe(self.plan, opened.round, [a.leaf for a in accepted]),
         )
-        self.ledger.set_status(self.plan.run, "running", version=version, round=round_)
-        self._log("committed", {"round": round_, "version": version, "updates": len(accepted)})
-        self._evaluate(inputs, version, state.adapter)
-        return Committed(round_, version, state, memory)
+        facts = {"round": opened.round, "version": version, "updates": len(accepted)}
+        self._log("committed", facts, version=version, round=opened.round)
+        done = Committed(opened.round, version, state, memory)
+        return self._commits.add(done, self._awaited())
 
-    def _collect(self, assignments: list[Assignment]) -> list[Accepted]:
-        """Return the accepted updates in client order; each is spilled as it arrives."""
-        sent = {a.client: a for a in assignments}
-        people = {p.name: p for p in self.plan.participants}
-        accepted: dict[str, Accepted] = {}
-        refused: dict[str, str] = {}
-        for result in self._results(assignments, shown=True):
-            if isinstance(result, Update):
-                client, reason = result.client, refusal(result, sent[result.client])
-                if reason is None:
-                    folder = self.home / "runs" / self.plan.run / f"round-{result.round}"
-                    accepted[client] = spill(result, people[client], folder)
-                    self._log("accepted", {"client": client, **result.metrics})
-                    continue
-            else:
-                assert isinstance(result, Failure)
-                client, reason = result.client, result.reason
-            refused[client] = reason
-            self._log("refused", {"client": client, "reason": reason})
-        if not accepted:
-            why = "; ".join(f"{client}: {reason}" for client, reason in sorted(refused.items()))
-            raise RoundFailed(
-                f"no update could be accepted ({why or 'no client was left to ask'}); mend it and "
-                f"go on with: weft run --resume {self.plan.run}"
+    def _opened(self, done: Committed) -> Open:
+        """Return the round that is open, or open the next: whom it asks is written down first."""
+        history = self._history()
+        if history.open is None:
+            config, num_clients = self.plan.config, len(self._roster.names)
+            cohort: tuple[str, ...] = ()  # an asynchronous run asks as it goes
+            if config.asynchronous is None:
+                cohort = cohort_of(self.plan, self._roster, history, self._unreachable())
+            self._log(
+                "round",
+                {
+                    "round": done.round + 1,
+                    "base": done.version,
+                    "cohort": cohort,
+                    "goal": goal(config, num_clients),
+                    "quorum": quorum(config, num_clients),
+                },
             )
-        return [accepted[client] for client in sorted(accepted)]
+            history = self._history()
+        assert history.open is not None
+        return history.open
+
+    def _assignments(
+        self, round_: int, base: str, cohort: Sequence[Participant]
+    ) -> list[Assignment]:
+        """Return what a round's clients are asked, from a base version: the same every time."""
+        start = self._commits.of(base)
+        inputs = self._inputs(round_, base, start.memory)
+
+        def broadcast(client: ClientSpec) -> Broadcast:
+            return self.strategy.broadcast(start.state, client)
+
+        return plan_round(self.plan, inputs, broadcast, cohort)
+
+    def _onto(self, done: Committed) -> Callable[[Update, float], Update]:
+        """Return what makes an update of an older version one of ``done``."""
+
+        def fresh(update: Update, weight: float) -> Update:
+            if update.base == done.version:
+                return update
+            base = self._commits.of(update.base).state.adapter
+            return moved(update, base, done.state.adapter, weight)
+
+        return fresh
+
+    def _stops(self) -> bool:
+        """Return whether versions get no better, by ``stop``."""
+        history, stop = self._history(), self.plan.config.stop
+        if history.stopped is None and stop is not None and exhausted(history.scores, stop):
+            reason = f"{stop.metric} did not improve in {stop.patience} evaluations"
+            self._log("stopped", {"round": history.round, "reason": reason})
+            return True
+        return history.stopped is not None
+
+    def _finish(self, done: Committed) -> str:
+        """Name the run's result and return its id."""
+        result = done
+        if self.plan.config.select == "best":
+            top = best(self._history().scores, self.plan.config.judge)
+            result = self._commits.of(top.version) if top else done
+        version = self._settled(result)
+        name = self.store.name(self.plan.config.name, version)
+        facts = {"version": version, "name": name}
+        self._log("completed", facts, status="completed", version=version)
+        return version
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether it is known only at the end which version is the result."""
+        return self.plan.config.stop is not None or self.plan.config.select == "best"
+
+    def _settled(self, result: Committed) -> str:
+        """Return the result with the memory of its task, which is a version of its own then."""
+        if not (self._chooses and self.plan.regularizers):
+            return result.version
+        return self.store.commit(
+            result.state.adapter,
+            auxiliary=result.state.auxiliary,
+            memory=consolidated(self.plan, result.state.adapter, result.memory),
+            parents={result.version: "round"},
+            recipe=final_recipe(self.store.version(result.version).recipe),
+        )
 
     def _last_commit(self) -> Committed | None:
-        record = self.ledger.run(self.plan.run)
-        if record.version is None:
-            return None
-        store, version = self.store, record.version
-        state = ServerState(store.tensors(version), store.auxiliary(version))
-        return Committed(record.round, version, state, store.memory(version))
+        version = self._history().version
+        return None if version is None else self._commits.of(version)
+
+    def _awaited(self) -> set[str]:
+        return {asked.base for asked in self._history().pending.values()}
 
     def _begin(self) -> Committed:
         """Commit the version that round 1 starts from."""
         start = self.plan.start
         memory = self.store.memory(start.version) if start.version else {}
         earlier = self.store.tensors(start.version) if start.version else {}
-        adapter = earlier
+        adapter: Tensors = earlier
         if start.mode != "continue":
             kept = split_head(earlier)[1] if start.mode == "stack" else {}  # rows of earlier tasks
-            adapter = {**self._initial(memory), **kept}
-            for choice in self.plan.regularizers:
-                method = REGULARIZERS.get(choice.name).build(**choice.options)
-                adapter = dict(method.initialise(adapter, recall(memory, choice.name)))
+            adapter = initialised(self.plan, {**self._initial(memory), **kept}, memory)
         state = self.strategy.init(adapter)
         version = self.store.commit(
             state.adapter,
@@ -176,60 +251,67 @@ class Federation:
             recipe=start_recipe(self.plan),
         )
         self._log("started", {"version": version})
-        return Committed(0, version, state, memory)
+        return self._commits.add(Committed(0, version, state, memory), ())
 
     def _initial(self, memory: Tensors) -> dict[str, Tensor]:
         """Return the adapter's first tensors, made where the base model is."""
         self._log("initialising", {"adapter": self.plan.adapter.name})
-        [result] = self._results([plan_init(self.plan, self._inputs(0, "", memory))])
+        asked = plan_init(self.plan, self._inputs(0, "", memory))
+        result = self._desk.one(asked, self.plan.config.deadline_s)
         if isinstance(result, Failure):
             raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
         assert isinstance(result, Update)
         return dict(result.tensors)
 
-    def _consolidated(self, adapter: Tensors, memory: Tensors) -> Tensors:
-        """Return the memory after the task, from the final adapter alone."""
-        result = dict(memory)
-        for choice in self.plan.regularizers:
-            method = REGULARIZERS.get(choice.name).build(**choice.options)
-            own = method.consolidate(adapter, recall(memory, choice.name))
-            result |= namespaced(own, choice.name)
-        return result
-
-    def _evaluate(self, inputs: RoundInputs, version: str, adapter: Tensors) -> None:
-        chosen, rounds = self.plan.config.evaluate, self.plan.config.rounds
-        if chosen is None or (inputs.round % chosen.every and inputs.round != rounds):
+    def _evaluate(self, done: Committed) -> None:
+        """Score a version on the data held back for it, where that is due and was not done."""
+        chosen, config, round_ = self.plan.config.evaluate, self.plan.config, done.round
+        due = (chosen is not None and round_ % chosen.every == 0) or round_ == config.rounds
+        if chosen is None or not due or self._history().judged >= round_:
             return
-        [result] = self._results([plan_evaluation(self.plan, inputs, adapter, chosen)])
+        inputs = self._inputs(round_, done.version, done.memory)
+        asked = plan_evaluation(self.plan, inputs, done.state.adapter, chosen)
+        result = self._desk.one(asked, config.deadline_s)
         if isinstance(result, Evaluation):
-            self.store.record_metrics(version, result.metrics)
-            self._log("evaluated", {"round": inputs.round, **result.metrics})
+            self.store.record_metrics(done.version, result.metrics)
+            self._log("evaluated", {"round": round_, **result.metrics})
         elif isinstance(result, Failure):
-            reason = {"round": inputs.round, "reason": result.reason}
-            self._log("evaluation failed", reason)
-
-    def _results(self, assignments: list[Assignment], shown: bool = False) -> Any:
-        def started(assignment: Assignment) -> None:
-            if shown:
-                self.observe("training", {"client": assignment.client})
-
-        deadline = self.plan.config.backend.deadline_s
-        return complete(self.backend, assignments, deadline, started)
+            self._log("evaluation failed", {"round": round_, "reason": result.reason})
 
     def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
         return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))
 
-    def _participations(self, before: int) -> dict[str, int]:
-        """Return in how many rounds before ``before`` each client was assigned."""
-        rounds = {
-            event.data["round"]: event.data["assigned"]
-            for event in self.ledger.events(self.plan.run)
-            if event.kind == "assigned" and event.data["round"] < before
-        }
-        clients = [client for assigned in rounds.values() for client in assigned]
-        return {client: clients.count(client) for client in set(clients)}
+    def _started(self, assignment: Assignment) -> None:
+        if assignment.action == "train":
+            self.observe("training", {"client": assignment.client})
 
-    def _log(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Write an event to the ledger, then show it."""
+    def _unreachable(self) -> set[str]:
+        """Return who cannot be asked now, where the cohort is of those who can."""
+        config = self.plan.config
+        if not config.cohort.available_only:
+            return set()
+        there = set(self.available(self._roster.names))
+        if config.clients.simulate is None:
+            there &= {client.name for client in self.ledger.clients()}
+        return set(self._roster.names) - there
+
+    def _heed(self) -> None:
+        """Stop where people want the run to stop."""
+        run, wish = self.plan.run, self.wanted()
+        if wish == "pause":
+            raise Paused(f"run {run} is paused; go on with: weft runs resume {run}")
+        if wish == "cancel":
+            raise Cancelled(f"run {run} is cancelled; what it committed stays")
+
+    def _history(self) -> History:
+        """Return the run's history; reads only what was written since the last time."""
+        news = self.ledger.events(self.plan.run, after=self._known.seq)
+        self._known = self._known.after_all(news)
+        return self._known
+
+    def _log(self, kind: str, data: Mapping[str, Any], **fields: Any) -> None:
+        """Write an event, and what it changes of the run's row, to the ledger, then show it."""
         self.ledger.append(self.plan.run, kind, data)
+        if fields:
+            self.ledger.set_status(self.plan.run, fields.pop("status", "running"), **fields)
         self.observe(kind, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from clients.adapters import ADAPTERS, Adapter
 from clients.assignment import DataSpec, ModelSpec, Privacy
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS, Regularizer
+from orchestrator.cohort import quorum, roster
 from orchestrator.config import BadConfig, RunConfig, Simulate
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.spending import calibrated, spend_from_row
@@ -53,7 +55,9 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     private = tuple(_with_privacy(p, plan, ledger) for p in participants)
-    return replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+    plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+    _refuse_impossible_rounds(plan)
+    return plan
 
 
 def _anchored(config: RunConfig) -> RunConfig:
@@ -130,6 +134,12 @@ def _refuse_senseless(plan: Plan) -> None:
             f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
             f"{plan.adapter.name!r} has no such tensor"
         )
+    if config.stale is not None and not getattr(strategy, "additive", False):
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} changes from round to round what an update is "
+            "relative to, so that one of an older version cannot be used; use ffa-lora or fedavg, "
+            "or leave late: keep and asynchronous out"
+        )
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
         moved = [n for n in trained if method.freezes and re.fullmatch(method.freezes, n)]
@@ -150,6 +160,33 @@ def _refuse_senseless(plan: Plan) -> None:
                 f"regularizer {choice.name!r} computes its memory from data, which is not "
                 "private; leave it out or run without privacy"
             )
+
+
+def _refuse_impossible_rounds(plan: Plan) -> None:
+    """Refuse rounds that could never get what they need.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    config = plan.config
+    known = roster(plan.participants, config.cohort)
+    names, needed = known.names, quorum(config, len(known.names))
+    if not names:
+        wanted = ", ".join(f"{k}={v}" for k, v in config.cohort.where.items())
+        raise BadConfig(f"cohort.where: no client that takes part has the labels {wanted}")
+    if config.asynchronous is not None and config.asynchronous.buffer > len(names):
+        raise BadConfig(
+            f"asynchronous.buffer: {config.asynchronous.buffer} updates are more than the "
+            f"{len(names)} clients that may be asked can send from one version"
+        )
+    if needed > len(names):
+        raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
+    unknown = [name for name, w in zip(names, known.weights.tolist(), strict=True) if not w]
+    if unknown:
+        raise BadConfig(
+            f"cohort.weight: examples needs every client's declared number of examples, and "
+            f"{unknown[0]} has none; register it with --examples N"
+        )
 
 
 def _participants(config: RunConfig, model: ModelSpec, ledger: Ledger) -> list[Participant]:
@@ -188,16 +225,19 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
     )
     public = simulate.public or data.is_public(simulate.data)
     source = Path(data.parse_uri(simulate.data).path).name  # recipes hold no paths
+    # otherwise nobody needs a size before the round, and each part is a pass over the data
+    sized = config.privacy is not None or config.cohort.weight == "examples"
     found: list[Participant] = []
+    taken: set[str] = set()
     for name, spec in parts:
-        slug = _slug(name, [p.name for p in found])
-        # only DP needs to know a size before the round, and each part is a pass over the data
-        size = len(data.examples(spec, model)) if config.privacy else 0
+        slug = _slug(name, taken)
+        taken.add(slug)
+        size = len(data.examples(spec, model)) if sized else 0
         found.append(Participant(slug, spec, f"{source}#{name}", size, {}, public))
     return found
 
 
-def _slug(value: str, taken: list[str]) -> str:
+def _slug(value: str, taken: Collection[str]) -> str:
     """Return a client's name made from a column's value, of which no other is made."""
     slug = re.sub(r"[^a-z0-9._-]+", "-", value.lower())[:64].strip("-._") or "part"
     made, number = slug, 1

@@ -27,6 +27,11 @@ def round_recipe(plan: Plan, round_: int, updates: Sequence[Mapping[str, Any]]) 
     return {**_common(plan), "kind": "round", "round": round_, "updates": list(updates)}
 
 
+def final_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a run's result that is a round's version and the memory of its task."""
+    return {**recipe, "kind": "final", "updates": []}
+
+
 def merge_recipe(
     parts: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, float],
@@ -102,7 +107,7 @@ def _common(plan: Plan) -> dict[str, Any]:
         "seen_labels": list(plan.seen_labels),
         "start": plan.start.mode,
         "stack": list(plan.start.stack),
-        "cohort": config.cohort,
+        "cohort": config.cohort.model_dump(mode="json"),
         "seed": config.seed,
         "reproducible": "bitwise" if config.device == "cpu" else "statistical",
         "libraries": _libraries(),

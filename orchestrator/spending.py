@@ -11,7 +11,7 @@ from clients.accounting import Accountant, BudgetSpent, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
 from clients.trainer import spend_of
 from orchestrator.config import PrivacyConfig
-from orchestrator.plan import Plan
+from orchestrator.plan import Participant, Plan
 from storage.ledger import Ledger, SpendRow
 from strategies.base import PrivacySpend
 
@@ -100,26 +100,38 @@ def calibrated(
 
 
 def reserve(
-    plan: Plan, assignments: list[Assignment], ledger: Ledger, log: Log
+    assignments: Sequence[Assignment],
+    people: Mapping[str, Participant],
+    ledger: Ledger,
+    log: Log,
 ) -> list[Assignment]:
     """Put each assignment's spend on the ledger and return those that keep within their budget.
 
     Durable before anything is sent: a crash overstates what was spent and never understates it.
     A round that is run again after a crash has the same events, which count once.
+
+    Args:
+        assignments: of one round and one base version, at least one.
+        people: by name.
+        ledger: where spends are.
+        log: told who was refused, then who is asked.
     """
-    populations = {p.name: p.population for p in plan.participants}
+    known: dict[int, str] = {}
     kept = []
     for assignment in assignments:
         if assignment.privacy is not None:
-            row = _row(plan, assignment, populations[assignment.client])
+            row = _row(assignment, people[assignment.client].population, known)
             budget = ledger.budget(row.population)
             try:
                 ledger.record_spends_within([row], _within(assignment.client, budget))
             except BudgetSpent as error:
-                log("refused", {"client": assignment.client, "reason": str(error)})
+                refused = {"client": assignment.client, "round": assignment.round}
+                log("refused", {**refused, "reason": str(error), "fault": False})
                 continue
         kept.append(assignment)
-    log("assigned", {"round": _round(assignments), "assigned": [a.client for a in kept]})
+    first = assignments[0]
+    asked = {"round": first.round, "base": first.base, "assigned": [a.client for a in kept]}
+    log("assigned", asked)
     return kept
 
 
@@ -191,15 +203,15 @@ def spend_from_row(row: SpendRow) -> PrivacySpend:
     return PrivacySpend(row.mechanism, row.unit, row.adjacency, row.parameters)
 
 
-def _row(plan: Plan, assignment: Assignment, population: str) -> SpendRow:
+def _row(assignment: Assignment, population: str, known: dict[int, str]) -> SpendRow:
     spend = spend_of(assignment)
-    digest = assignment.digest()
-    text = "\0".join((plan.run, assignment.client, str(assignment.round), digest))
+    digest = assignment.digest(known)
+    text = "\0".join((assignment.run, assignment.client, str(assignment.round), digest))
     return SpendRow(
         event=hashlib.sha256(text.encode()).hexdigest(),
         population=population,
         client=assignment.client,
-        run=plan.run,
+        run=assignment.run,
         round=assignment.round,
         assignment=digest,
         mechanism=spend.mechanism,
@@ -230,7 +242,3 @@ def _within(client: str, budget: tuple[float, float] | None) -> Any:
             )
 
     return check
-
-
-def _round(assignments: Sequence[Assignment]) -> int:
-    return assignments[0].round if assignments else 0
