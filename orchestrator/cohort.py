@@ -128,6 +128,7 @@ def asked_next(
         *unreachable,
         *opened.assigned,
         *opened.refused,
+        *(client for client, asked_in in history.taken if asked_in == opened.round),
     }
     seed = seed_for(config.seed, opened.round, "cohort", len(opened.assigned))
     rest = resting(config, history, opened.round)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from clients.assignment import Assignment
@@ -21,10 +21,12 @@ class Desk:
     Attributes:
         backend: where assignments run.
         started: called when a worker begins with one.
+        heed: called while :meth:`one` waits; raises where people want the run to stop.
     """
 
     backend: Backend
     started: Started
+    heed: Callable[[], None] = lambda: None
     _queue: deque[Assignment] = field(default_factory=deque, init=False)
     _held: deque[Result] = field(default_factory=deque, init=False)
     _results: Generator[Result | None] | None = field(default=None, init=False)
@@ -49,6 +51,7 @@ class Desk:
         until = time.monotonic() + timeout
         self._queue.appendleft(assignment)
         while time.monotonic() <= until:
+            self.heed()
             result = next(self._open())
             if result is not None and result.client == assignment.client:
                 return result

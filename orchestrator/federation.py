@@ -91,7 +91,7 @@ class Federation:
         self.underlay = stacked([self.store.tensors(ref) for ref in plan.start.stack])
         self._roster = roster(plan.participants, plan.config.cohort)
         self._commits = Commits(self.store)
-        self._desk = Desk(self.backend, self._started)
+        self._desk = Desk(self.backend, self._started, self._heed)
         self._collector = Collector(
             plan=plan,
             people={p.name: p for p in plan.participants},

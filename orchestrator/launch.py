@@ -54,7 +54,8 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     participants = _participants(config, model, ledger)
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
-    private = tuple(_with_privacy(p, plan, ledger) for p in participants)
+    budgets = ledger.budgets()
+    private = [_with_privacy(p, plan, ledger, budgets.get(p.population)) for p in participants]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
     _refuse_impossible_rounds(plan)
     return plan
@@ -247,14 +248,16 @@ def _slug(value: str, taken: Collection[str]) -> str:
     return made
 
 
-def _with_privacy(who: Participant, plan: Plan, ledger: Ledger) -> Participant:
+def _with_privacy(
+    who: Participant, plan: Plan, ledger: Ledger, budget: tuple[float, float] | None
+) -> Participant:
     """Return the participant with its noise calibrated, or as it is in a run without DP.
 
     Raises:
         BadConfig: if its population has a budget and the run has no privacy.
         BudgetSpent: if no noise keeps within the budget.
     """
-    config, budget = plan.config, ledger.budget(who.population)
+    config = plan.config
     if config.privacy is None:
         if budget is not None:
             raise BadConfig(

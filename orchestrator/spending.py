@@ -117,18 +117,15 @@ def reserve(
         log: told who was refused, then who is asked.
     """
     known: dict[int, str] = {}
-    kept = []
-    for assignment in assignments:
-        if assignment.privacy is not None:
-            row = _row(assignment, people[assignment.client].population, known)
-            budget = ledger.budget(row.population)
-            try:
-                ledger.record_spends_within([row], _within(assignment.client, budget))
-            except BudgetSpent as error:
-                refused = {"client": assignment.client, "round": assignment.round}
-                log("refused", {**refused, "reason": str(error), "fault": False})
-                continue
-        kept.append(assignment)
+    private = [a for a in assignments if a.privacy is not None]
+    rows = [_row(a, people[a.client].population, known) for a in private]
+    over = _recorded(rows, ledger)
+    for row in rows:
+        if row.client in over:
+            reason = str(over[row.client])
+            facts = {"client": row.client, "round": row.round, "reason": reason, "fault": False}
+            log("refused", facts)
+    kept = [a for a in assignments if a.client not in over]
     first = assignments[0]
     asked = {"round": first.round, "base": first.base, "assigned": [a.client for a in kept]}
     log("assigned", asked)
@@ -203,6 +200,26 @@ def spend_from_row(row: SpendRow) -> PrivacySpend:
     return PrivacySpend(row.mechanism, row.unit, row.adjacency, row.parameters)
 
 
+def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> dict[str, BudgetSpent]:
+    """Record what keeps within its budget; return the others' errors by client.
+
+    All at once, which is one transaction; one by one where somebody is over its budget.
+    """
+    if not rows:
+        return {}
+    check = _within(ledger.budgets())
+    try:
+        ledger.record_spends_within(rows, check)
+    except BudgetSpent as error:
+        if len(rows) == 1:
+            return {rows[0].client: error}
+        over: dict[str, BudgetSpent] = {}
+        for row in rows:
+            over |= _recorded([row], ledger)
+        return over
+    return {}
+
+
 def _row(assignment: Assignment, population: str, known: dict[int, str]) -> SpendRow:
     spend = spend_of(assignment)
     digest = assignment.digest(known)
@@ -221,13 +238,13 @@ def _row(assignment: Assignment, population: str, known: dict[int, str]) -> Spen
     )
 
 
-def _within(client: str, budget: tuple[float, float] | None) -> Any:
+def _within(budgets: Mapping[str, tuple[float, float]]) -> Any:
     """Return the check that the ledger makes inside its transaction."""
 
     def check(population: str, existing: Sequence[SpendRow], new: Sequence[SpendRow]) -> None:
-        if budget is None:
+        if population not in budgets:
             return
-        limit, delta = budget
+        limit, delta = budgets[population]
         before = {row.event: spend_from_row(row) for row in existing}
         after = before | {row.event: spend_from_row(row) for row in new}
         if len(after) == len(before):
@@ -236,8 +253,8 @@ def _within(client: str, budget: tuple[float, float] | None) -> Any:
         if total > limit + 1e-9:
             spent = epsilon(before.values(), delta)
             raise BudgetSpent(
-                f"{client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, population "
-                f"{population}); this round would bring it to {total:.2f}. "
+                f"{new[0].client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, "
+                f"population {population}); this round would bring it to {total:.2f}. "
                 "Raise its budget or leave it out"
             )
 

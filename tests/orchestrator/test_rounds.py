@@ -310,6 +310,19 @@ def test_an_asynchronous_run_aggregates_whenever_its_buffer_is_full(federation, 
     assert most == 3
 
 
+def test_an_asynchronous_run_below_its_quorum_asks_the_others_when_it_goes_on(federation, imagined):
+    settings = FEDBUFF | {"rounds": 1, "quorum": 2, "retries": 0}
+    run = federation(backend=imagined(fails=dict.fromkeys("abc", 1)), **settings)
+    with pytest.raises(RoundFailed, match="1 of the 2 updates"):
+        run.run()
+
+    backend = imagined()
+    version = federation(backend=backend, **settings).run()
+    assert ("d", 1) not in backend.asked
+    assert len(leaves(run, version)) == 2
+    assert "d" in [leaf["client"] for leaf in leaves(run, version)]
+
+
 def test_an_asynchronous_run_of_clients_that_fail_goes_on_with_its_quorum(federation, imagined):
     backend = imagined(fails=dict.fromkeys("abc", 99))
     run = federation(backend=backend, **FEDBUFF | {"rounds": 1})
@@ -393,6 +406,17 @@ def test_a_pause_is_heeded_while_everybody_trains(federation, imagined):
         run.run()
     assert backend.now == 4
     assert sorted(backend.given_up) == list(FOUR)
+
+
+def test_a_pause_is_heeded_while_a_version_is_evaluated(federation, imagined):
+    backend = imagined({("coordinator", 1): 1000})
+    run = federation(backend=backend, rounds=1, evaluate=HELD_BACK)
+    run.wanted = lambda: "pause" if backend.now > 20 else "run"
+
+    with pytest.raises(Paused):
+        run.run()
+    assert backend.now == 21
+    assert federation(rounds=1, evaluate=HELD_BACK).run() == run._history().version
 
 
 def test_only_those_that_are_there_are_asked(federation):

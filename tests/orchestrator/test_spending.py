@@ -242,3 +242,20 @@ def test_public_data_are_said_to_be_public():
     [found] = epsilon_of_lineage([recipe(leaf("1", public=True))])
 
     assert found.public
+
+
+def test_clients_of_one_population_share_its_budget_in_one_round(workspace, round_of):
+    one = epsilon([spend()], 1e-5)
+    record = ClientRecord("b", "jsonl:/b", "shared", epsilon=one * 1.01, delta=1e-5)
+    workspace.ledger.add_client(record)
+    plan, assignments = round_of()
+    known = {name: replace(p, population="shared") for name, p in people(plan).items()}
+    refused = []
+
+    kept = reserve(
+        assignments, known, workspace.ledger, lambda k, d: refused.append(d.get("client"))
+    )
+
+    assert [a.client for a in kept] == ["a"]  # the first that fits, and no more
+    assert refused == ["b", "c", None]
+    assert len(workspace.ledger.spends("shared")) == 1
