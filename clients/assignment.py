@@ -178,13 +178,18 @@ class Assignment:
     device: str = "cpu"
     public: bool = False
 
-    def digest(self) -> str:
+    def digest(self, known: dict[int, str] | None = None) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation.
+
+        Args:
+            known: digests of tensors by ``id``, read and filled: of assignments that share their
+                tensors, each is read once. Valid while they live and nobody writes into them.
         """
+        seen = {} if known is None else known
         document = {
-            f.name: _plain(getattr(self, f.name))
+            f.name: _plain(getattr(self, f.name), seen)
             for f in fields(self)
             if f.name not in ("run", "site")
         }
@@ -192,17 +197,23 @@ class Assignment:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, known: dict[int, str]) -> Any:
     """Return ``value`` as JSON, tensors as digests of dtype, shape and bytes."""
     if isinstance(value, torch.Tensor):
-        data = value.detach().contiguous().cpu()
-        head = f"{data.dtype}{tuple(data.shape)}".encode()
-        body = data.reshape(-1).view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(head + body).hexdigest()
+        if id(value) not in known:
+            known[id(value)] = _tensor_digest(value)
+        return known[id(value)]
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _plain(getattr(value, f.name), known) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v, known) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_plain(v, known) for v in value]
     return value
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().contiguous().cpu()
+    head = f"{data.dtype}{tuple(data.shape)}".encode()
+    body = data.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(head + body).hexdigest()

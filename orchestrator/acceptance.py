@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,22 @@ from clients.session import returned_names
 from clients.site import write_durably
 from clients.trainer import spend_of
 from clients.wire import digest, pack, spend_json, unpack
+from orchestrator.history import Taken
 from orchestrator.plan import Participant
-from strategies.base import Update
+from strategies.base import Tensors, Update
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An accepted update: its leaf in the version's recipe, and where its bytes lie."""
+    """An accepted update: its leaf in the version's recipe, its round, and where its bytes lie."""
 
     leaf: Mapping[str, Any]
+    round: int
     path: Path
+
+    def weighing(self, weight: float) -> Accepted:
+        """Return it with what its change counts, in (0, 1]."""
+        return replace(self, leaf={**self.leaf, "weight": weight})
 
 
 def refusal(update: Update, assignment: Assignment) -> str | None:
@@ -57,24 +63,65 @@ def refusal(update: Update, assignment: Assignment) -> str | None:
 
 
 def spill(update: Update, who: Participant, folder: Path) -> Accepted:
-    """Write an accepted update to ``folder`` and return its leaf: memory stays flat."""
+    """Write an accepted update under a run's ``folder`` and return it: memory stays flat."""
     data = pack(update)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{update.client}.safetensors"
+    path = _place(update.client, update.round, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, data)
+    return _accepted(update, digest(data), who, path)
+
+
+def spilled(taken: Taken, who: Participant, folder: Path) -> Accepted | None:
+    """Return an update that was accepted before; None if its file is gone or is another."""
+    path = _place(taken.client, taken.round, folder)
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    return (
+        _accepted(unpack(data), taken.digest, who, path) if digest(data) == taken.digest else None
+    )
+
+
+def lazily(
+    accepted: Iterable[Accepted], fresh: Callable[[Update, float], Update]
+) -> Iterator[Update]:
+    """Yield spilled updates one at a time, in the order given.
+
+    Args:
+        accepted: which.
+        fresh: returns an update of an older version as one of the version that is aggregated.
+    """
+    for one in accepted:
+        yield fresh(unpack(one.path.read_bytes()), one.leaf["weight"])
+
+
+def moved(update: Update, base: Tensors, now: Tensors, weight: float) -> Update:
+    """Return an update of ``base`` as one of ``now``: its change, times ``weight``, on top of it.
+
+    The server's step in FedBuff (arXiv 2106.06639, algorithm 1, with a server learning rate of 1):
+    aggregating ``now + weight * change`` is adding the mean of the weighted changes. In float64.
+    """
+    tensors = {
+        name: (now[name].double() + weight * (t.double() - base[name].double())).to(t.dtype)
+        for name, t in update.tensors.items()
+    }
+    return replace(update, tensors=tensors)
+
+
+def _place(client: str, round_: int, folder: Path) -> Path:
+    return folder / f"round-{round_}" / f"{client}.safetensors"
+
+
+def _accepted(update: Update, sha256: str, who: Participant, path: Path) -> Accepted:
     leaf = {
         "client": update.client,
         "population": who.population,
         "public": who.public,
-        "digest": digest(data),
+        "base": update.base,
+        "digest": sha256,
+        "weight": 1.0,
         "num_examples": update.num_examples,
         "fingerprint": update.fingerprint,
         "spends": [spend_json(s) for s in update.spends],
     }
-    return Accepted(leaf, path)
-
-
-def lazily(accepted: Iterable[Accepted]) -> Iterator[Update]:
-    """Yield spilled updates one at a time, in the order given."""
-    for one in accepted:
-        yield unpack(one.path.read_bytes())
+    return Accepted(leaf, update.round, path)

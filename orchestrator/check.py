@@ -9,6 +9,7 @@ from typing import Any
 
 from clients import models
 from clients.adapters import ADAPTERS
+from orchestrator.cohort import asked_a_round
 from orchestrator.config import RunConfig
 from orchestrator.launch import make_plan
 from orchestrator.plan import Plan
@@ -41,12 +42,11 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON."""
-        cohort = self.plan.config.cohort or len(self.plan.participants)
         return {
             "name": self.plan.config.name,
             "rounds": self.plan.config.rounds,
             "clients": [p.name for p in self.plan.participants],
-            "cohort": min(cohort, len(self.plan.participants)),
+            "cohort": asked_a_round(self.plan),
             "base_hash": self.plan.model.hash,
             **self.sizes,
             "worker_bytes": self.worker_bytes,
@@ -78,12 +78,11 @@ def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
     plan = make_plan(config, store, ledger)
     adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
     sizes = models.estimate(plan.model, adapter)
-    cohort = min(config.cohort or len(plan.participants), len(plan.participants))
     return Check(
         plan=plan,
         sizes=sizes,
         worker_bytes=_worker_bytes(config, sizes, "offset" in adapter.capabilities),
-        round_bytes=2 * sizes["adapter_bytes"] * cohort,
+        round_bytes=2 * sizes["adapter_bytes"] * asked_a_round(plan),
         epsilons=_epsilons(plan),
     )
 

@@ -147,13 +147,27 @@ def runs_list(
 def runs_show(ref: str, as_json: JsonFlag = False) -> None:
     """Show one run: by id, unique prefix, or name (its newest)."""
     from orchestrator import report, views
+    from orchestrator.quarantine import quarantined_in
 
-    record = workspace_here().ledger.run(ref)
+    ledger = workspace_here().ledger
+    record = ledger.run(ref)
+    barred = quarantined_in(ledger, record.id)
     if as_json:
-        print_json(views.run_json(record))
+        print_json({**views.run_json(record), "quarantined": barred})
         return
     out.print(report.runs_table([record]))
+    if barred:
+        out.print(f"quarantined: {', '.join(barred)}", style="yellow", markup=False)
     out.print_json(json.dumps(record.config))
+
+
+@runs_app.command("release")
+def runs_release(ref: str, client: str) -> None:
+    """Forget a client's faults in a run: it may be asked again from the next round on."""
+    from orchestrator.quarantine import release
+
+    ledger = workspace_here().ledger
+    release(ledger, ledger.run(ref).id, client)
 
 
 @runs_app.command("log")
@@ -202,7 +216,7 @@ def runs_wait(
 
 @runs_app.command("pause")
 def runs_pause(ref: str, as_json: JsonFlag = False) -> None:
-    """Pause a run: at once while it waits, between rounds while it is driven."""
+    """Pause a run: at once while it waits, at its next event while it is driven."""
     from orchestrator import service
 
     _say(service.pause(workspace_here(), ref), as_json)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
+from orchestrator.policy import METRICS, Rounds, Stop, Strict
 from strategies import STRATEGIES
 from strategies.merges import MERGES
 from strategies.plugins import BadOptions, Family, UnknownPlugin
@@ -67,13 +68,7 @@ def _name_first(value: Any) -> Any:
     return value
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class Choice(_Strict):
+class Choice(Strict):
     """A plug-in by name, and its options."""
 
     name: str
@@ -93,7 +88,7 @@ class Choice(_Strict):
 PluginField = Annotated[Choice, BeforeValidator(_name_first)]
 
 
-class Model(_Strict):
+class Model(Strict):
     """The base model: a Hugging Face id, a local folder or ``builtin:NAME``."""
 
     id: str = Field(min_length=1)
@@ -105,7 +100,7 @@ class Model(_Strict):
     gradient_checkpointing: bool = False
 
 
-class PrivacyConfig(_Strict):
+class PrivacyConfig(Strict):
     """DP-SGD at every client: give ``epsilon``, or the ``noise_multiplier`` itself."""
 
     epsilon: float | None = Field(default=None, gt=0)
@@ -124,7 +119,7 @@ class PrivacyConfig(_Strict):
         return self
 
 
-class Simulate(_Strict):
+class Simulate(Strict):
     """Clients made by splitting one data set."""
 
     data: str
@@ -145,7 +140,7 @@ class Simulate(_Strict):
         return self
 
 
-class Participants(_Strict):
+class Participants(Strict):
     """Who takes part: registered clients by label or by name, or a simulation."""
 
     select: dict[str, str] | None = None
@@ -160,7 +155,7 @@ class Participants(_Strict):
         return self
 
 
-class EvaluateConfig(_Strict):
+class EvaluateConfig(Strict):
     """Held-back data that the coordinator may read, scored while the run goes on."""
 
     data: str
@@ -168,7 +163,7 @@ class EvaluateConfig(_Strict):
     every: int = Field(default=1, ge=1)
 
 
-class InitDataConfig(_Strict):
+class InitDataConfig(Strict):
     """Public data from which the adapter's first tensors are made (init eva, corda, lora_ga)."""
 
     data: str
@@ -177,17 +172,16 @@ class InitDataConfig(_Strict):
     public: bool = False
 
 
-class BackendConfig(_Strict):
+class BackendConfig(Strict):
     """Where clients are trained. Nothing here changes a result."""
 
     name: Literal["ray", "inline"] = "ray"
     workers: int | None = Field(default=None, ge=1)
     address: str | None = None
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    deadline_s: float = Field(default=3600.0, gt=0)
 
 
-class RunConfig(_Strict):
+class RunConfig(Rounds):
     """One federated run. Unknown keys are refused."""
 
     name: str = Field(pattern=NAME)
@@ -207,8 +201,6 @@ class RunConfig(_Strict):
     epochs: float | None = Field(default=None, gt=0)
     privacy: PrivacyConfig | None = None
     clients: Participants
-    rounds: int = Field(default=10, ge=1)
-    cohort: int | None = Field(default=None, ge=1)
     start: Literal["fresh", "continue", "stack"] = "fresh"
     start_from: str | None = None
     seed: int = 0
@@ -229,6 +221,11 @@ class RunConfig(_Strict):
     def local_steps(self) -> int | None:
         """Optimizer steps a round; None where ``epochs`` says it. 10 under DP by default."""
         return self.steps or (10 if self.privacy else None)
+
+    @property
+    def judge(self) -> Stop:
+        """Which metric makes a version the best."""
+        return self.stop or Stop(metric=METRICS[self.task][0])
 
     def checked_plugins(self) -> dict[str, Any]:
         """Return every plug-in choice, parsed.
@@ -265,6 +262,7 @@ class RunConfig(_Strict):
 def _problems(config: RunConfig) -> Iterable[str]:
     """Yield a sentence for each combination that makes no sense."""
     yield from _label_problems(config)
+    yield from config.round_problems()
     c = config
     if c.steps is not None and c.epochs is not None:
         yield "give steps or epochs, not both"
@@ -275,6 +273,12 @@ def _problems(config: RunConfig) -> Iterable[str]:
         )
     if c.start != "fresh" and c.start_from is None:
         yield f"start: {c.start} needs start_from, the version to start from"
+    for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
+        if wanted and c.evaluate is None:
+            yield f"{key}: there is nothing to judge versions by; give evaluate, held-back data"
+    if c.judge.metric not in METRICS[c.task]:
+        allowed = ", ".join(METRICS[c.task])
+        yield f"stop.metric: {c.task} is not scored by {c.judge.metric!r} ({allowed})"
     if c.head == "personal" and c.evaluate is not None:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
     if _repeats([r.name for r in c.regularizers]):
@@ -387,6 +391,8 @@ def _sentence(error: Any) -> str:
             known = [] if owner is None else list(owner.model_fields)
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        if not close and len(error["loc"]) > 1 and error["loc"][-1] in RunConfig.model_fields:
+            hint = "; it stands at the top, beside name and rounds"
         allowed = f" (options: {', '.join(known)})" if known and not close else ""
         return f"{where}: there is no such option{hint}{allowed}"
     if kind == "missing":

@@ -6,33 +6,40 @@ same as running it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from clients.initialisations import OFFSET
-from clients.regularizers import REGULARIZERS, namespaced, recall
-from orchestrator.acceptance import Accepted, lazily, refusal, spill
-from orchestrator.backends.base import Backend, Failure, complete
-from orchestrator.merging import beneath, split_head
-from orchestrator.plan import Plan, RoundInputs, plan_evaluation, plan_init, plan_round
-from orchestrator.recipes import offset_recipe, round_recipe, start_recipe
-from orchestrator.spending import reserve
+from orchestrator.acceptance import lazily, moved
+from orchestrator.backends.base import Backend, Failure
+from orchestrator.beginning import begin
+from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
+from orchestrator.collecting import Collector, RoundFailed
+from orchestrator.committed import Commits, Committed, consolidated
+from orchestrator.desk import Desk
+from orchestrator.history import History, Open
+from orchestrator.merging import beneath
+from orchestrator.plan import (
+    Participant,
+    Plan,
+    RoundInputs,
+    plan_evaluation,
+    plan_init,
+    plan_round,
+)
+from orchestrator.recipes import final_recipe, round_recipe
+from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
 from strategies import STRATEGIES
-from strategies.base import Broadcast, ClientSpec, ServerState, Strategy, Tensors, Update
+from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update
+
+__all__ = ["Cancelled", "Federation", "Observe", "Paused", "RoundFailed"]
 
 Observe = Callable[[str, Mapping[str, Any]], None]
-
-_EDGES = {"fresh": "init", "continue": "continue", "stack": "stack"}
-
-
-class RoundFailed(RuntimeError):
-    """No client of a round returned an update that could be accepted."""
 
 
 class Paused(RuntimeError):
@@ -41,25 +48,6 @@ class Paused(RuntimeError):
 
 class Cancelled(RuntimeError):
     """Somebody cancelled the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The last committed round.
-
-    Attributes:
-        round: 0 before the first round.
-        version: its id.
-        state: what the strategy carries.
-        memory: regulariser memory.
-        offset: id of what lies underneath besides the stack, or None.
-    """
-
-    round: int
-    version: str
-    state: ServerState
-    memory: Tensors
-    offset: str | None
 
 
 @dataclass(slots=True)
@@ -75,6 +63,8 @@ class Federation:
         observe: called with each event, for progress; the same events are in the ledger.
         token: of who drives the run: events are refused when it is not the newest any more.
         wanted: returns what people want of the run: ``run``, ``pause`` or ``cancel``.
+        available: returns which of the named clients are there; those that are registered no more
+            are not, whatever it says. Asked where the cohort is ``available_only``.
     """
 
     plan: Plan
@@ -85,30 +75,212 @@ class Federation:
     observe: Observe = lambda kind, data: None
     token: int | None = None
     wanted: Callable[[], str] = lambda: "run"
+    available: Callable[[Sequence[str]], Collection[str]] = lambda names: names
     strategy: Strategy = field(init=False)
     underlay: Tensors = field(init=False)
+    _roster: Roster = field(init=False)
+    _desk: Desk = field(init=False)
+    _collector: Collector = field(init=False)
+    _known: History = field(default_factory=History, init=False)
+    _commits: Commits = field(init=False)
 
     def __post_init__(self) -> None:
-        choice = self.plan.strategy
+        choice, plan = self.plan.strategy, self.plan
         self.strategy = STRATEGIES.get(choice.name).build(**choice.options)
-        self.underlay = beneath(self.store, self.plan.start.stack, None)
+        self.underlay = beneath(self.store, plan.start.stack, None)
+        self._roster = roster(plan.participants, plan.config.cohort)
+        self._commits = Commits(self.store)
+        self._desk = Desk(self.backend, self._started, self._heed)
+        self._collector = Collector(
+            plan=plan,
+            people={p.name: p for p in plan.participants},
+            roster=self._roster,
+            folder=self.home / "runs" / plan.run,
+            desk=self._desk,
+            ledger=self.ledger,
+            log=self._log,
+            history=self._history,
+            assign=self._assignments,
+            heed=self._heed,
+            unreachable=self._unreachable,
+        )
 
     def run(self) -> str:
         """Run what is left of the plan and return the id of the final version.
 
         Raises:
-            RoundFailed: if no update of a round could be accepted; the run can be resumed.
+            RoundFailed: if too few updates of a round could be accepted; the run can be resumed.
             Paused, Cancelled: if somebody asked for it.
             LeaseLost: if somebody else drives the run by now.
         """
-        done = self._last_commit() or self._begin()
-        self.underlay = beneath(self.store, self.plan.start.stack, done.offset)
-        for round_ in range(done.round + 1, self.plan.config.rounds + 1):
-            self._heed()
-            done = self._round(round_, done)
-        name = self.store.name(self.plan.config.name, done.version)
-        self._log("completed", {"version": done.version, "name": name}, status="completed")
-        return done.version
+        try:
+            done = self._last_commit() or self._begin()
+            self.underlay = beneath(self.store, self.plan.start.stack, done.offset)
+            self._evaluate(done)
+            while done.round < self.plan.config.rounds and not self._stops():
+                self._heed()
+                done = self._round(done)
+                self._evaluate(done)
+            return self._finish(done)
+        finally:
+            self._collector.close()
+
+    def _round(self, done: Committed) -> Committed:
+        """Ask the cohort, aggregate what it sends and commit the result."""
+        opened = self._opened(done)
+        accepted = self._collector.collect(opened)
+        state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
+        last = opened.round == self.plan.config.rounds and not self._chooses
+        memory = consolidated(self.plan, state.adapter, done.memory) if last else done.memory
+        version = self.store.commit(
+            state.adapter,
+            auxiliary=state.auxiliary,
+            memory=memory,
+            parents={done.version: "init" if opened.round == 1 else "round"},
+            recipe=round_recipe(self.plan, opened.round, [a.leaf for a in accepted], done.offset),
+        )
+        facts = {"round": opened.round, "version": version, "updates": len(accepted)}
+        self._log("committed", facts, version=version, round=opened.round)
+        done = Committed(opened.round, version, state, memory, done.offset)
+        return self._commits.add(done, self._awaited())
+
+    def _opened(self, done: Committed) -> Open:
+        """Return the round that is open, or open the next: whom it asks is written down first."""
+        history = self._history()
+        if history.open is None:
+            config, num_clients = self.plan.config, len(self._roster.names)
+            cohort: tuple[str, ...] = ()  # an asynchronous run asks as it goes
+            if config.asynchronous is None:
+                cohort = cohort_of(self.plan, self._roster, history, self._unreachable())
+            self._log(
+                "round",
+                {
+                    "round": done.round + 1,
+                    "base": done.version,
+                    "cohort": cohort,
+                    "goal": goal(config, num_clients),
+                    "quorum": quorum(config, num_clients),
+                },
+            )
+            history = self._history()
+        assert history.open is not None
+        return history.open
+
+    def _assignments(
+        self, round_: int, base: str, cohort: Sequence[Participant]
+    ) -> list[Assignment]:
+        """Return what a round's clients are asked, from a base version: the same every time."""
+        start = self._commits.of(base)
+        inputs = self._inputs(round_, base, start.memory)
+
+        def broadcast(client: ClientSpec) -> Broadcast:
+            return self.strategy.broadcast(start.state, client)
+
+        return plan_round(self.plan, inputs, broadcast, cohort)
+
+    def _onto(self, done: Committed) -> Callable[[Update, float], Update]:
+        """Return what makes an update of an older version one of ``done``."""
+
+        def fresh(update: Update, weight: float) -> Update:
+            if update.base == done.version:
+                return update
+            base = self._commits.of(update.base).state.adapter
+            return moved(update, base, done.state.adapter, weight)
+
+        return fresh
+
+    def _stops(self) -> bool:
+        """Return whether versions get no better, by ``stop``."""
+        history, stop = self._history(), self.plan.config.stop
+        if history.stopped is None and stop is not None and exhausted(history.scores, stop):
+            reason = f"{stop.metric} did not improve in {stop.patience} evaluations"
+            self._log("stopped", {"round": history.round, "reason": reason})
+            return True
+        return history.stopped is not None
+
+    def _finish(self, done: Committed) -> str:
+        """Name the run's result and return its id."""
+        result = done
+        if self.plan.config.select == "best":
+            top = best(self._history().scores, self.plan.config.judge)
+            result = self._commits.of(top.version) if top else done
+        version = self._settled(result)
+        name = self.store.name(self.plan.config.name, version)
+        facts = {"version": version, "name": name}
+        self._log("completed", facts, status="completed", version=version)
+        return version
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether it is known only at the end which version is the result."""
+        return self.plan.config.stop is not None or self.plan.config.select == "best"
+
+    def _settled(self, result: Committed) -> str:
+        """Return the result with the memory of its task, which is a version of its own then."""
+        if not (self._chooses and self.plan.regularizers):
+            return result.version
+        return self.store.commit(
+            result.state.adapter,
+            auxiliary=result.state.auxiliary,
+            memory=consolidated(self.plan, result.state.adapter, result.memory),
+            parents={result.version: "round"},
+            recipe=final_recipe(self.store.version(result.version).recipe),
+        )
+
+    def _last_commit(self) -> Committed | None:
+        version = self._history().version
+        return None if version is None else self._commits.of(version)
+
+    def _awaited(self) -> set[str]:
+        return {asked.base for asked in self._history().pending.values()}
+
+    def _begin(self) -> Committed:
+        """Commit the version that round 1 starts from."""
+        done = begin(self.plan, self.store, self.strategy, self._initial)
+        self._log("started", {"version": done.version})
+        return self._commits.add(done, ())
+
+    def _initial(self, memory: Tensors) -> Update:
+        """Return the adapter's first tensors, made where the base model is."""
+        self._log("initialising", {"adapter": self.plan.adapter.name})
+        asked = plan_init(self.plan, self._inputs(0, "", memory))
+        result = self._desk.one(asked, self.plan.config.deadline_s)
+        if isinstance(result, Failure):
+            raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
+        assert isinstance(result, Update)
+        return result
+
+    def _evaluate(self, done: Committed) -> None:
+        """Score a version on the data held back for it, where that is due and was not done."""
+        chosen, config, round_ = self.plan.config.evaluate, self.plan.config, done.round
+        due = (chosen is not None and round_ % chosen.every == 0) or round_ == config.rounds
+        if chosen is None or not due or self._history().judged >= round_:
+            return
+        inputs = self._inputs(round_, done.version, done.memory)
+        asked = plan_evaluation(self.plan, inputs, done.state.adapter, chosen)
+        result = self._desk.one(asked, config.deadline_s)
+        if isinstance(result, Evaluation):
+            self.store.record_metrics(done.version, result.metrics)
+            self._log("evaluated", {"round": round_, **result.metrics})
+        elif isinstance(result, Failure):
+            self._log("evaluation failed", {"round": round_, "reason": result.reason})
+
+    def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
+        return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))
+
+    def _started(self, assignment: Assignment) -> None:
+        if assignment.action == "train":
+            self.observe("training", {"client": assignment.client})
+
+    def _unreachable(self) -> set[str]:
+        """Return who cannot be asked now, where the cohort is of those who can."""
+        config = self.plan.config
+        if not config.cohort.available_only:
+            return set()
+        there = set(self.available(self._roster.names))
+        if config.clients.simulate is None:
+            there &= {client.name for client in self.ledger.clients()}
+        return set(self._roster.names) - there
 
     def _heed(self) -> None:
         """Stop where people want the run to stop."""
@@ -118,152 +290,11 @@ class Federation:
         if wish == "cancel":
             raise Cancelled(f"run {run} is cancelled; what it committed stays")
 
-    def _round(self, round_: int, done: Committed) -> Committed:
-        """Ask the cohort, aggregate what it sends and commit the result."""
-        inputs = self._inputs(round_, done.version, done.memory)
-
-        def broadcast(client: ClientSpec) -> Broadcast:
-            return self.strategy.broadcast(done.state, client)
-
-        assignments = plan_round(self.plan, inputs, broadcast, self._participations(round_))
-        self._log("round", {"round": round_, "cohort": [a.client for a in assignments]})
-        assignments = reserve(self.plan, assignments, self.ledger, self._log)
-        accepted = self._collect(assignments)
-        state = self.strategy.aggregate(done.state, lazily(accepted))
-        last = round_ == self.plan.config.rounds
-        memory = self._consolidated(state.adapter, done.memory) if last else done.memory
-        version = self.store.commit(
-            state.adapter,
-            auxiliary=state.auxiliary,
-            memory=memory,
-            parents={done.version: "init" if round_ == 1 else "round"},
-            recipe=round_recipe(self.plan, round_, [a.leaf for a in accepted], done.offset),
-        )
-        facts = {"round": round_, "version": version, "updates": len(accepted)}
-        self._log("committed", facts, version=version, round=round_)
-        self._evaluate(inputs, version, state.adapter)
-        return Committed(round_, version, state, memory, done.offset)
-
-    def _collect(self, assignments: list[Assignment]) -> list[Accepted]:
-        """Return the accepted updates in client order; each is spilled as it arrives."""
-        sent = {a.client: a for a in assignments}
-        people = {p.name: p for p in self.plan.participants}
-        accepted: dict[str, Accepted] = {}
-        refused: dict[str, str] = {}
-        for result in self._results(assignments, shown=True):
-            if isinstance(result, Update):
-                client, reason = result.client, refusal(result, sent[result.client])
-                if reason is None:
-                    folder = self.home / "runs" / self.plan.run / f"round-{result.round}"
-                    accepted[client] = spill(result, people[client], folder)
-                    self._log("accepted", {"client": client, **result.metrics})
-                    continue
-            else:
-                assert isinstance(result, Failure)
-                client, reason = result.client, result.reason
-            refused[client] = reason
-            self._log("refused", {"client": client, "reason": reason})
-        if not accepted:
-            why = "; ".join(f"{client}: {reason}" for client, reason in sorted(refused.items()))
-            raise RoundFailed(
-                f"no update could be accepted ({why or 'no client was left to ask'}); mend it and "
-                f"go on with: weft run --resume {self.plan.run}"
-            )
-        return [accepted[client] for client in sorted(accepted)]
-
-    def _last_commit(self) -> Committed | None:
-        record = self.ledger.run(self.plan.run)
-        started = [e for e in self.ledger.events(self.plan.run) if e.kind == "started"]
-        version = record.version or (started[-1].data["version"] if started else None)
-        if version is None:
-            return None
-        state = ServerState(self.store.tensors(version), self.store.auxiliary(version))
-        offset = self.store.version(version).recipe.get("offset")
-        return Committed(record.round, version, state, self.store.memory(version), offset)
-
-    def _begin(self) -> Committed:
-        """Commit the version that round 1 starts from, after the offset that it lies on, if any."""
-        start = self.plan.start
-        memory = self.store.memory(start.version) if start.version else {}
-        earlier = self.store.tensors(start.version) if start.version else {}
-        adapter, offset, read = earlier, start.offset, None
-        if start.mode != "continue":
-            kept = split_head(earlier)[1] if start.mode == "stack" else {}  # rows of earlier tasks
-            made, offset, read = self._initial(memory)
-            adapter = {**made, **kept}
-            for choice in self.plan.regularizers:
-                method = REGULARIZERS.get(choice.name).build(**choice.options)
-                adapter = dict(method.initialise(adapter, recall(memory, choice.name)))
-        state = self.strategy.init(adapter)
-        parents = {start.version: _EDGES[start.mode]} if start.version else {}
-        version = self.store.commit(
-            state.adapter,
-            auxiliary=state.auxiliary,
-            memory=memory,
-            parents=parents | ({offset: "offset"} if offset else {}),
-            recipe=start_recipe(self.plan, offset, read),
-        )
-        self._log("started", {"version": version})
-        return Committed(0, version, state, memory, offset)
-
-    def _initial(self, memory: Tensors) -> tuple[Tensors, str | None, Mapping[str, Any] | None]:
-        """Return the adapter's first tensors, their offset's id, and which data they come from.
-
-        They are made where the base model is.
-        """
-        self._log("initialising", {"adapter": self.plan.adapter.name})
-        [result] = self._results([plan_init(self.plan, self._inputs(0, "", memory))])
-        if isinstance(result, Failure):
-            raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
-        assert isinstance(result, Update)
-        offset = recall(result.tensors, OFFSET.removesuffix("/"))
-        own = {k: v for k, v in result.tensors.items() if not k.startswith(OFFSET)}
-        read = {"examples": result.num_examples, "fingerprint": result.fingerprint}
-        chosen = read if result.fingerprint else None
-        recipe = offset_recipe(self.plan, chosen)
-        return own, self.store.commit(offset, parents={}, recipe=recipe) if offset else None, chosen
-
-    def _consolidated(self, adapter: Tensors, memory: Tensors) -> Tensors:
-        """Return the memory after the task, from the final adapter alone."""
-        result = dict(memory)
-        for choice in self.plan.regularizers:
-            method = REGULARIZERS.get(choice.name).build(**choice.options)
-            own = method.consolidate(adapter, recall(memory, choice.name))
-            result |= namespaced(own, choice.name)
-        return result
-
-    def _evaluate(self, inputs: RoundInputs, version: str, adapter: Tensors) -> None:
-        chosen, rounds = self.plan.config.evaluate, self.plan.config.rounds
-        if chosen is None or (inputs.round % chosen.every and inputs.round != rounds):
-            return
-        [result] = self._results([plan_evaluation(self.plan, inputs, adapter, chosen)])
-        if isinstance(result, Evaluation):
-            self.store.record_metrics(version, result.metrics)
-            self._log("evaluated", {"round": inputs.round, **result.metrics})
-        elif isinstance(result, Failure):
-            reason = {"round": inputs.round, "reason": result.reason}
-            self._log("evaluation failed", reason)
-
-    def _results(self, assignments: list[Assignment], shown: bool = False) -> Any:
-        def started(assignment: Assignment) -> None:
-            if shown:
-                self.observe("training", {"client": assignment.client})
-
-        deadline = self.plan.config.backend.deadline_s
-        return complete(self.backend, assignments, deadline, started)
-
-    def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
-        return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))
-
-    def _participations(self, before: int) -> dict[str, int]:
-        """Return in how many rounds before ``before`` each client was assigned."""
-        rounds = {
-            event.data["round"]: event.data["assigned"]
-            for event in self.ledger.events(self.plan.run)
-            if event.kind == "assigned" and event.data["round"] < before
-        }
-        clients = [client for assigned in rounds.values() for client in assigned]
-        return {client: clients.count(client) for client in set(clients)}
+    def _history(self) -> History:
+        """Return the run's history; reads only what was written since the last time."""
+        news = self.ledger.events(self.plan.run, after=self._known.seq)
+        self._known = self._known.after_all(news)
+        return self._known
 
     def _log(self, kind: str, data: Mapping[str, Any], **fields: Unpack[RunFields]) -> None:
         """Write an event, and what it changes of the run's row, to the ledger, then show it."""

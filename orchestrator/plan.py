@@ -127,26 +127,6 @@ def seed_for(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def sample_cohort(
-    names: Sequence[str], size: int | None, seed: int, round_: int
-) -> tuple[str, ...]:
-    """Return ``size`` of ``names`` drawn without replacement, sorted; all where size is None."""
-    ordered = sorted(names)
-    if size is None or size >= len(ordered):
-        return tuple(ordered)
-    generator = torch.Generator().manual_seed(seed_for(seed, round_, "cohort"))
-    drawn = torch.randperm(len(ordered), generator=generator)[:size].tolist()
-    return tuple(sorted(ordered[i] for i in drawn))
-
-
-def eligible(plan: Plan, participations: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the clients that have rounds left: noise was calibrated for so many and no more."""
-    if plan.config.privacy is None:
-        return tuple(p.name for p in plan.participants)
-    limit = plan.max_participations
-    return tuple(p.name for p in plan.participants if participations.get(p.name, 0) < limit)
-
-
 @dataclass(frozen=True, slots=True)
 class RoundInputs:
     """What a round starts from.
@@ -170,27 +150,25 @@ def plan_round(
     plan: Plan,
     inputs: RoundInputs,
     broadcast: Callable[[ClientSpec], Broadcast],
-    participations: Mapping[str, int],
+    cohort: Sequence[Participant],
 ) -> list[Assignment]:
-    """Return the round's assignments, sorted by client.
+    """Return the assignments of a round's clients, in their order.
 
     Args:
         plan: the run's plan.
         inputs: what the round starts from.
-        broadcast: the strategy's broadcast of the current state.
-        participations: in how many earlier rounds of this run each client was assigned.
+        broadcast: the strategy's broadcast of the state that it starts from.
+        cohort: who is asked.
     """
-    config = plan.config
-    names = sample_cohort(eligible(plan, participations), config.cohort, config.seed, inputs.round)
-    by_name = {p.name: p for p in plan.participants}
     masked: dict[int, tuple[Broadcast, Broadcast]] = {}
     assignments = []
-    for name in names:
-        participant = by_name[name]
-        raw = broadcast(ClientSpec(name, labels=participant.labels))
-        # one masked object for one broadcast, so that a backend ships it once
-        _, sent = masked.setdefault(id(raw), (raw, with_head_mask(raw, plan)))
-        seed = seed_for(config.seed, inputs.round, name)
+    for participant in cohort:
+        raw = broadcast(ClientSpec(participant.name, labels=participant.labels))
+        if id(raw) not in masked:
+            # one masked object for one broadcast, so that a backend ships it once
+            masked[id(raw)] = (raw, with_head_mask(raw, plan))
+        sent = masked[id(raw)][1]
+        seed = seed_for(plan.config.seed, inputs.round, participant.name)
         assignments.append(_assignment(plan, inputs, participant, sent, seed))
     return assignments
 

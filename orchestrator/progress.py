@@ -16,7 +16,13 @@ from rich.text import Text
 from orchestrator.plan import Plan
 from orchestrator.spending import Epsilon
 
-_STATES = {"waiting": "dim", "training": "yellow", "accepted": "green", "refused": "red"}
+_STATES = {
+    "waiting": "dim",
+    "training": "yellow",
+    "retried": "yellow",
+    "accepted": "green",
+    "refused": "red",
+}
 _MANY = 12
 
 
@@ -59,7 +65,7 @@ class RunProgress:
             self._round = data["round"]
             self._states = dict.fromkeys(data["cohort"], "waiting")
             self._line = "training"
-        elif kind in ("training", "accepted", "refused") and client:
+        elif kind in _STATES and client:
             self._states[client] = kind
             if "loss" in data:
                 self._losses[client] = data["loss"]

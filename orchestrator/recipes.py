@@ -65,6 +65,11 @@ def round_recipe(
     return {**made, "kind": "round", "round": round_, "updates": list(updates)}
 
 
+def final_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe of a run's result that is a round's version and the memory of its task."""
+    return {**recipe, "kind": "final", "updates": []}
+
+
 def merge_recipe(
     parts: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, float],
@@ -141,7 +146,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "start": plan.start.mode,
         "stack": list(plan.start.stack),
         "offset": offset,
-        "cohort": config.cohort,
+        "cohort": config.cohort.model_dump(mode="json"),
         "seed": config.seed,
         "reproducible": _reproducible(plan),
         "libraries": _libraries(),

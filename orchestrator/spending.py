@@ -11,7 +11,7 @@ from clients.accounting import Accountant, BudgetSpent, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
 from clients.trainer import spend_of
 from orchestrator.config import PrivacyConfig
-from orchestrator.plan import Plan
+from orchestrator.plan import Participant, Plan
 from storage.ledger import Ledger, SpendRow
 from strategies.base import PrivacySpend
 
@@ -100,29 +100,38 @@ def calibrated(
 
 
 def reserve(
-    plan: Plan, assignments: list[Assignment], ledger: Ledger, log: Log
+    assignments: Sequence[Assignment],
+    people: Mapping[str, Participant],
+    ledger: Ledger,
+    log: Log,
 ) -> list[Assignment]:
     """Put each assignment's spend on the ledger and return those that keep within their budget.
 
     Durable before anything is sent: a crash overstates what was spent and never understates it.
     A round that is run again after a crash has the same events, which count once.
+
+    Args:
+        assignments: of one round and one base version, at least one.
+        people: by name.
+        ledger: where spends are.
+        log: told who was refused, then who is asked.
     """
-    populations = {p.name: p.population for p in plan.participants}
-    kept, spent = [], {}
-    for assignment in assignments:
-        if assignment.privacy is not None:
-            row = _row(plan, assignment, populations[assignment.client])
-            budget = ledger.budget(row.population)
-            try:
-                ledger.record_spends_within([row], _within(assignment.client, budget))
-            except BudgetSpent as error:
-                log("refused", {"client": assignment.client, "reason": str(error)})
-                continue
-            spent[row.client] = row.event
-        kept.append(assignment)
+    known: dict[int, str] = {}
+    private = [a for a in assignments if a.privacy is not None]
+    rows = [_row(a, people[a.client].population, known) for a in private]
+    over = _recorded(rows, ledger)
+    for row in rows:
+        if row.client in over:
+            reason = str(over[row.client])
+            facts = {"client": row.client, "round": row.round, "reason": reason, "fault": False}
+            log("refused", facts)
+    kept = [a for a in assignments if a.client not in over]
+    first = assignments[0]
+    spent = {row.client: row.event for row in rows if row.client not in over}
     if spent:
-        log("spent", {"round": _round(kept), "events": spent})
-    log("assigned", {"round": _round(assignments), "assigned": [a.client for a in kept]})
+        log("spent", {"round": first.round, "events": spent})
+    asked = {"round": first.round, "base": first.base, "assigned": [a.client for a in kept]}
+    log("assigned", asked)
     return kept
 
 
@@ -194,15 +203,35 @@ def spend_from_row(row: SpendRow) -> PrivacySpend:
     return PrivacySpend(row.mechanism, row.unit, row.adjacency, row.parameters)
 
 
-def _row(plan: Plan, assignment: Assignment, population: str) -> SpendRow:
+def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> dict[str, BudgetSpent]:
+    """Record what keeps within its budget; return the others' errors by client.
+
+    All at once, which is one transaction; one by one where somebody is over its budget.
+    """
+    if not rows:
+        return {}
+    check = _within(ledger.budgets())
+    try:
+        ledger.record_spends_within(rows, check)
+    except BudgetSpent as error:
+        if len(rows) == 1:
+            return {rows[0].client: error}
+        over: dict[str, BudgetSpent] = {}
+        for row in rows:
+            over |= _recorded([row], ledger)
+        return over
+    return {}
+
+
+def _row(assignment: Assignment, population: str, known: dict[int, str]) -> SpendRow:
     spend = spend_of(assignment)
-    digest = assignment.digest()
-    text = "\0".join((plan.run, assignment.client, str(assignment.round), digest))
+    digest = assignment.digest(known)
+    text = "\0".join((assignment.run, assignment.client, str(assignment.round), digest))
     return SpendRow(
         event=hashlib.sha256(text.encode()).hexdigest(),
         population=population,
         client=assignment.client,
-        run=plan.run,
+        run=assignment.run,
         round=assignment.round,
         assignment=digest,
         mechanism=spend.mechanism,
@@ -212,13 +241,13 @@ def _row(plan: Plan, assignment: Assignment, population: str) -> SpendRow:
     )
 
 
-def _within(client: str, budget: tuple[float, float] | None) -> Any:
+def _within(budgets: Mapping[str, tuple[float, float]]) -> Any:
     """Return the check that the ledger makes inside its transaction."""
 
     def check(population: str, existing: Sequence[SpendRow], new: Sequence[SpendRow]) -> None:
-        if budget is None:
+        if population not in budgets:
             return
-        limit, delta = budget
+        limit, delta = budgets[population]
         before = {row.event: spend_from_row(row) for row in existing}
         after = before | {row.event: spend_from_row(row) for row in new}
         if len(after) == len(before):
@@ -227,13 +256,9 @@ def _within(client: str, budget: tuple[float, float] | None) -> Any:
         if total > limit + 1e-9:
             spent = epsilon(before.values(), delta)
             raise BudgetSpent(
-                f"{client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, population "
-                f"{population}); this round would bring it to {total:.2f}. "
+                f"{new[0].client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, "
+                f"population {population}); this round would bring it to {total:.2f}. "
                 "Raise its budget or leave it out"
             )
 
     return check
-
-
-def _round(assignments: Sequence[Assignment]) -> int:
-    return assignments[0].round if assignments else 0

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
+from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.plan import Plan, eligible, sample_cohort
+from orchestrator.plan import Plan, seed_for
 from orchestrator.workspace import Workspace
 from storage.ledger import Event, Ledger, RunChanged, RunFields, RunRecord
 from storage.records import FINAL
@@ -35,7 +36,7 @@ class WaitedTooLong(RuntimeError):
 
 
 def pause(workspace: Workspace, ref: str) -> RunRecord:
-    """Pause a run: at once while it waits, between rounds while it is driven.
+    """Pause a run: at once while it waits, at its next event while it is driven.
 
     Raises:
         UnknownRun: if there is no such run.
@@ -45,7 +46,7 @@ def pause(workspace: Workspace, ref: str) -> RunRecord:
 
 
 def cancel(workspace: Workspace, ref: str) -> RunRecord:
-    """Cancel a run, for good: at once while it waits, between rounds while it is driven.
+    """Cancel a run, for good: at once while it waits, at its next event while it is driven.
 
     Raises:
         UnknownRun: if there is no such run.
@@ -271,9 +272,12 @@ def _refuse_more_privacy(ledger: Ledger, record: RunRecord, total: int) -> None:
         )
     spent = {(s.client, s.round) for s in ledger.spends_of_run(record.id)}
     taken = Counter(client for client, round_ in spent if round_ <= record.round)
+    known = roster(plan.participants, config.cohort)
+    size, needed = config.cohort.to_ask(len(known.names)), quorum(config, len(known.names))
     for round_ in range(record.round + 1, total + 1):
-        cohort = sample_cohort(eligible(plan, taken), config.cohort, config.seed, round_)
-        if not cohort:
+        done = [name for name, times in taken.items() if times >= privacy.max_participations]
+        cohort = draw(known, size, seed_for(config.seed, round_, "cohort"), done)
+        if len(cohort) < needed:
             raise RunRefused(
                 f"run {record.id} can have {round_ - 1} rounds at most: then every client has "
                 f"taken part in {privacy.max_participations} (privacy.max_participations), for "

@@ -23,7 +23,11 @@ head: train                         # train, freeze or personal (kept at the cli
 rounds: 4
 batch_size: 64                      # the expected batch size under DP
 steps: 10                           # optimizer steps a client and round; or epochs, without DP
-# cohort: 3                         # clients a round; all by default
+# cohort: 3                         # clients a round, or a share of them; all by default
+# quorum: 0.8                       # with how many updates a round makes do at its deadline
+# deadline_s: 600                   # seconds a round
+# late: drop                        # or keep (weighed by age; with ffa-lora or fedavg)
+# stop: {metric: accuracy, patience: 3}    # end early; select: best names the best version
 
 privacy:                            # leave out to train without differential privacy
   epsilon: 8                        # what this run may spend of each client's privacy

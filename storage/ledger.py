@@ -202,6 +202,12 @@ class Ledger(RunLog):
             row = connection.execute(query).first()
         return None if row is None or row.epsilon is None else (row.epsilon, row.delta)
 
+    def budgets(self) -> dict[str, tuple[float, float]]:
+        """Return what every population that has a budget may spend in all, (epsilon, delta)."""
+        query = select(populations).where(populations.c.epsilon.is_not(None))
+        with self._engine.connect() as connection:
+            return {row.name: (row.epsilon, row.delta) for row in connection.execute(query)}
+
     def set_budget(self, population: str, epsilon: float | None, delta: float | None) -> None:
         """Change what a population may spend in all; None is no budget.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -118,7 +118,15 @@ class Strategy(Protocol):
 
     A strategy is deterministic in its arguments, changes none of them, and imports nothing but
     torch and the standard library. Its constructor's signature is its option schema.
+
+    Attributes:
+        additive: whether a change of the trained tensors means the same whichever round's adapter
+            it is added to, so that an update of an older version can be moved onto a newer one.
+            Then what is not trained stays as it is, and shifting the trained tensors of the adapter
+            and of every update shifts the result. Not so where a round changes the basis.
     """
+
+    additive: ClassVar[bool]
 
     def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
         """Return the state before round 1, from a freshly initialised or continued adapter.

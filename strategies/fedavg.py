@@ -27,6 +27,7 @@ class FedAvg:
 
     weighting: Weighting = "examples"
 
+    additive: ClassVar[bool] = True
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:

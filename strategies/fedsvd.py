@@ -51,6 +51,7 @@ class FedSVD:
     orthonormal: bool = False
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
+    additive: ClassVar[bool] = False
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:

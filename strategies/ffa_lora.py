@@ -34,6 +34,7 @@ class FFALoRA:
     orthonormal: bool = False
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
+    additive: ClassVar[bool] = True
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ from orchestrator.config import parse_config
     [
         (False, "started", 1),  # before the first round
         (False, "accepted", 2),  # in the middle of a round
+        (False, "closed", 2),  # what is aggregated is decided, and nothing more
+        (True, "round", 2),  # before anything of it is spent
         (True, "assigned", 2),  # after the spend is on the ledger, before anyone trains
         (True, "accepted", 5),
         (True, "committed", 2),

@@ -1,17 +1,22 @@
 """Fixtures of the shell's tests: a workspace, plans without a model, and small data sets."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
 import yaml
 
 from clients.assignment import DataSpec
+from clients.evaluate import Evaluation
 from orchestrator import cli
+from orchestrator.backends.base import Failure
 from orchestrator.config import parse_config
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.service import open_workspace
 from storage.ledger import ClientRecord
+from strategies.base import Update
 
 LABELS = ("cat", "dog", "model", "rank")
 SMALL = {
@@ -205,3 +210,66 @@ def run_yaml(tmp_path, tiny_encoder, notes):
         return path
 
     return write
+
+
+class Imagined:
+    """A backend at which training is a few additions, and time is counted in ticks.
+
+    Every client has a worker of its own and answers after so many of them.
+
+    Args:
+        first: the adapter's first tensors.
+        delays: by (client, round), ticks until the answer; 0 by default.
+        fails: by client, how often it fails before it answers.
+        scores: by round, what the evaluation finds.
+    """
+
+    def __init__(self, first, delays=None, fails=None, scores=None):
+        self.first, self.delays = first, delays or {}
+        self.fails, self.scores = Counter(fails or {}), scores or {}
+        self.now, self.asked, self.given_up = 0, [], []
+
+    def run(self, assignments, started):
+        running, order = [], 0
+        try:
+            while True:
+                while (asked := next(assignments)) is not None:
+                    started(asked)
+                    self.asked.append((asked.client, asked.round))
+                    due = self.now + self.delays.get((asked.client, asked.round), 0)
+                    running.append((due, order := order + 1, asked))
+                running.sort(key=lambda one: one[:2])
+                if running and running[0][0] <= self.now:
+                    yield self.answer(running.pop(0)[2])
+                else:
+                    self.now += 1
+                    yield None
+        finally:
+            self.given_up += [asked.client for _, _, asked in running]
+
+    def answer(self, asked):
+        if asked.action == "init":
+            return Update("", 0, "", self.first, 0)
+        if asked.action == "evaluate":
+            return Evaluation(asked.client, asked.round, 1, self.scores.get(asked.round, {}))
+        if self.fails[asked.client] > 0:
+            self.fails[asked.client] -= 1
+            return Failure(asked.client, asked.round, "out of memory")
+        generator = torch.Generator().manual_seed(asked.seed)
+        sent = asked.broadcast
+        trained = {
+            name: tensor + torch.randn(tensor.shape, generator=generator)
+            for name, tensor in sorted(sent.tensors.items())
+            if re.fullmatch(sent.trainable, name) and not name.endswith(".scaling")
+        }
+        size = 1 + ord(asked.client[-1]) % 7
+        return Update(asked.client, asked.round, asked.base, trained, size, fingerprint="ab")
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def imagined(tensors):
+    """Return a function that makes a backend of imagined clients."""
+    return lambda *args, **options: Imagined(tensors(), *args, **options)

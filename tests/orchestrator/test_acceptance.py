@@ -8,7 +8,8 @@ import torch
 from clients.assignment import Privacy
 from clients.trainer import spend_of
 from clients.wire import digest, pack
-from orchestrator.acceptance import lazily, refusal, spill
+from orchestrator.acceptance import lazily, moved, refusal, spill, spilled
+from orchestrator.history import Taken
 from orchestrator.plan import RoundInputs, plan_round
 from strategies.base import Broadcast, PrivacySpend, Update
 from strategies.tensors import B_AND_HEAD
@@ -25,9 +26,13 @@ def asked(make_plan, tensors):
         plan = make_plan(noise=noise, steps=2)
         inputs = RoundInputs(2, "f" * 64, {}, {}, "/site")
         sent = Broadcast(tensors(), trainable=B_AND_HEAD)
-        return replace(plan_round(plan, inputs, lambda c: sent, {})[0], **changes)
+        return replace(plan_round(plan, inputs, lambda c: sent, plan.participants)[0], **changes)
 
     return make
+
+
+def as_it_is(update, weight):
+    return update
 
 
 def answer(assignment, **changes) -> Update:
@@ -139,8 +144,8 @@ def test_a_spilled_update_is_read_back_as_it_was(asked, make_plan, tmp_path):
     update = answer(assignment)
     who = make_plan().participants[0]
 
-    accepted = spill(update, who, tmp_path / "runs" / "round-2")
-    [again] = lazily([accepted])
+    accepted = spill(update, who, tmp_path / "runs")
+    [again] = lazily([accepted], as_it_is)
 
     assert accepted.path.read_bytes() == pack(update) == pack(again)
     assert refusal(again, assignment) is None
@@ -151,14 +156,52 @@ def test_a_spilled_update_is_read_back_as_it_was(asked, make_plan, tmp_path):
 
 def test_updates_are_read_one_at_a_time_in_the_order_given(asked, make_plan, tmp_path):
     people = make_plan().participants
-    spilled = [spill(answer(asked(), client=p.name), p, tmp_path) for p in people]
-    reading = lazily(spilled)
+    written = [spill(answer(asked(), client=p.name), p, tmp_path) for p in people]
+    reading = lazily(written, as_it_is)
 
     assert next(reading).client == "a"
-    spilled[2].path.unlink()  # not read yet
+    written[2].path.unlink()  # not read yet
     assert next(reading).client == "b"
     with pytest.raises(FileNotFoundError):
         next(reading)
+
+
+def test_an_update_that_was_accepted_is_found_again_by_its_digest(asked, make_plan, tmp_path):
+    who = make_plan().participants[0]
+    accepted = spill(answer(asked(PRIVACY)), who, tmp_path)
+    taken = Taken("a", 2, "f" * 64, accepted.leaf["digest"])
+
+    assert spilled(taken, who, tmp_path) == accepted
+    assert spilled(taken._replace(digest="0" * 64), who, tmp_path) is None
+    assert spilled(taken._replace(round=3), who, tmp_path) is None
+    accepted.path.write_bytes(b"")
+    assert spilled(taken, who, tmp_path) is None
+
+
+def test_two_updates_of_one_client_lie_side_by_side(asked, make_plan, tmp_path):
+    who = make_plan().participants[0]
+    paths = {spill(answer(asked(round=r)), who, tmp_path).path for r in (1, 2)}
+
+    assert len(paths) == 2
+
+
+def test_the_weight_is_in_the_leaf_and_passed_on(asked, make_plan, tmp_path):
+    accepted = spill(answer(asked()), make_plan().participants[0], tmp_path).weighing(0.5)
+    seen = []
+
+    list(lazily([accepted], lambda update, weight: seen.append(weight) or update))
+
+    assert accepted.leaf["weight"] == 0.5
+    assert seen == [0.5]
+
+
+def test_an_update_of_an_older_version_is_moved_by_its_weighted_change():
+    update = Update("a", 1, "old", {"b": torch.tensor([3.0, 1.0])}, 5)
+    base, now = {"b": torch.tensor([1.0, 1.0])}, {"b": torch.tensor([10.0, 20.0])}
+
+    assert moved(update, base, now, 0.5).tensors["b"].tolist() == [11.0, 20.0]
+    assert moved(update, base, now, 1.0).tensors["b"].tolist() == [12.0, 20.0]
+    assert update.tensors["b"].tolist() == [3.0, 1.0]
 
 
 @pytest.mark.parametrize("changes", [{"metrics": {"loss": 0.5}}, {"num_examples": 99}])

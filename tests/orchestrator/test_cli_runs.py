@@ -47,7 +47,7 @@ def test_a_whole_life_of_a_queued_run(ok, weft, read, run_yaml, tmp_path):
     kinds = [event["kind"] for event in log]
     assert kinds[:4] == ["queued", "paused", "queued", "claimed"]
     assert kinds[-1] == "completed"
-    assert log[-1]["changes"] == {"status": "completed"}
+    assert log[-1]["changes"] == {"status": "completed", "version": record["version"]}
 
     extended = ok("runs", "extend", run, "--rounds", "+1")
     assert extended == f"{run}: queued, 2 of 3 rounds\n"

@@ -1,11 +1,15 @@
 """A run's file is understood, or every mistake in it gets a sentence."""
 
+import json
+
 import pytest
 import yaml
 
 from orchestrator.config import BadConfig, find_plugin, load_config, parse_config
 from orchestrator.template import TEMPLATE, FileTaken, write_template
 from strategies.plugins import UnknownPlugin
+
+FEDBUFF = {"buffer": 8, "concurrency": 16, "max_staleness": 10, "power": 0.5}
 
 
 def refusal(document, *overrides) -> str:
@@ -48,7 +52,7 @@ def test_options_stand_beside_the_name(document):
         ("privacy.epsilon=8", lambda c: c.privacy.epsilon == 8),
         ("backend.workers=2", lambda c: (c.backend.name, c.backend.workers) == ("inline", 2)),
         ("task_labels=[dog]", lambda c: c.task_labels == ("dog",)),
-        ("cohort=null", lambda c: c.cohort is None),
+        ("cohort=null", lambda c: c.cohort.size is None),
         ("model=a=b", lambda c: c.model.id == "a=b"),
     ],
 )
@@ -58,6 +62,39 @@ def test_an_override_sets_one_value_and_leaves_the_file_alone(document, override
 
     assert read(parse_config(given, [override]))
     assert yaml.safe_dump(given) == before
+
+
+def test_a_cohort_may_be_written_short(document):
+    def cohort(given):
+        return parse_config(document(cohort=given)).cohort
+
+    assert cohort(8) == cohort({"size": 8})
+    assert cohort(0.25) == cohort({"fraction": 0.25})
+    assert cohort(None) == cohort({})
+
+
+@pytest.mark.parametrize("quorum", [6, 0.8, 1.0, None])
+def test_how_rounds_go_is_the_same_after_a_trip_through_json(document, quorum):
+    stop = {"metric": "loss", "patience": 2}
+    given = {"quorum": quorum, "stop": stop, "evaluate": {"data": "d"}, "select": "best"}
+    config = parse_config(document(**given))
+    again = parse_config(json.loads(json.dumps(config.model_dump(mode="json"))))
+
+    assert again == config
+    assert type(again.quorum) is type(quorum)
+
+
+def test_late_updates_weigh_something_only_where_they_are_kept(document):
+    assert parse_config(document()).stale is None
+    assert parse_config(document(late="keep")).stale.power == 0.5
+    assert parse_config(document(late="keep", staleness={"power": 1})).stale.power == 1
+    assert parse_config(document(asynchronous=FEDBUFF)).stale.max_staleness == 10
+
+
+def test_a_version_is_judged_by_accuracy_or_loss_unless_it_is_said(document):
+    assert parse_config(document()).judge.metric == "accuracy"
+    language = parse_config(document(task="causal-lm", labels=None))
+    assert (language.judge.metric, language.judge.highest) == ("loss", False)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +142,25 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
         ({"start": "stack"}, "start: stack needs start_from, the version to start from"),
         ({"start": "continue"}, "start: continue needs start_from"),
         ({"regularizers": ["proximal", "proximal"]}, "regularizers: one is given twice"),
+        ({"cohort": {"size": 3, "fraction": 0.5}}, "cohort: give size or fraction, not both"),
+        ({"cohort": {"over_provision": 0.5}}, "cohort: over_provision asks more than a round need"),
+        ({"cohort": 5, "quorum": 6}, "quorum: 6 is more than the cohort of 5"),
+        (
+            {"staleness": {"power": 1}},
+            "staleness: late updates are dropped and weigh nothing; it n",
+        ),
+        ({"asynchronous": FEDBUFF, "late": "keep"}, "late: an asynchronous run keeps late updates"),
+        ({"asynchronous": FEDBUFF, "cohort": 5}, "cohort: an asynchronous run asks concurrency"),
+        ({"asynchronous": FEDBUFF, "quorum": 9}, "quorum: 9 is more than the buffer of 8"),
+        (
+            {"stop": {"metric": "loss"}},
+            "stop: there is nothing to judge versions by; give evaluate",
+        ),
+        ({"select": "best"}, "select: best: there is nothing to judge versions by; give evaluate"),
+        (
+            {"stop": {"metric": "perplexity"}, "evaluate": {"data": "d"}},
+            "stop.metric: classification is not scored by 'perplexity' (accuracy, macro_f1, loss)",
+        ),
         ({"clients": {"names": ["a", "a"]}}, "clients.names: a client is named twice"),
     ],
 )
@@ -123,6 +179,19 @@ def test_what_makes_no_sense_together_is_refused(document, changes, message):
         ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: give either epsilon or"),
         ({"privacy": {"epsilon": float("inf")}}, "privacy.epsilon: input should be a finite num"),
         ({"privacy": {"epsilon": 1, "max_grad_norm": float("nan")}}, "privacy.max_grad_norm: inp"),
+        ({"cohort": "half"}, "cohort: must be a number of clients (8), a share of them (0.25), or"),
+        ({"cohort": True}, "cohort: must be a number of clients (8), a share of them (0.25), or"),
+        ({"cohort": 1.5}, "cohort.fraction: input should be less than or equal to 1, got 1.5"),
+        (
+            {"quorum": 0},
+            "quorum: must be a number of updates (6) or a share of the cohort (0.8), g",
+        ),
+        ({"quorum": 1.5}, "quorum: must be a number of updates (6) or a share of the cohort (0.8)"),
+        ({"asynchronous": {"buffer": 8}}, "asynchronous.concurrency: is required"),
+        (
+            {"backend": {"name": "ray", "deadline_s": 60}},
+            "backend.deadline_s: there is no such option; it stands at the top, beside name",
+        ),
         ({"clients": {}}, "clients: give exactly one of select (labels), names, simulate"),
         ({"clients": {"select": {}, "names": ["a"]}}, "clients: give exactly one of"),
         ({"clients": {"simulate": {"data": "d"}}}, "clients.simulate: by: iid needs parts: N"),
@@ -140,7 +209,7 @@ def test_every_mistake_is_listed_a_line_each(document):
     fields = refusal(document(rounds=0, cohort=-1, color="red")).splitlines()
     together = refusal(document(labels=["a", "a"], task_labels=["x"], start="stack")).splitlines()
 
-    assert [line.split(":")[0] for line in fields] == ["rounds", "cohort", "color"]
+    assert [line.split(":")[0] for line in fields] == ["rounds", "cohort.size", "color"]
     assert [line.split(":")[0] for line in together] == ["labels", "task_labels", "start"]
 
 
@@ -212,6 +281,8 @@ def test_the_lines_that_the_template_comments_out_are_options_too():
     assert len(options) >= 5
     for line in options:
         parse_config(document | {"start_from": "task-0"} | yaml.safe_load(line))
+    told = {line.partition(":")[0] for line in options}
+    assert {"cohort", "quorum", "deadline_s", "late", "stop"} <= told
 
 
 def test_the_template_is_not_written_over_a_file(tmp_path):

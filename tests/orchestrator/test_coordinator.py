@@ -160,13 +160,14 @@ def test_who_lost_the_lease_writes_nothing_more(home, tiny):
     ("ask", "error", "status"),
     [(service.pause, Paused, "paused"), (service.cancel, Cancelled, "cancelled")],
 )
-def test_a_run_stops_between_rounds_when_people_ask(home, tiny, ask, error, status):
+def test_a_run_stops_at_its_next_event_when_people_ask(home, tiny, ask, error, status):
     record = claimed(home, service.submit(home, tiny(rounds=3)))
     with pytest.raises(error, match=record.id):
         coordinator.drive(home, record, at("round", lambda: ask(home, record.id)), Driving())
     after = home.ledger.run(record.id)
-    assert (after.status, after.round, after.owner) == (status, 1, None)
-    assert kinds(home, record.id)[-2:] == ["committed", status]
+    assert (after.status, after.round, after.owner) == (status, 0, None)
+    assert kinds(home, record.id)[-1] == status
+    assert "committed" not in kinds(home, record.id)
 
 
 def test_a_paused_run_goes_on_to_the_version_it_would_have_had(home, tiny):

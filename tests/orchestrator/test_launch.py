@@ -15,6 +15,7 @@ from strategies.fedavg import FedAvg
 from strategies.plugins import BadOptions, Plugin
 from strategies.tensors import refactored
 
+ASYNCHRONOUS = {"buffer": 2, "concurrency": 2}
 DP = {"noise_multiplier": 1.0, "delta": 1e-3}
 
 
@@ -438,3 +439,52 @@ def test_what_is_only_a_part_of_versions_starts_nothing(register, plan, tiny, co
 
     with pytest.raises(NotAModel, match="is the offset that other versions took out of the base"):
         plan(tiny(start_from="before", start="stack"))
+
+
+@pytest.mark.parametrize("changes", [{"late": "keep"}, {"asynchronous": ASYNCHRONOUS}])
+def test_updates_of_older_versions_are_refused_where_the_basis_changes(register, refused, changes):
+    register("a")
+    register("b")
+
+    why = refused(strategy="fedsvd", **changes)
+
+    assert "strategy 'fedsvd' changes from round to round what an update is relative to" in why
+    assert "use ffa-lora or fedavg" in why
+
+
+@pytest.mark.parametrize("strategy", ["ffa-lora", "fedavg"])
+def test_updates_of_older_versions_are_taken_where_the_basis_stays(register, plan, tiny, strategy):
+    register("a")
+    register("b")
+
+    assert plan(tiny(strategy=strategy, asynchronous=ASYNCHRONOUS)).config.stale is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cohort": {"where": {"gpu": "a100"}}}, "cohort.where: no client that takes part has the"),
+        ({"quorum": 3}, "quorum: 3 is more than the 2 clients that may be asked"),
+        (
+            {"asynchronous": {"buffer": 3, "concurrency": 9}},
+            "asynchronous.buffer: 3 updates are more than the 2 clients that may be asked can send",
+        ),
+        ({"cohort": {"weight": "examples"}}, "examples needs every client's declared number"),
+    ],
+)
+def test_rounds_that_could_never_get_what_they_need_are_refused(
+    register, refused, changes, message
+):
+    register("a")
+    register("b", num_examples=None)
+
+    assert message in refused(**changes)
+
+
+def test_simulated_clients_are_counted_where_they_are_drawn_by_size(plan, tiny, notes):
+    clients = {"simulate": {"data": notes(size=9), "parts": 2}}
+
+    weighted = plan(tiny(clients=clients, cohort={"size": 1, "weight": "examples"}))
+
+    assert [p.num_examples for p in weighted.participants] == [5, 4]
+    assert [p.num_examples for p in plan(tiny(clients=clients)).participants] == [0, 0]

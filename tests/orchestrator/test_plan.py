@@ -1,7 +1,6 @@
 """Who trains what: pure functions, so that resuming is the same as running."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,11 +12,9 @@ from orchestrator.plan import (
     Plan,
     RoundInputs,
     Start,
-    eligible,
     plan_evaluation,
     plan_init,
     plan_round,
-    sample_cohort,
     seed_for,
     with_head_mask,
 )
@@ -45,61 +42,12 @@ def test_a_seed_depends_on_every_part_its_place_and_its_type():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_a_cohort_is_sorted_without_repeats_and_of_the_asked_size():
-    names = [f"c{i}" for i in range(20)]
-
-    cohort = sample_cohort(names, 7, seed=0, round_=1)
-
-    assert list(cohort) == sorted(set(cohort))
-    assert len(cohort) == 7
-    assert set(cohort) <= set(names)
-
-
-def test_a_cohort_depends_on_seed_and_round_and_not_on_the_order_of_names():
-    names = [f"c{i}" for i in range(20)]
-
-    assert sample_cohort(names, 7, 0, 1) == sample_cohort(names[::-1], 7, 0, 1)
-    assert sample_cohort(names, 7, 0, 1) != sample_cohort(names, 7, 0, 2)
-    assert sample_cohort(names, 7, 0, 1) != sample_cohort(names, 7, 1, 1)
-
-
-@pytest.mark.parametrize("size", [None, 3, 9])
-def test_everybody_is_asked_where_the_cohort_is_not_smaller(size):
-    assert sample_cohort(["b", "c", "a"], size, 0, 1) == ("a", "b", "c")
-
-
-def test_over_many_rounds_every_client_is_asked_about_equally_often():
-    names = [f"c{i}" for i in range(10)]
-
-    asked = Counter(n for round_ in range(1000) for n in sample_cohort(names, 3, 5, round_))
-
-    assert min(asked.values()) > 240  # 300 on average, standard deviation 14.5
-    assert max(asked.values()) < 360
-
-
-def test_a_client_is_not_asked_more_often_than_its_noise_was_calibrated_for(make_plan):
-    plan = make_plan(privacy={"epsilon": 1, "max_participations": 2}, rounds=5)
-
-    assert eligible(plan, {"a": 2, "b": 1}) == ("b", "c")
-    assert eligible(plan, {"a": 2, "b": 3, "c": 2}) == ()
-
-
-def test_without_privacy_nobody_is_ever_left_out(make_plan):
-    assert eligible(make_plan(rounds=1), {"a": 99}) == ("a", "b", "c")
-
-
-def test_a_round_asks_only_those_who_have_rounds_left(make_plan, inputs, tensors):
-    plan = make_plan(privacy={"epsilon": 1, "max_participations": 1}, rounds=5)
-
-    asked = plan_round(plan, inputs, lambda client: Broadcast(tensors()), {"b": 1})
-
-    assert [a.client for a in asked] == ["a", "c"]
-
-
 def test_clients_that_are_alike_get_one_broadcast_object(make_plan, inputs, tensors):
     sent = Broadcast(tensors())
-    whole = plan_round(make_plan(), inputs, lambda client: sent, {})
-    part = plan_round(make_plan(task_labels=["cat"]), inputs, lambda client: sent, {})
+    whole, part = (
+        plan_round(plan, inputs, lambda client: sent, plan.participants)
+        for plan in (make_plan(), make_plan(task_labels=["cat"]))
+    )
 
     assert all(a.broadcast is sent for a in whole)
     assert len({id(a.broadcast) for a in part}) == 1
@@ -109,7 +57,8 @@ def test_clients_that_are_alike_get_one_broadcast_object(make_plan, inputs, tens
 def test_clients_that_are_not_alike_get_their_own_broadcast(make_plan, inputs, tensors):
     sent = {name: Broadcast(tensors(seed)) for seed, name in enumerate("abc")}
 
-    asked = plan_round(make_plan(task_labels=["cat"]), inputs, lambda c: sent[c.name], {})
+    plan = make_plan(task_labels=["cat"])
+    asked = plan_round(plan, inputs, lambda c: sent[c.name], plan.participants)
 
     for assignment in asked:
         assert assignment.broadcast.tensors is sent[assignment.client].tensors
@@ -118,7 +67,8 @@ def test_clients_that_are_not_alike_get_their_own_broadcast(make_plan, inputs, t
 def test_a_round_s_assignments_say_what_the_plan_says(make_plan, inputs, tensors):
     plan = make_plan(task_labels=["dog", "cat"], steps=3, threads=2, seed=9, head="freeze")
 
-    first, second, _ = plan_round(plan, inputs, lambda c: Broadcast(tensors()), {})
+    cohort = plan.participants
+    first, second, _ = plan_round(plan, inputs, lambda c: Broadcast(tensors()), cohort)
 
     assert first.action == "train"
     assert (first.run, first.round, first.base) == ("run-1", 3, "f" * 64)

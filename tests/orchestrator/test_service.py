@@ -25,10 +25,12 @@ class Dying:
         self.last, self.error, self.inner = last, error, InlineBackend()
 
     def run(self, assignments, started):
-        assignments = list(assignments)
-        if any(a.round > self.last for a in assignments):
+        yield from self.inner.run(map(self.checked, assignments), started)
+
+    def checked(self, assignment):
+        if assignment is not None and assignment.round > self.last:
             raise self.error
-        yield from self.inner.run(assignments, started)
+        return assignment
 
     def close(self):
         pass
@@ -42,7 +44,7 @@ class Failing:
 
     def run(self, assignments, started):
         for a in assignments:
-            if a.client in self.names:
+            if a is not None and a.client in self.names:
                 yield Failure(a.client, a.round, "out of memory")
             else:
                 yield from self.inner.run([a], started)
@@ -125,7 +127,7 @@ def test_a_client_that_fails_is_left_out_with_its_reason(home, tiny):
     [leaf] = home.store.version(version).recipe["updates"]
     refused = [e.data for e in home.ledger.events(home.ledger.runs()[0].id) if e.kind == "refused"]
     assert leaf["client"] == "b"
-    assert refused == [{"client": "a", "reason": "out of memory"}]
+    assert refused == [{"client": "a", "round": 1, "reason": "out of memory", "fault": True}]
 
 
 def test_a_round_without_any_update_fails_and_can_be_resumed(home, tiny):
@@ -153,7 +155,8 @@ def test_a_private_run_spends_before_it_trains_and_reports_no_loss(home, tiny):
 
     run = home.ledger.runs()[0].id
     accepted = [e.data for e in home.ledger.events(run) if e.kind == "accepted"]
-    assert accepted == [{"client": "a"}, {"client": "b"}]
+    assert [a["client"] for a in accepted] == ["a", "b"]
+    assert all(a.keys() == {"client", "round", "base", "digest"} for a in accepted)
     assert kinds(home).index("assigned") < kinds(home).index("accepted")
     assert len(home.ledger.spends_of_run(run)) == 2
     recipe = home.store.version(version).recipe

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import clients.assignment as assignment_module
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
 from orchestrator.config import PrivacyConfig
@@ -21,6 +22,10 @@ def spend(noise=1.0, rate=0.1, steps=10):
     return PrivacySpend("gaussian", "example", "add-remove", parameters)
 
 
+def people(plan):
+    return {p.name: p for p in plan.participants}
+
+
 @pytest.fixture
 def round_of(make_plan, tensors):
     """Return a function that plans round ``number`` for clients that spend with ``noise``."""
@@ -30,7 +35,8 @@ def round_of(make_plan, tensors):
             noise=noise, steps=10, rounds=5, privacy={"noise_multiplier": 1}, **changes
         )
         inputs = RoundInputs(number, "f" * 64, {}, {}, "/site")
-        return plan, plan_round(plan, inputs, lambda c: Broadcast(tensors(number)), {})
+        sent = Broadcast(tensors(number))
+        return plan, plan_round(plan, inputs, lambda c: sent, plan.participants)
 
     return make
 
@@ -81,7 +87,7 @@ def test_an_exhausted_budget_is_refused_before_the_run():
 def test_spends_are_on_the_ledger_when_reserve_returns(workspace, round_of):
     plan, assignments = round_of()
 
-    kept = reserve(plan, assignments, workspace.ledger, lambda kind, data: None)
+    kept = reserve(assignments, people(plan), workspace.ledger, lambda kind, data: None)
 
     assert kept == assignments
     rows = workspace.ledger.spends_of_run("run-1")
@@ -98,15 +104,34 @@ def test_what_was_spent_is_there_before_anybody_is_told(workspace, round_of):
     def log(kind, data):
         seen.append((kind, len(workspace.ledger.spends_of_run("run-1"))))
 
-    reserve(plan, assignments, workspace.ledger, log)
+    reserve(assignments, people(plan), workspace.ledger, log)
 
     assert seen == [("spent", 3), ("assigned", 3)]
+
+
+def test_tensors_that_assignments_share_are_hashed_once_and_to_the_same_digest(
+    round_of, monkeypatch
+):
+    _, assignments = round_of()
+    alone = [a.digest() for a in assignments]
+    hashed = []
+    honest = assignment_module._tensor_digest
+    monkeypatch.setattr(
+        assignment_module, "_tensor_digest", lambda t: hashed.append(t) or honest(t)
+    )
+    known = {}
+
+    assert [a.digest(known) for a in assignments] == alone
+    assert len(set(alone)) == 3
+    assert len(hashed) == len(assignments[0].broadcast.tensors)
 
 
 def test_a_round_that_is_run_again_spends_once(workspace, round_of):
     plan, assignments = round_of()
     for _ in range(2):
-        assert reserve(plan, assignments, workspace.ledger, lambda k, d: None) == assignments
+        assert (
+            reserve(assignments, people(plan), workspace.ledger, lambda k, d: None) == assignments
+        )
 
     assert len(workspace.ledger.spends_of_run("run-1")) == 3
 
@@ -115,7 +140,7 @@ def test_another_broadcast_in_the_same_round_spends_again(workspace, round_of, t
     plan, assignments = round_of()
     other = [replace(a, broadcast=Broadcast(tensors(99))) for a in assignments]
     for sent in (assignments, other):
-        reserve(plan, sent, workspace.ledger, lambda k, d: None)
+        reserve(sent, people(plan), workspace.ledger, lambda k, d: None)
 
     assert len(workspace.ledger.spends_of_run("run-1")) == 6
 
@@ -131,13 +156,13 @@ def test_who_would_go_over_its_budget_is_left_out_with_a_sentence(workspace, rou
 
     plan, first = round_of(1)
     _, second = round_of(2)
-    assert len(reserve(plan, first, workspace.ledger, log)) == 3
-    assert [a.client for a in reserve(plan, second, workspace.ledger, log)] == ["a", "c"]
+    assert len(reserve(first, people(plan), workspace.ledger, log)) == 3
+    assert [a.client for a in reserve(second, people(plan), workspace.ledger, log)] == ["a", "c"]
     # the first round again, as after a crash: already counted, so not refused now
-    assert len(reserve(plan, first, workspace.ledger, log)) == 3
+    assert len(reserve(first, people(plan), workspace.ledger, log)) == 3
 
     [(_, refused)] = [event for event in events if event[0] == "refused"]
-    assert refused["client"] == "b"
+    assert (refused["client"], refused["round"], refused["fault"]) == ("b", 2, False)
     assert refused["reason"].startswith(f"b has spent ε = {one:.2f} of")
     assert "population people-b" in refused["reason"]
     assert len(workspace.ledger.spends("people-b")) == 1
@@ -146,14 +171,14 @@ def test_who_would_go_over_its_budget_is_left_out_with_a_sentence(workspace, rou
 def test_a_round_without_privacy_spends_nothing(workspace, round_of):
     plan, assignments = round_of(noise=None)
 
-    assert reserve(plan, assignments, workspace.ledger, lambda k, d: None) == assignments
+    assert reserve(assignments, people(plan), workspace.ledger, lambda k, d: None) == assignments
     assert workspace.ledger.spends_of_run("run-1") == []
 
 
 def test_what_a_run_spent_is_composed_by_client(workspace, round_of):
     for number in (1, 2):
         plan, assignments = round_of(number)
-        reserve(plan, assignments, workspace.ledger, lambda k, d: None)
+        reserve(assignments, people(plan), workspace.ledger, lambda k, d: None)
 
     spent = spent_by_run(plan, workspace.ledger)
 
@@ -217,3 +242,18 @@ def test_public_data_are_said_to_be_public():
     [found] = epsilon_of_lineage([recipe(leaf("1", public=True))])
 
     assert found.public
+
+
+def test_clients_of_one_population_share_its_budget_in_one_round(workspace, round_of):
+    one = epsilon([spend()], 1e-5)
+    record = ClientRecord("b", "jsonl:/b", "shared", epsilon=one * 1.01, delta=1e-5)
+    workspace.ledger.add_client(record)
+    plan, assignments = round_of()
+    known = {name: replace(p, population="shared") for name, p in people(plan).items()}
+    logged = []
+
+    kept = reserve(assignments, known, workspace.ledger, lambda k, d: logged.append((k, d)))
+
+    assert [a.client for a in kept] == ["a"]  # the first that fits, and no more
+    assert [d["client"] for k, d in logged if k == "refused"] == ["b", "c"]
+    assert len(workspace.ledger.spends("shared")) == 1

@@ -341,3 +341,10 @@ def test_processes_that_race_cannot_spend_more_than_the_budget(ledger, url):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(ledger.spends("p")) == 7
     assert refused == 3 * 5 - 7
+
+
+def test_all_budgets_are_read_at_once(ledger):
+    ledger.add_client(clinic("a", population="north"))
+    ledger.add_client(clinic("b", population="south", epsilon=None, delta=None))
+
+    assert ledger.budgets() == {"north": ledger.budget("north")}

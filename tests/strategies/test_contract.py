@@ -1,6 +1,7 @@
 """What every strategy owes its callers. A new strategy is tested by existing."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,29 @@ def test_updates_are_read_once_and_lazily(strategy, make_adapter, train):
     state = strategy.init(make_adapter())
     expected = strategy.aggregate(state, train(state))
     assert same(strategy.aggregate(state, (u for u in train(state))).adapter, expected.adapter)
+
+
+def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_says_so(
+    strategy, make_adapter, train
+):
+    """Additive: what is not trained stays, and a shift of adapter and updates shifts the result."""
+    state = strategy.init(make_adapter(dtype=torch.float64))
+    updates = train(state)
+    trained = updates[0].tensors.keys()
+    generator = torch.Generator().manual_seed(9)
+    shift = {n: torch.randn(state.adapter[n].shape, generator=generator) for n in sorted(trained)}
+
+    def shifted(tensors):
+        return {n: t + shift[n].to(t.dtype) if n in shift else t for n, t in tensors.items()}
+
+    moved_state = ServerState(shifted(state.adapter), state.auxiliary)
+    moved = [replace(u, tensors=shifted(u.tensors)) for u in updates]
+    result = strategy.aggregate(state, updates).adapter
+    after = strategy.aggregate(moved_state, moved).adapter
+
+    kept = all(torch.equal(result[n], t) for n, t in state.adapter.items() if n not in trained)
+    along = all(torch.allclose(after[n], t) for n, t in shifted(result).items())
+    assert (kept and along) is strategy.additive
 
 
 def test_a_round_without_updates_leaves_the_adapter_as_it_is(strategy, make_adapter):

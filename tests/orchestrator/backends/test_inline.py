@@ -20,7 +20,7 @@ def assignments(make_plan, tiny_encoder, notes, tmp_path):
     plan = make_plan(steps=1, noise=None)
     plan = replace(plan, model=replace(plan.model, id=str(tiny_encoder), hash="", max_length=16))
     inputs = RoundInputs(1, "f" * 64, {}, {}, str(tmp_path / "sites"))
-    planned = plan_round(plan, inputs, lambda client: Broadcast({}), {})
+    planned = plan_round(plan, inputs, lambda client: Broadcast({}), plan.participants)
     sent = Broadcast(initial_tensors(planned[0]))
     return [replace(a, broadcast=sent, data=replace(a.data, uri=notes(a.client))) for a in planned]
 

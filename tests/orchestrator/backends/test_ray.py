@@ -84,7 +84,7 @@ def ask(make_plan, tensors, tmp_path):
         inputs = RoundInputs(1, "f" * 64, {}, memory or {}, str(tmp_path / "mark"))
         plan = make_plan(clients=clients)
         broadcast = sent or Broadcast(tensors())
-        return plan_round(plan, inputs, lambda client: broadcast, {})
+        return plan_round(plan, inputs, lambda client: broadcast, plan.participants)
 
     return make
 

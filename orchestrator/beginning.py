@@ -1,0 +1,61 @@
+"""The version that round 1 starts from, and the offset that it lies on, if any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from clients.initialisations import OFFSET
+from clients.regularizers import recall
+from orchestrator.committed import Committed, initialised
+from orchestrator.merging import split_head
+from orchestrator.plan import Plan
+from orchestrator.recipes import offset_recipe, start_recipe
+from storage.store import AdapterStore
+from strategies.base import Strategy, Tensors, Update
+
+_EDGES = {"fresh": "init", "continue": "continue", "stack": "stack"}
+
+
+def begin(
+    plan: Plan, store: AdapterStore, strategy: Strategy, make: Callable[[Tensors], Update]
+) -> Committed:
+    """Commit the version that round 1 starts from, after the offset that it lies on.
+
+    Args:
+        plan: the run's plan.
+        store: where versions are committed.
+        strategy: the run's strategy.
+        make: returns the adapter's first tensors, made where the base model is, from the memory.
+    """
+    start = plan.start
+    memory = store.memory(start.version) if start.version else {}
+    adapter: Tensors = store.tensors(start.version) if start.version else {}
+    offset, read = start.offset, None
+    if start.mode != "continue":
+        kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks
+        made, offset, read = _split(plan, store, make(memory))
+        adapter = initialised(plan, {**made, **kept}, memory)
+    state = strategy.init(adapter)
+    parents = {start.version: _EDGES[start.mode]} if start.version else {}
+    version = store.commit(
+        state.adapter,
+        auxiliary=state.auxiliary,
+        memory=memory,
+        parents=parents | ({offset: "offset"} if offset else {}),
+        recipe=start_recipe(plan, offset, read),
+    )
+    return Committed(0, version, state, memory, offset)
+
+
+def _split(
+    plan: Plan, store: AdapterStore, made: Update
+) -> tuple[Tensors, str | None, Mapping[str, Any] | None]:
+    """Return the adapter's own tensors, its offset's id, and which data they come from."""
+    offset = recall(made.tensors, OFFSET.removesuffix("/"))
+    own = {k: v for k, v in made.tensors.items() if not k.startswith(OFFSET)}
+    read = {"examples": made.num_examples, "fingerprint": made.fingerprint}
+    chosen = read if made.fingerprint else None
+    if not offset:
+        return own, None, chosen
+    return own, store.commit(offset, parents={}, recipe=offset_recipe(plan, chosen)), chosen

@@ -1,0 +1,249 @@
+"""The updates of a round as they come in: until enough are there, or all, or time is up.
+
+What happens is decided here once and written down before it has any effect; see
+:mod:`orchestrator.history`. A round that was interrupted keeps what it has accepted and asks again
+for the rest: a client that has its update already sends the same bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from clients.assignment import Assignment
+from orchestrator.acceptance import Accepted, refusal, spill, spilled
+from orchestrator.backends.base import Failure, Result
+from orchestrator.cohort import Roster, asked_next
+from orchestrator.desk import Desk
+from orchestrator.history import Asked, History, Key, Open, Taken
+from orchestrator.plan import Participant, Plan
+from orchestrator.spending import Log, reserve
+from storage.ledger import Ledger
+from strategies.base import Update
+
+End: TypeAlias = Literal["enough", "nobody left", "deadline"]
+_DIFFERS = "the update is not the one that was accepted before; it cannot be taken in its place"
+
+
+class RoundFailed(RuntimeError):
+    """Too few clients of a round returned an update that could be accepted."""
+
+
+@dataclass(slots=True)
+class Collector:
+    """Asks clients and takes their updates, round after round.
+
+    Attributes:
+        plan: the run's plan.
+        people: its participants by name.
+        roster: who may be asked.
+        folder: the run's own, for spilled updates.
+        desk: where assignments go.
+        ledger: where spends are written, before anything is sent.
+        log: writes an event.
+        history: returns the run's history, with all events so far.
+        assign: returns the assignments of a round's clients, from a base version.
+        heed: raises where people want the run to stop.
+        unreachable: returns who cannot be asked now.
+        clock: returns seconds.
+    """
+
+    plan: Plan
+    people: Mapping[str, Participant]
+    roster: Roster
+    folder: Path
+    desk: Desk
+    ledger: Ledger
+    log: Log
+    history: Callable[[], History]
+    assign: Callable[[int, str, Sequence[Participant]], list[Assignment]]
+    heed: Callable[[], None]
+    unreachable: Callable[[], set[str]]
+    clock: Callable[[], float] = time.monotonic
+    _sent: dict[Key, Assignment] = field(default_factory=dict, init=False)
+    _tries: dict[Key, int] = field(default_factory=dict, init=False)
+    _taken: dict[Key, Accepted] = field(default_factory=dict, init=False)
+    _lost: dict[Key, Taken] = field(default_factory=dict, init=False)
+    _reasons: dict[str, str] = field(default_factory=dict, init=False)
+
+    def collect(self, opened: Open) -> list[Accepted]:
+        """Return what the round aggregates, by client and round; decided and written down.
+
+        Raises:
+            RoundFailed: if too few updates could be accepted.
+        """
+        history = self.history()
+        self._reasons.clear()
+        self._recover(opened.closed or tuple(history.taken.values()))
+        self._ask(self._lost.values())
+        if opened.closed is None:
+            self._drop_stale(opened, history)
+            self._ask(_outstanding(opened, self.history()))
+        end = self._receive(opened)
+        return self._close(opened, end) if opened.closed is None else self._as_decided(opened)
+
+    def close(self) -> None:
+        """Give up what still runs."""
+        self.desk.give_up()
+        self._sent.clear()
+
+    def _recover(self, known: Iterable[Taken]) -> None:
+        """Find accepted updates on disk; what is not there, or damaged, must come again."""
+        self._taken.clear()
+        self._lost.clear()
+        for one in known:
+            found = spilled(one, self.people[one.client], self.folder)
+            if found is None:
+                self._lost[one.key] = one
+            else:
+                self._taken[one.key] = found
+
+    def _drop_stale(self, opened: Open, history: History) -> None:
+        """Wait no longer for who would answer with an update that is too old."""
+        stale = self.plan.config.stale
+        for asked in history.pending.values():
+            age = opened.round - asked.round
+            if stale is not None and age > stale.max_staleness:
+                self._sent.pop((asked.client, asked.round), None)
+                reason = f"its update would be {age} versions old, allowed {stale.max_staleness}"
+                self._refuse(asked.client, asked.round, reason)
+
+    def _ask(self, wanted: Iterable[Asked | Taken]) -> None:
+        """Send assignments to those who have none, their spends on the ledger first."""
+        open_ = [one for one in wanted if (one.client, one.round) not in self._sent]
+        open_.sort(key=lambda one: (one.round, one.base, one.client))
+        for (round_, base), group in groupby(open_, key=lambda one: (one.round, one.base)):
+            assignments = self.assign(round_, base, [self.people[one.client] for one in group])
+            kept = reserve(assignments, self.people, self.ledger, self.log)
+            self._sent |= {(a.client, a.round): a for a in kept}
+            self.desk.ask(kept)
+
+    def _refill(self) -> None:
+        """Keep as many clients training as an asynchronous run wants."""
+        history = self.history()
+        assert history.open is not None
+        names = asked_next(self.plan, self.roster, history, self.unreachable())
+        self._ask([Asked(name, history.open.round, history.open.base) for name in names])
+
+    def _receive(self, opened: Open) -> End:
+        """Take results until enough are there, nobody is left to wait for, or time is up."""
+        until = self.clock() + self.plan.config.deadline_s
+        while True:
+            full = opened.closed is not None or self._count(opened) >= opened.goal
+            if full and not self._lost:
+                return "enough"
+            if self.plan.config.asynchronous is not None and opened.closed is None:
+                self._refill()
+            if not self._sent:
+                return "nobody left"
+            self.heed()
+            if self.clock() > until:
+                return "deadline"
+            result = self.desk.next()
+            if result is not None:
+                self._take(result)
+
+    def _count(self, opened: Open) -> int:
+        """Return how many updates count towards the round's goal: late ones are a bonus."""
+        if self.plan.config.asynchronous is not None:
+            return len(self._taken)
+        return sum(round_ == opened.round for _, round_ in self._taken)
+
+    def _take(self, result: Result) -> None:
+        """Accept an update, or try again, or take note of the failure."""
+        key = (result.client, result.round)
+        assignment = self._sent.get(key)
+        if assignment is None:
+            return  # it was given up
+        if isinstance(result, Failure):
+            self._tries[key] = self._tries.get(key, 0) + 1
+            if self._tries[key] <= self.plan.config.retries:
+                facts = {"client": result.client, "round": result.round, "reason": result.reason}
+                self.log("retried", facts)
+                self.desk.ask([assignment])
+                return
+        del self._sent[key]
+        self._tries.pop(key, None)
+        if isinstance(result, Failure):
+            self._refuse(*key, result.reason)
+            return
+        assert isinstance(result, Update)
+        reason = refusal(result, assignment)
+        if reason is None:
+            accepted = spill(result, self.people[result.client], self.folder)
+            promised = self._lost.pop(key, None)
+            if promised is None or promised.digest == accepted.leaf["digest"]:
+                self._taken[key] = accepted
+                facts = {k: accepted.leaf[k] for k in ("client", "base", "digest")}
+                self.log("accepted", {**result.metrics, **facts, "round": result.round})
+                return
+            reason = _DIFFERS
+        self._refuse(*key, reason)
+
+    def _refuse(self, client: str, round_: int, reason: str) -> None:
+        self._lost.pop((client, round_), None)
+        self._reasons[client] = reason
+        self.log("refused", {"client": client, "round": round_, "reason": reason, "fault": True})
+
+    def _as_decided(self, opened: Open) -> list[Accepted]:
+        """Return what was decided before the run was interrupted."""
+        assert opened.closed is not None
+        gone = [one.client for one in opened.closed if one.key not in self._taken]
+        if gone:
+            raise RoundFailed(
+                f"round {opened.round} was closed with an update of {gone[0]} that is gone, and it "
+                f"cannot be had again ({self._reasons.get(gone[0], 'no answer in time')}); go on "
+                f"when it can: weft run --resume {self.plan.run}"
+            )
+        return [self._taken[one.key].weighing(one.weight) for one in opened.closed]
+
+    def _close(self, opened: Open, end: End) -> list[Accepted]:
+        """Decide what is aggregated and what becomes of the others, and write it down."""
+        stale, waiting = self.plan.config.stale, sorted(client for client, _ in self._sent)
+        missed = waiting if end == "deadline" else []
+        if self._count(opened) < max(opened.quorum, 1):
+            raise self._failed(opened, missed)
+        updates = []
+        for (_, round_), accepted in sorted(self._taken.items()):
+            age = opened.round - round_
+            updates.append(accepted.weighing(stale.weight(age) if stale and age else 1.0))
+        kept = ("client", "base", "digest", "weight")
+        self.log(
+            "closed",
+            {
+                "round": opened.round,
+                "updates": [{**{k: a.leaf[k] for k in kept}, "round": a.round} for a in updates],
+                "late": waiting if stale else [],
+                "missed": [] if stale else missed,
+                "spare": [] if stale or missed else waiting,
+            },
+        )
+        if not stale:
+            self.close()
+        return updates
+
+    def _failed(self, opened: Open, missed: Sequence[str]) -> RoundFailed:
+        count = self._count(opened)
+        facts = {"round": opened.round, "updates": count, "quorum": opened.quorum}
+        self.log("below quorum", {**facts, "missed": missed})
+        reasons = self._reasons | dict.fromkeys(missed, "missed the round's deadline")
+        why = "; ".join(f"{client}: {reason}" for client, reason in sorted(reasons.items()))
+        short = f"{count} of the {opened.quorum} updates that it needs" if count else "no update"
+        return RoundFailed(
+            f"round {opened.round}: {short} could be accepted "
+            f"({why or 'no client was left to ask'}); mend it and go on with: "
+            f"weft run --resume {self.plan.run}"
+        )
+
+
+def _outstanding(opened: Open, history: History) -> list[Asked]:
+    """Return what was asked and not answered, and what of the cohort was not asked yet."""
+    answered = {client for client, round_ in history.taken if round_ == opened.round}
+    current = history.open or opened
+    done = {*answered, *current.refused, *history.pending}
+    fresh = [Asked(c, opened.round, opened.base) for c in opened.cohort if c not in done]
+    return [*history.pending.values(), *fresh]

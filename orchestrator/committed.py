@@ -1,0 +1,77 @@
+"""A run's versions as what goes on from them: state and memory, and how memory begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from clients.regularizers import REGULARIZERS, namespaced, recall
+from orchestrator.plan import Plan
+from storage.store import AdapterStore
+from strategies.base import ServerState, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A committed round.
+
+    Attributes:
+        round: 0 before the first round.
+        version: its id.
+        state: what the strategy carries.
+        memory: regulariser memory.
+        offset: id of what lies underneath besides the stack, or None.
+    """
+
+    round: int
+    version: str
+    state: ServerState
+    memory: Tensors
+    offset: str | None = None
+
+
+@dataclass(slots=True)
+class Commits:
+    """A run's versions: from memory while somebody trains from them, else from the store."""
+
+    store: AdapterStore
+    _known: dict[str, Committed] = field(default_factory=dict, init=False)
+
+    def of(self, version: str) -> Committed:
+        """Return one of the run's versions."""
+        if version not in self._known:
+            store, recipe = self.store, self.store.version(version).recipe
+            state = ServerState(store.tensors(version), store.auxiliary(version))
+            memory, offset = store.memory(version), recipe.get("offset")
+            found = Committed(recipe["round"], version, state, memory, offset)
+            self._known[version] = found
+        return self._known[version]
+
+    def add(self, done: Committed, awaited: Collection[str]) -> Committed:
+        """Keep the newest version and those that updates are awaited from, and return the newest.
+
+        Args:
+            done: the newest.
+            awaited: versions that somebody trains from.
+        """
+        self._known = {v: known for v, known in self._known.items() if v in awaited}
+        self._known[done.version] = done
+        return done
+
+
+def initialised(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
+    """Return a new adapter as the run's regularizers want it to begin."""
+    for choice in plan.regularizers:
+        method = REGULARIZERS.get(choice.name).build(**choice.options)
+        adapter = dict(method.initialise(adapter, recall(memory, choice.name)))
+    return adapter
+
+
+def consolidated(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
+    """Return the memory after the task, from the final adapter alone."""
+    result = dict(memory)
+    for choice in plan.regularizers:
+        method = REGULARIZERS.get(choice.name).build(**choice.options)
+        own = method.consolidate(adapter, recall(memory, choice.name))
+        result |= namespaced(own, choice.name)
+    return result

@@ -1,0 +1,38 @@
+"""Who is asked no more in a run because it failed too often, and how it is forgiven."""
+
+from __future__ import annotations
+
+from orchestrator.cohort import quarantined
+from orchestrator.config import RunConfig
+from orchestrator.history import History
+from storage.ledger import Ledger
+
+
+class NotAtFault(LookupError):
+    """The client's last answer in the run was no failure."""
+
+
+def quarantined_in(ledger: Ledger, run: str) -> tuple[str, ...]:
+    """Return who is quarantined in a run (by its id), sorted.
+
+    Raises:
+        UnknownRun: if there is no such run.
+    """
+    config = RunConfig.model_validate(ledger.run(run).config)
+    return quarantined(config, History().after_all(ledger.events(run)))
+
+
+def release(ledger: Ledger, run: str, client: str) -> None:
+    """Forget a client's faults in a run (by its id): from its next round on it may be asked.
+
+    Works while the run goes on, too: it reads the event before it opens a round.
+
+    Raises:
+        UnknownRun: if there is no such run.
+        NotAtFault: if there is nothing to forget.
+    """
+    faults = History().after_all(ledger.events(run)).faults
+    if client not in faults:
+        known = f"; these have: {', '.join(sorted(faults))}" if faults else ""
+        raise NotAtFault(f"{client!r} has no faults in run {run}{known}")
+    ledger.record(run, "forgiven", {"client": client})

@@ -1,0 +1,218 @@
+"""What makes no sense together is refused before anything starts, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from clients import data, models
+from clients.adapters import ADAPTERS, Adapter
+from clients.optimizers import OPTIMIZERS
+from clients.regularizers import REGULARIZERS, Regularizer
+from orchestrator.cohort import quorum, roster
+from orchestrator.config import BadConfig, RunConfig
+from orchestrator.plan import Plan
+from strategies import STRATEGIES
+from strategies.base import ClientSpec, Strategy, Tensors, Update
+from strategies.tensors import NotLowRank, same_products
+
+
+def _adapter(plan: Plan) -> Adapter:
+    adapter: Adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
+    return adapter
+
+
+def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
+    """Refuse a start that cannot be computed, or not without showing data to everyone.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    name, quantization = config.adapter.name, config.model.quantization
+    if "nf4-base" in adapter.capabilities and quantization != "nf4":
+        raise BadConfig(
+            f"adapter {name!r} (as set) starts from what quantisation to nf4 lost, and "
+            f"model.quantization is {quantization!r}; set it to nf4, or choose another init"
+        )
+    if "unquantized-base" in adapter.capabilities and quantization != "none":
+        raise BadConfig(
+            f"adapter {name!r} (as set) needs gradients of the base weights, which "
+            f"{quantization} weights have not; leave model.quantization out, or choose another init"
+        )
+    chosen, reads = config.init_data, "reads-data" in adapter.capabilities
+    if chosen is None:
+        if reads and config.start != "continue":
+            raise BadConfig(
+                f"adapter {name!r} (as set) makes its first tensors from data; give init_data: "
+                "{data: URI, public: true}, a data set that everyone may see"
+            )
+    elif not reads:
+        raise BadConfig(
+            f"init_data: adapter {name!r} (as set) reads no data; leave it out, or choose init "
+            "eva, corda or lora_ga"
+        )
+    elif not (chosen.public or data.is_public(chosen.data)):
+        raise BadConfig(
+            f"init_data: {chosen.data} is not known to be public, and what is made of it goes to "
+            "every client without noise; give data that everyone may see, and say so with "
+            "init_data.public: true"
+        )
+
+
+def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse what would change the product that the adapter starts with before round 1.
+
+    The offset underneath takes away exactly that product: another would not be the base model.
+
+    Raises:
+        BadConfig: naming what would change it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn, past = (
+        {n: torch.randn(shape, generator=generator) for n, shape in names.items()} for _ in range(2)
+    )
+    movers: list[tuple[str, Tensors]] = []
+    for choice in plan.regularizers:
+        method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
+        movers.append(
+            (f"regularizer {choice.name!r}", method.initialise(drawn, method.consolidate(past, {})))
+        )
+    strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    movers.append((f"strategy {plan.strategy.name!r}", strategy.init(drawn).adapter))
+    for what, after in movers:
+        if not same_products(drawn, after):
+            raise BadConfig(
+                f"{what} (as set) chooses A anew before round 1, and adapter "
+                f"{plan.adapter.name!r} (as set) starts with a product B A that must stay as it "
+                "is; choose init kaiming or gaussian, where B starts at zero"
+            )
+
+
+def refuse_senseless(plan: Plan) -> None:
+    """Refuse combinations in which a method would do nothing, or undo another.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    config = plan.config
+    adapter = _adapter(plan)
+    for needed, wanted, why in (
+        ("dp-hooks", config.privacy is not None, "has no exact per-example gradients under DP"),
+        ("low-rank", bool(plan.start.stack), "cannot be stacked on another adapter"),
+    ):
+        if wanted and needed not in adapter.capabilities:
+            raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
+    _refuse_init(config, adapter)
+    if "unquantised-only" in adapter.capabilities and config.model.quantization != "none":
+        raise BadConfig(
+            f"adapter {plan.adapter.name!r} has no layer for quantised weights, and "
+            f"model.quantization is {config.model.quantization}; use lora, or quantization: none"
+        )
+    if "causal-only" in adapter.capabilities and config.task != "causal-lm":
+        raise BadConfig(
+            f"adapter {plan.adapter.name!r} is for models that generate, and the task is "
+            f"{config.task}; use lora, or task: causal-lm"
+        )
+    # options that do not go together are found by building, before any client is asked
+    OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
+    trained = _trained_names(plan, adapter)
+    if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
+        _refuse_moved_start(plan, models.shapes(plan.model, adapter))
+    _refuse_regularizers(plan, trained)
+
+
+def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
+    for choice in plan.regularizers:
+        method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
+        moved = [n for n in trained if method.freezes and re.fullmatch(method.freezes, n)]
+        if moved:
+            raise BadConfig(
+                f"regularizer {choice.name!r} (as set) needs {moved[0]} frozen, and strategy "
+                f"{plan.strategy.name!r} trains it; use ffa-lora or fedsvd"
+            )
+        if not any(re.fullmatch(method.acts_on, n) for n in trained):
+            raise BadConfig(
+                f"regularizer {choice.name!r} (as set) acts on tensors that strategy "
+                f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
+                "or a strategy that trains them"
+            )
+        reads = type(method).consolidate_from_data is not Regularizer.consolidate_from_data
+        if reads and plan.config.privacy is not None:
+            raise BadConfig(
+                f"regularizer {choice.name!r} computes its memory from data, which is not "
+                "private; leave it out or run without privacy"
+            )
+
+
+def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
+    """Return the names of the tensors that the run trains.
+
+    Raises:
+        BadConfig: if none of the adapter's is among them, or the strategy undoes the adapter.
+    """
+    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    sample = {n: torch.ones(shape) for n, shape in models.shapes(plan.model, adapter).items()}
+    try:
+        state = strategy.init(sample)
+    except NotLowRank as error:
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} needs plain factors B and A, and adapter "
+            f"{plan.adapter.name!r} has others ({error}); use fedavg"
+        ) from error
+    pattern = strategy.broadcast(state, ClientSpec("anyone")).trainable
+    asked = [n for n in sample if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
+    trained = [n for n in asked if not re.fullmatch(adapter.frozen, n)]
+    if all(n.startswith("head.") for n in trained):
+        frozen = [n for n in asked if n not in trained]
+        why = f"keeps {frozen[0]} frozen; use fedavg" if frozen else "has no such tensor"
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
+            f"{plan.adapter.name!r} {why}"
+        )
+    if adapter.frozen:
+        update = Update("anyone", 1, "", {n: 2 * sample[n] for n in trained}, 1)
+        after = strategy.aggregate(state, [update]).adapter
+        kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
+        moved = [n for n in kept if not torch.equal(after[n], sample[n])]
+        if moved:
+            raise BadConfig(
+                f"strategy {plan.strategy.name!r} changes {moved[0]}, which adapter "
+                f"{plan.adapter.name!r} keeps as it is; use fedavg"
+            )
+    return trained
+
+
+def refuse_impossible_rounds(plan: Plan) -> None:
+    """Refuse rounds that could never get what they need.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    config = plan.config
+    known = roster(plan.participants, config.cohort)
+    names, needed = known.names, quorum(config, len(known.names))
+    if not names:
+        wanted = ", ".join(f"{k}={v}" for k, v in config.cohort.where.items())
+        raise BadConfig(f"cohort.where: no client that takes part has the labels {wanted}")
+    if config.asynchronous is not None and config.asynchronous.buffer > len(names):
+        raise BadConfig(
+            f"asynchronous.buffer: {config.asynchronous.buffer} updates are more than the "
+            f"{len(names)} clients that may be asked can send from one version"
+        )
+    if needed > len(names):
+        raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
+    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    if config.stale is not None and not strategy.additive:
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} changes from round to round what an update is "
+            "relative to, so that one of an older version cannot be used; use ffa-lora or "
+            "fedavg, or leave late: keep and asynchronous out"
+        )
+    unknown = [name for name, w in zip(names, known.weights.tolist(), strict=True) if not w]
+    if unknown:
+        raise BadConfig(
+            f"cohort.weight: examples needs every client's declared number of examples, and "
+            f"{unknown[0]} has none; register it with --examples N"
+        )
