@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from functools import partial
 
 from clients.assignment import Assignment
 from clients.worker import perform
-from orchestrator.backends.base import Result, Started, failure
+from orchestrator.backends.base import Result, Started, Stepped, failure, unheard
 
 
 class InlineBackend:
     """Runs assignments here, in order."""
 
     def run(
-        self, assignments: Iterable[Assignment | None], started: Started
+        self,
+        assignments: Iterable[Assignment | None],
+        started: Started,
+        stepped: Stepped = unheard,
     ) -> Generator[Result | None]:
         """Yield each assignment's result; see :class:`orchestrator.backends.base.Backend`."""
         for assignment in assignments:
@@ -22,7 +26,7 @@ class InlineBackend:
                 continue
             started(assignment)
             try:
-                yield perform(assignment)
+                yield perform(assignment, partial(stepped, assignment))
             except Exception as error:  # a client's failure is a value
                 yield failure(assignment, error)
 

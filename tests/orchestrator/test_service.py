@@ -33,7 +33,7 @@ class Dying:
     def __init__(self, last, error=KeyboardInterrupt):
         self.last, self.error, self.inner = last, error, InlineBackend()
 
-    def run(self, assignments, started):
+    def run(self, assignments, started, stepped=None):
         assignments = list(assignments)
         if any(a.round > self.last for a in assignments):
             raise self.error
@@ -49,7 +49,7 @@ class Failing:
     def __init__(self, *names):
         self.names, self.inner = names, InlineBackend()
 
-    def run(self, assignments, started):
+    def run(self, assignments, started, stepped=None):
         for a in assignments:
             if a.client in self.names:
                 yield Failure(a.client, a.round, "out of memory")
