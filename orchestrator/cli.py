@@ -76,6 +76,10 @@ def run(
     resume: Annotated[
         str | None, typer.Option("--resume", help="Go on with this run instead.")
     ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Join this Ray cluster, HOST:PORT of its head."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Launch a federated run, or go on with one."""
@@ -86,8 +90,12 @@ def run(
 
     if (config is None) == (resume is None):
         raise BadConfig("give a run's YAML file, or --resume RUN")
+    if ray_address is not None:
+        overrides = [*overrides, f"backend.address={json.dumps(ray_address)}"]
     if resume is not None and overrides:
-        raise BadConfig("--set cannot change a run that goes on; launch a new one")
+        raise BadConfig(
+            "--set cannot change a run that goes on, nor can --ray-address; launch a new one"
+        )
     workspace = workspace_here()
     console = err if as_json else out
     with RunProgress(console, lambda plan: spent_by_run(plan, workspace.ledger)) as progress:

@@ -213,8 +213,13 @@ class Federation:
             if shown:
                 self.observe("training", {"client": assignment.client})
 
+        def stepped(assignment: Assignment, step: int, steps: int) -> None:
+            if shown:
+                at = {"client": assignment.client, "step": step, "steps": steps}
+                self.observe("step", at)
+
         deadline = self.plan.config.backend.deadline_s
-        return complete(self.backend, assignments, deadline, started)
+        return complete(self.backend, assignments, deadline, started, stepped)
 
     def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
         return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import getpass
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from clients import data, models
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
 from clients.export import export_peft
+from clients.worker import perform
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BackendConfig, BadConfig, RunConfig, find_plugin
@@ -144,13 +145,22 @@ def make_backend(config: BackendConfig, threads: int, num_clients: int) -> Backe
     Raises:
         orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
     """
+    work = partial(perform, checkpoint_s=config.checkpoint_s)
     if config.name == "inline":
-        return InlineBackend()
+        return InlineBackend(work)
     from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
 
-    cores = os.cpu_count() or 1
-    workers = config.workers or max(1, min(num_clients, cores // threads))
-    return RayBackend(workers, threads, config.gpus_per_worker, config.address)
+    return RayBackend(
+        config.workers,
+        threads,
+        config.gpus_per_worker,
+        config.address,
+        perform=work,
+        heartbeat_s=config.heartbeat_s,
+        grace_s=config.grace_s,
+        recycle_above_mb=config.recycle_above_mb,
+        clients=num_clients,
+    )
 
 
 @contextmanager

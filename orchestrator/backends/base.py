@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from clients import pace
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
 from strategies.base import Update
@@ -37,6 +38,8 @@ Started: TypeAlias = Callable[[Assignment], None]
 Stepped: TypeAlias = Callable[[Assignment, int, int], None]
 """Told of an assignment's steps done, and its steps in all (0: not known yet)."""
 
+Perform: TypeAlias = Callable[[Assignment, pace.Stepped], Update | Evaluation]
+"""What is done with an assignment where it runs, such as :func:`clients.worker.perform`."""
 
 TICK_S = 0.2
 

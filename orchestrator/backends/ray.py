@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from clients.worker import perform
 from orchestrator.backends.base import (
     TICK_S,
     Failure,
+    Perform,
     Result,
     Started,
     Stepped,
@@ -33,12 +35,13 @@ from orchestrator.backends.base import (
 from orchestrator.backends.ray_cluster import RayUnavailable, join_ray, room, start_ray
 from orchestrator.backends.ray_payload import Once, result_of, split
 from orchestrator.backends.ray_pool import Pool, Seat, answered
-from orchestrator.backends.ray_worker import Look, Perform
+from orchestrator.backends.ray_worker import Look
 
 __all__ = ["RayBackend", "RayUnavailable"]
 
 _LOST = 3
 _LOOK_S = 1.0
+_MEASURED_STEPS = 2  # gradients, optimizer state and a batch's activations have all been there
 
 
 @dataclass(slots=True)
@@ -141,6 +144,9 @@ class _Run:
             self._lost(job, "the worker process died")
         else:
             self.ready.append(answer)
+            if not self.pool.measured and job.assignment.action != "init":
+                with suppress(ray.exceptions.RayError):  # the next one will tell
+                    self.pool.measure(ray.get(seat.actor.look.remote()))
             self.pool.keep(seat, private)
 
     def _lost(self, job: _Job, why: str) -> None:
@@ -162,7 +168,11 @@ class _Run:
             look: Look = ray.get(ref)
         except ray.exceptions.RayError:
             return  # its call will say so
-        if look.number == running.seat.calls and look.beats != running.beats:
+        if look.number != running.seat.calls:
+            return  # of an earlier assignment
+        if look.step >= _MEASURED_STEPS:
+            self.pool.measure(look)
+        if look.beats != running.beats:
             running.beats, running.heard = look.beats, time.monotonic()
             self.stepped(running.job.assignment, look.step, look.steps)
 
@@ -184,7 +194,8 @@ class RayBackend:
     """Runs assignments on local Ray workers, or on those of a cluster.
 
     Args:
-        workers: number of worker processes, >= 1.
+        workers: number of worker processes, >= 1, or None for as many as CPUs, GPUs, clients and
+            memory allow: one works alone until its peak is known.
         threads: intra-op threads a worker, >= 1.
         gpus: GPUs a worker, may be a fraction.
         address: of a Ray cluster to join, or None for a local one.
@@ -194,12 +205,13 @@ class RayBackend:
         grace_s: seconds that a worker has to heed the word to give up before it is killed.
         recycle_above_mb: MB (10^6 bytes) of its own memory above which a worker is replaced after
             an assignment; None goes by how it grows.
+        clients: how many there are to serve; more workers than that are of no use.
 
     Raises:
         RayUnavailable: if Ray cannot be started or joined, or has no room for a worker.
     """
 
-    workers: int
+    workers: int | None
     threads: int = 1
     gpus: float = 0.0
     address: str | None = None
@@ -207,31 +219,33 @@ class RayBackend:
     heartbeat_s: float = 600.0
     grace_s: float = 30.0
     recycle_above_mb: float | None = None
+    clients: int | None = None
     _pool: Pool = field(init=False)
     _mine: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not ray.is_initialized():
             if self.address is None:
-                start_ray(self.workers * self.threads)
+                start_ray((self.workers or 1) * self.threads)
             else:
                 join_ray(self.address)
             self._mine = True
         places = room(self.threads, self.gpus)
-        if places < self.workers:
+        wanted = self.workers or min(places, self.clients or places)
+        if places < wanted:
             logging.getLogger(__name__).warning(
                 "Ray has room for %d of the %d workers asked for (each takes %d CPUs and %g GPUs); "
                 "the run goes on with %d",
-                *(places, self.workers, self.threads, self.gpus, places),
+                *(places, wanted, self.threads, self.gpus, places),
             )
-            self.workers = places
         self._pool = Pool(
-            self.workers,
+            min(places, wanted),
             self.threads,
             self.gpus,
             self.perform,
             grace_s=self.grace_s,
             recycle_above_mb=self.recycle_above_mb,
+            measured=self.workers is not None,
         )
         self._pool.fill()
 
@@ -247,13 +261,19 @@ class RayBackend:
             RayUnavailable: if no worker process can start.
         """
         run = _Run(self._pool, _Queue(assignments), started, stepped, self.heartbeat_s)
+        spoken = time.monotonic()
         try:
             while run.open:
                 run.send()
                 if run.ready:  # workers go on while this one is copied out and looked at
                     yield result_of(run.ready.pop())
-                elif not run.listen() and not run.ready and run.open:
+                    spoken = time.monotonic()
+                    continue
+                heard = run.listen()
+                late = time.monotonic() - spoken >= TICK_S  # many workers are heard of all the time
+                if run.open and not run.ready and (late or not heard):
                     yield None
+                    spoken = time.monotonic()
         finally:
             self._pool.leave((ref, running.seat) for ref, running in run.running.items())
 

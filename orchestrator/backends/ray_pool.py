@@ -7,6 +7,7 @@ give up until it has. One that dies never is again.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -15,8 +16,9 @@ from typing import Any
 
 import ray
 
+from orchestrator.backends.base import Perform
 from orchestrator.backends.ray_cluster import RayUnavailable
-from orchestrator.backends.ray_worker import Perform, Worker
+from orchestrator.backends.ray_worker import Look, Worker
 
 _FAILED_STARTS = 3
 _PATIENCE_S = 30.0
@@ -61,6 +63,8 @@ class Pool:
         perform: what they do.
         grace_s: seconds to heed the word to give up.
         recycle_above_mb: as :class:`orchestrator.backends.ray.RayBackend` says.
+        measured: whether the size is final. If not, one worker at a time gets work until it is
+            known how much memory that takes.
     """
 
     size: int
@@ -69,6 +73,7 @@ class Pool:
     perform: Perform
     grace_s: float
     recycle_above_mb: float | None
+    measured: bool = True
     _idle: deque[Seat] = field(default_factory=deque, init=False)
     _busy: set[Seat] = field(default_factory=set, init=False)
     _starting: dict[Any, Seat] = field(default_factory=dict, init=False)
@@ -87,8 +92,8 @@ class Pool:
 
     @property
     def idle(self) -> bool:
-        """Whether a worker is ready."""
-        return bool(self._idle)
+        """Whether a worker is ready, and there is memory for it to work."""
+        return bool(self._idle) and (self.measured or not self._busy)
 
     def take(self) -> Seat:
         """Return a worker that is ready, which is busy from now on."""
@@ -113,6 +118,23 @@ class Pool:
             _kill([seat])
         else:
             self._idle.append(seat)
+
+    def measure(self, look: Look) -> None:
+        """Let as many workers work as the memory of a machine holds, going by one that does."""
+        if self.measured:
+            return
+        self.measured = True
+        machines = sum(node["Alive"] for node in ray.nodes() if node["Resources"].get("CPU"))
+        fits = machines * fitting(look.peak, look.private, look.available)
+        if fits < self.size:
+            logging.getLogger(__name__).warning(
+                "%d workers instead of %d: one takes up to %.0f MB of its own, and its machine has "
+                "%.0f MB left; backend.workers overrides this",
+                *(fits, self.size, look.peak / 1e6, look.available / 1e6),
+            )
+            spare = [self._idle.popleft() for _ in range(min(len(self._idle), self.size - fits))]
+            _kill(spare)
+            self.size = fits
 
     def drop(self, seat: Seat) -> None:
         """Be done with a worker that has died, or is to."""
@@ -191,6 +213,19 @@ class Pool:
         _kill([*self._idle, *self._busy, *self._starting.values(), *leaving])
         for known in (self._idle, self._busy, self._starting, self._leaving):
             known.clear()
+
+
+def fitting(peak: int, private: int, available: int) -> int:
+    """Return how many workers fit into a machine on which one works already.
+
+    Args:
+        peak: the most bytes that one had for itself; 0 for not known, as ``available``.
+        private: bytes that it has now.
+        available: bytes that the machine could still give away, of which a tenth is left alone.
+    """
+    if not peak or not available:
+        return sys.maxsize
+    return 1 + max(0, int(0.9 * (available - (peak - private)) // peak))
 
 
 def answered(ref: Any) -> bool:

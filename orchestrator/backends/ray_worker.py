@@ -7,22 +7,19 @@ next microbatch: the process and its warm model are kept.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import ray
 import torch
 
-from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from clients.pace import GivenUp, Stepped
-from orchestrator.backends.base import failure
+from clients.pace import GivenUp
+from orchestrator.backends.base import Perform, failure
 from orchestrator.backends.ray_payload import Arrays, Work, joined, to_arrays, to_tensors
-from strategies.base import Tensors, Update
-
-Perform: TypeAlias = Callable[[Assignment, Stepped], Update | Evaluation]
+from strategies.base import Tensors
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -37,13 +34,17 @@ class Look:
         step: steps done of what it works at.
         steps: in all; 0 where that is not known yet.
         private: bytes of memory that are its own; see :func:`private_bytes`.
+        peak: the most bytes that were.
+        available: bytes of memory that its machine could still give away; 0 for not known.
     """
 
     number: int
     beats: int
     step: int
     steps: int
-    private: int
+    private: int = 0
+    peak: int = 0
+    available: int = 0
 
 
 class Worker:
@@ -53,7 +54,7 @@ class Worker:
         torch.set_num_threads(threads)
         self._perform = perform
         self._parts: dict[str, Tensors] = {}
-        self._look = Look(0, 0, 0, 0, 0)
+        self._look = Look(0, 0, 0, 0)
         self._unwanted = 0
 
     def ping(self) -> int:
@@ -77,7 +78,7 @@ class Worker:
             for key, content in zip(work[-1].values(), arrays, strict=True)
         }
         assignment = joined(work, self._parts)
-        self._look = Look(number, 0, 0, 0, 0)
+        self._look = Look(number, 0, 0, 0)
         try:
             result = self._perform(assignment, self._stepped)
         except Exception as error:  # a client's failure is a value
@@ -90,7 +91,11 @@ class Worker:
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]  # Ray's
     def look(self) -> Look:
         """Return how far the process is; answered while it works."""
-        return replace(self._look, private=private_bytes())
+        private = private_bytes()
+        above = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _resident_bytes()
+        return replace(
+            self._look, private=private, peak=private + max(0, above), available=_available()
+        )
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]  # Ray's
     def give_up(self, number: int) -> None:
@@ -100,7 +105,7 @@ class Worker:
     def _stepped(self, step: int, steps: int) -> None:
         if self._look.number <= self._unwanted:
             raise GivenUp("nobody waits for this assignment any more")
-        self._look = Look(self._look.number, self._look.beats + 1, step, steps, 0)
+        self._look = Look(self._look.number, self._look.beats + 1, step, steps)
 
 
 def private_bytes() -> int:
@@ -109,8 +114,27 @@ def private_bytes() -> int:
     Mapped files (base weights) and Ray's store are not in it: they are everybody's. Costs some
     microseconds, which the proportional share of each page (PSS) does not.
     """
+    resident, shared = _pages()
+    return (resident - shared) * _PAGE
+
+
+def _resident_bytes() -> int:
+    return _pages()[0] * _PAGE
+
+
+def _pages() -> tuple[int, int]:
+    """Return the resident pages, and those of them that others may share."""
     try:
         _, resident, shared, *_ = Path("/proc/self/statm").read_text("ascii").split()
     except OSError:
+        return 0, 0
+    return int(resident), int(shared)
+
+
+def _available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
         return 0
-    return (int(resident) - int(shared)) * _PAGE
+    [line] = [line for line in lines if line.startswith("MemAvailable:")] or ["MemAvailable: 0 kB"]
+    return int(line.split()[1]) * 1024

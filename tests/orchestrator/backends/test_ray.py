@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.ray,
     # Ray leaves its own processes to its node, and its sockets to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(240),
 ]
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
@@ -377,6 +378,51 @@ def test_a_worker_that_no_machine_can_hold_is_refused_at_once():
         RayBackend(workers=1, gpus=0.5)
 
 
+def test_workers_wait_until_one_has_shown_how_much_memory_it_takes(act, ask, monkeypatch, caplog):
+    monkeypatch.setattr(ray_pool, "fitting", lambda peak, private, available: 1)
+    backend = RayBackend(workers=None, threads=4, perform=act, clients=5)
+    assert backend._pool.size == 2  # eight CPUs
+    assert not backend._pool.measured
+
+    results, began = run(backend, ask("brief", "a", "b"))
+    backend.close()
+
+    assert began == ["a", "b", "brief"]
+    assert len({r.metrics["pid"] for r in results.values()}) == 1
+    assert backend._pool.measured
+    assert "1 workers instead of 2" in caplog.text
+
+
+def test_an_initialisation_says_nothing_about_memory_and_training_does(act, ask):
+    backend = RayBackend(workers=None, threads=4, perform=act, clients=5)
+    [asked] = ask("a")
+
+    run(backend, [replace(asked, action="init")])
+    assert not backend._pool.measured
+    run(backend, [asked])
+    backend.close()
+
+    assert backend._pool.measured
+    assert backend._pool.size == 2  # there is memory for two of these
+
+
+def test_a_worker_looks_at_its_own_memory():
+    worker = ray_worker.Worker(1, lambda assignment, stepped: None)
+
+    look = worker.look()
+
+    assert 0 < look.private <= look.peak
+    assert look.available > look.private
+
+
+@pytest.mark.parametrize(
+    ("peak", "private", "available", "fits"),
+    [(10, 10, 0, None), (0, 0, 100, None), (10, 10, 100, 10), (10, 10, 9, 1), (10, 5, 100, 9)],
+)
+def test_workers_fit_while_a_tenth_of_what_is_left_stays(peak, private, available, fits):
+    assert ray_pool.fitting(peak, private, available) == (fits or sys.maxsize)
+
+
 def test_a_local_ray_lets_nobody_else_in():
     address = ray.get_runtime_context().gcs_address
 
@@ -387,7 +433,7 @@ def test_fewer_places_than_workers_are_said_at_once(caplog, act):
     backend = RayBackend(workers=3, threads=4, perform=act)
     backend.close()
 
-    assert backend.workers == 2
+    assert backend._pool.size == 2
     assert "room for 2 of the 3 workers" in caplog.text
 
 
