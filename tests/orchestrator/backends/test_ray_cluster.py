@@ -3,9 +3,11 @@
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,7 @@ print(json.dumps({r.client: r.reason for r in results}))
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
+def cluster():
     """A head on this machine's network address that asks for a token; its address and the token."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing; says which address would
@@ -131,13 +133,16 @@ def cluster(tmp_path_factory):
     }
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += [f"--node-ip-address={host}", "--include-dashboard=false", "--disable-usage-stats"]
-    command += ["--object-store-memory=100000000"]
+    # A folder of its own: in the usual one, Ray notes this cluster for whoever starts one next.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # pytest's is too long for a socket's name
+    command += ["--object-store-memory=100000000", f"--temp-dir={folder}"]
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     yield f"{host}:{port}", environment
     head.terminate()
     head.wait(30)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def drive(address, environment, site):
