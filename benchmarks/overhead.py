@@ -34,6 +34,7 @@ from _figures import Figure, show
 from ray.util import ActorPool
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
+from clients.pace import Stepped
 from orchestrator.backends.base import complete
 from orchestrator.backends.ray import RayBackend
 from strategies.base import Broadcast, Update
@@ -43,7 +44,7 @@ GOAL = 1.5
 Round = Callable[[], None]
 
 
-def echo(assignment: Assignment) -> Update:
+def echo(assignment: Assignment, stepped: Stepped) -> Update:
     """Return the broadcast as the client's update: a client that does not train."""
     return Update(
         client=assignment.client,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clients import data
 from clients.assignment import Assignment
+from clients.pace import Stepped, unheard
 from clients.session import Session, allowed_labels, move, opened
 from clients.site import Site
 
@@ -39,8 +40,12 @@ class Evaluation:
     label_accuracy: Mapping[str, float] = field(default_factory=dict)
 
 
-def evaluate(assignment: Assignment) -> Evaluation:
+def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
     """Score the assignment's tensors on its data, without dropout and without gradients.
+
+    Args:
+        assignment: which tensors, which data.
+        stepped: told of progress, a batch being a step.
 
     Raises:
         clients.data.BadRecord: if a record is malformed.
@@ -57,30 +62,29 @@ def evaluate(assignment: Assignment) -> Evaluation:
         session.write(tensors)
         session.model.eval()
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        if assignment.model.kind == "classification":
-            return _classification(assignment, session, encoded)
-        return _language_modelling(assignment, session, encoded)
+        score = _classification if assignment.model.kind == "classification" else _continuation
+        return score(assignment, session, encoded, stepped)
 
 
 def _batches(
-    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
-) -> list[tuple[list[int], data.Batch]]:
-    """Return batches of examples of like length: less padding, the same scores."""
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
+) -> Iterator[tuple[list[int], data.Batch]]:
+    """Yield batches of examples of like length: less padding, the same scores."""
     pad = data.padding_id(session.base.tokenizer)
-    return [
-        (chunk, move(data.collate([encoded[i] for i in chunk], pad), assignment.device))
-        for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch)
-    ]
+    chunks = list(data.by_length(encoded, range(len(encoded)), assignment.microbatch))
+    for done, chunk in enumerate(chunks):
+        stepped(done, len(chunks))
+        yield chunk, move(data.collate([encoded[i] for i in chunk], pad), assignment.device)
 
 
 def _classification(
-    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Evaluation:
     allowed = allowed_labels(assignment)
     predicted = torch.empty(len(encoded), dtype=torch.long)
     truth = torch.empty(len(encoded), dtype=torch.long)
     loss = 0.0
-    for chunk, batch in _batches(assignment, session, encoded):
+    for chunk, batch in _batches(assignment, session, encoded, stepped):
         logits = session.model(batch)
         if allowed is not None:
             barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
@@ -112,11 +116,11 @@ def _f1(predicted: Tensor, truth: Tensor, label: int) -> float:
     return 2 * hits / int((predicted == label).sum() + (truth == label).sum())
 
 
-def _language_modelling(
-    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]
+def _continuation(
+    assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Evaluation:
     nats, tokens, num_bytes = 0.0, 0, 0
-    for _, batch in _batches(assignment, session, encoded):
+    for _, batch in _batches(assignment, session, encoded, stepped):
         logits, labels = session.model(batch)[:, :-1], batch.labels[:, 1:]
         nats += float(
             torch.nn.functional.cross_entropy(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from clients import placement
+from clients import mapped, placement
 from clients.adapters import Adapter
 from clients.assignment import ModelSpec
 from clients.task_model import TaskModel, is_decoder
@@ -111,6 +111,19 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
     if spec.quantization != "none":
         options["quantization_config"] = _quantization(spec, device)
         options["device_map"] = {"": device}
+    elif device == "cpu":
+        key = f"{base_hash(spec)}-{spec.kind}"
+        with _quiet():
+            folder = mapped.mappable(
+                folder, options["dtype"], key, lambda: _pretrained(spec, folder, options)
+            )
+    model = _pretrained(spec, folder, options)
+    if spec.quantization == "none":
+        model.to(device)
+    return _frozen(model, spec)
+
+
+def _pretrained(spec: ModelSpec, folder: Path, options: dict[str, Any]) -> Any:
     with _quiet():
         try:
             model, info = _auto_class(spec).from_pretrained(folder, **options)
@@ -122,9 +135,7 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
             f"{folder} lacks {len(lacking)} of the weights that a {type(model).__name__} needs "
             f"({lacking[0]}, …), which would be random; is kind {spec.kind!r} right for it?"
         )
-    if spec.quantization == "none":
-        model.to(device)
-    return _frozen(model, spec)
+    return model
 
 
 def _frozen(model: Any, spec: ModelSpec) -> Any:

@@ -75,6 +75,8 @@ class Site:
         folder = self._run_folder(run, client)
         path = folder / f"update-{assignment}"
         write_durably(path, data)
+        for checkpoint in folder.glob("checkpoint-*"):  # of this assignment, or of one given up
+            checkpoint.unlink(missing_ok=True)
         for other in folder.glob("update-*"):
             if other == path:
                 continue
@@ -82,6 +84,20 @@ class Site:
                 other.unlink(missing_ok=True)
             elif other.stat().st_size:
                 write_durably(other, b"")
+
+    def checkpoint(self, run: str, client: str, assignment: str) -> bytes | None:
+        """Return what :meth:`store_checkpoint` kept for this assignment digest last, or None."""
+        path = self._run_folder(run, client) / f"checkpoint-{assignment}"
+        return path.read_bytes() if path.exists() else None
+
+    def store_checkpoint(self, run: str, client: str, assignment: str, data: bytes) -> None:
+        """Keep how far an assignment is, until its update is stored; earlier ones are dropped."""
+        folder = self._run_folder(run, client)
+        path = folder / f"checkpoint-{assignment}"
+        write_durably(path, data)
+        for other in folder.glob("checkpoint-*"):
+            if other != path:
+                other.unlink(missing_ok=True)
 
     def state(self, run: str, client: str, round_: int) -> dict[str, Tensor]:
         """Return the client's own tensors as round ``round_`` wrote them; empty for none.

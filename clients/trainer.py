@@ -10,16 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clients import data
 from clients.assignment import NO_DATA, Assignment
+from clients.checkpoint import (
+    Checkpoints,
+    generators,
+    optimizer_state,
+    set_generators,
+    set_optimizer_state,
+)
 from clients.gradients import PrivateGradient, plain_step, verify_per_example
 from clients.initialisations import OFFSET, InitInputs
 from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
+from clients.pace import Stepped, unheard
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
 from clients.session import (
     Session,
@@ -106,13 +115,22 @@ def _plain_losses(assignment: Assignment, session: Session, batch: data.Batch) -
     return session.model.example_losses(logits, batch, allowed_labels(assignment))
 
 
-def train(assignment: Assignment) -> Update:
+def train(
+    assignment: Assignment, stepped: Stepped = unheard, checkpoint_s: float | None = None
+) -> Update:
     """Train for one round and return what may leave the client.
 
     A second call with the same assignment returns the stored first result, byte for byte: no two
     different updates ever exist for one digest.
 
+    Args:
+        assignment: what to train, from what, on what.
+        stepped: told of progress.
+        checkpoint_s: seconds between checkpoints, from which the same assignment goes on after a
+            crash and ends with the same bytes; None for none.
+
     Raises:
+        GivenUp: if ``stepped`` raised it; nothing is stored then.
         UpdateGone: if it was sent before a later round's, and is no longer kept.
         NothingToTrain: if there is no example or no trainable tensor.
         clients.data.BadRecord: if a record is malformed.
@@ -125,11 +143,16 @@ def train(assignment: Assignment) -> Update:
     examples = data.examples(assignment.data, assignment.model)
     if not examples and assignment.privacy is None:  # with privacy nobody may learn that
         raise NothingToTrain(f"{assignment.client} has no example for this task")
+    stepped(0, assignment.steps or 0)  # the base model may take long to load
+    secret = site.data_key(assignment.privacy.insecure_seed if assignment.privacy else None)
+    fingerprint = data.fingerprint(assignment.data, examples, None if assignment.public else secret)
     with opened(assignment) as session:
         session.write(_starting_tensors(assignment, site))
-        loop = _Loop(
-            assignment, session, data.encode(examples, session.base.tokenizer, assignment.model)
-        )
+        encoded = data.encode(examples, session.base.tokenizer, assignment.model)
+        loop = _Loop(assignment, session, encoded, stepped)
+        if checkpoint_s is not None:
+            run, client = assignment.run, assignment.client
+            loop.keep(Checkpoints(site, run, client, digest, fingerprint, checkpoint_s))
         privacy = assignment.privacy
         metrics: dict[str, float] = {}
         spends: tuple[PrivacySpend, ...] = ()
@@ -139,7 +162,6 @@ def train(assignment: Assignment) -> Update:
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
             spends = loop.run_private(NoiseStream(key, digest))
         trained = session.read()
-    secret = site.data_key(privacy.insecure_seed if privacy else None)
     update = Update(
         client=assignment.client,
         round=assignment.round,
@@ -149,9 +171,7 @@ def train(assignment: Assignment) -> Update:
         metrics=metrics,
         memory={},
         spends=spends,
-        fingerprint=data.fingerprint(
-            assignment.data, examples, None if assignment.public else secret
-        ),
+        fingerprint=fingerprint,
     )
     if assignment.head == "personal":
         head = {k: v for k, v in trained.items() if k.startswith("head.")}
@@ -196,6 +216,7 @@ class _Loop:
     assignment: Assignment
     session: Session
     encoded: Sequence[data.Encoded]
+    stepped: Stepped
     params: dict[str, nn.Parameter] = field(init=False)
     mask: dict[str, Tensor] = field(init=False)
     reference: dict[str, Tensor] = field(init=False)
@@ -204,6 +225,8 @@ class _Loop:
     optimizer: torch.optim.Optimizer = field(init=False)
     loss_sum: Tensor = field(init=False)
     num_seen: int = 0
+    step: int = 0
+    _checkpoints: Checkpoints | None = None
 
     def __post_init__(self) -> None:
         a = self.assignment
@@ -225,6 +248,32 @@ class _Loop:
         )
         self.loss_sum = torch.zeros((), device=a.device)
         self.session.model.train()
+
+    def keep(self, checkpoints: Checkpoints) -> None:
+        """Go on from the last checkpoint, if there is one, and make more."""
+        self._checkpoints = checkpoints
+        state = checkpoints.found()
+        if state is None:
+            return
+        self.step, self.num_seen = state["step"], state["num_seen"]
+        self.loss_sum, self.memory = state["loss_sum"], state["memory"]
+        with torch.no_grad():
+            for name, parameter in self.params.items():
+                parameter.copy_(state["params"][name])
+        set_optimizer_state(self.optimizer, state["optimizer"])
+        set_generators(state["generators"], self.assignment.device)
+
+    def _state(self) -> dict[str, Any]:
+        """Return everything that a step changes."""
+        return {
+            "step": self.step,
+            "num_seen": self.num_seen,
+            "loss_sum": self.loss_sum,
+            "memory": self.memory,
+            "params": self.params,
+            "optimizer": optimizer_state(self.optimizer),
+            "generators": generators(self.assignment.device),
+        }
 
     def run_plain(self) -> dict[str, float]:
         """Train without privacy; return the mean loss over all examples seen, if it is a number."""
@@ -251,7 +300,7 @@ class _Loop:
         )
         self._verify_engine()
         with engine:
-            for step in range(a.steps):
+            for step in range(self.step, a.steps):
                 drawn = stream.poisson_sample(step, len(self.encoded), a.privacy.sample_rate)
                 engine.step(self._microbatches(drawn.tolist()), self._losses, step)
                 self._finish_step()
@@ -299,6 +348,9 @@ class _Loop:
             observed = regularizer.observe(grads, before, after, recall(self.memory, name))
             self.memory |= namespaced(observed, name)
         self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self._checkpoints is not None and self.step < self._num_steps():
+            self._checkpoints.offer(self._state)
 
     def _add_penalties(self) -> None:
         """Add the penalties' gradients: after the noise, because they see no data."""
@@ -318,20 +370,26 @@ class _Loop:
             yield regularizer.penalty(self.params, self.reference, recall(self.memory, name))
 
     def _plain_batches(self) -> Iterator[list[int]]:
-        """Yield the indices of each step's examples: shuffled passes over the data."""
+        """Yield the indices of each step's examples yet to do: shuffled passes over the data."""
         a = self.assignment
         generator = torch.Generator().manual_seed(a.seed)
-        steps = a.steps or math.ceil(a.epochs * math.ceil(len(self.encoded) / a.batch_size))
         order: list[int] = []
-        for _ in range(steps):
+        done = self.step
+        for step in range(self._num_steps()):
             if not order:
                 order = torch.randperm(len(self.encoded), generator=generator).tolist()
-            yield order[: a.batch_size]
+            if step >= done:
+                yield order[: a.batch_size]
             order = order[a.batch_size :]
+
+    def _num_steps(self) -> int:
+        a = self.assignment
+        return a.steps or math.ceil(a.epochs * math.ceil(len(self.encoded) / a.batch_size))
 
     def _microbatches(self, indices: Sequence[int]) -> Iterator[data.Batch]:
         """Yield a batch in parts of like length: the same sum of gradients, less padding."""
         for chosen in data.by_length(self.encoded, indices, self.assignment.microbatch):
+            self.stepped(self.step, self._num_steps())
             yield self._collated(chosen)
 
     def _collated(self, indices: Sequence[int]) -> data.Batch:

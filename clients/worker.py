@@ -8,29 +8,44 @@ import torch
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation, evaluate
+from clients.pace import GivenUp, Stepped, unheard
 from clients.site import Site
 from clients.trainer import initial_update, train
 from strategies.base import Update
 
 
-def perform(assignment: Assignment) -> Update | Evaluation:
+def perform(
+    assignment: Assignment, stepped: Stepped = unheard, checkpoint_s: float | None = None
+) -> Update | Evaluation:
     """Do what the assignment asks for and return its result.
 
     Deterministic kernels are asked for; threads are set as the assignment says, because they
     change rounding. The traceback of an error stays in the client's private folder.
+
+    Args:
+        assignment: what to do.
+        stepped: told of progress; what it raises ends the work.
+        checkpoint_s: as :func:`clients.trainer.train` says.
+
+    Raises:
+        clients.pace.GivenUp: if ``stepped`` raised it; the process can go on with another.
     """
     try:
-        return _perform(assignment)
+        return _perform(assignment, stepped, checkpoint_s)
+    except GivenUp:
+        raise
     except Exception:
         Site(assignment.site).note_error(assignment.client, traceback.format_exc())
         raise
 
 
-def _perform(assignment: Assignment) -> Update | Evaluation:
+def _perform(
+    assignment: Assignment, stepped: Stepped, checkpoint_s: float | None
+) -> Update | Evaluation:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(assignment.threads)
     if assignment.action == "evaluate":
-        return evaluate(assignment)
+        return evaluate(assignment, stepped)
     if assignment.action == "init":
         return initial_update(assignment)
-    return train(assignment)
+    return train(assignment, stepped, checkpoint_s)

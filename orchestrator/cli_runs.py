@@ -45,6 +45,10 @@ def run(  # noqa: PLR0913  (one option each)
     detach: Detach = False,
     priority: Priority = 0,
     label: Label = [],  # noqa: B006
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Join this Ray cluster, HOST:PORT of its head."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Launch a federated run, queue one, or go on with one."""
@@ -54,9 +58,12 @@ def run(  # noqa: PLR0913  (one option each)
 
     if (config is None) == (resume is None):
         raise BadConfig("give a run's YAML file, or --resume RUN")
+    if ray_address is not None:
+        overrides = [*overrides, f"backend.address={json.dumps(ray_address)}"]
     if resume is not None and (overrides or detach or priority or label):
         raise BadConfig(
-            "--set cannot change a run that goes on, nor --detach, --priority, --label; "
+            "--set cannot change a run that goes on, nor --ray-address, --detach, --priority, "
+            "--label; "
             "weft runs resume RUN queues it, weft runs clone RUN --set … starts a changed one"
         )
     queueing = Queueing(priority, pairs(label, "--label"))

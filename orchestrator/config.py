@@ -176,9 +176,21 @@ class BackendConfig(Strict):
     """Where clients are trained. Nothing here changes a result."""
 
     name: Literal["ray", "inline"] = "ray"
-    workers: int | None = Field(default=None, ge=1)
+    workers: Annotated[
+        int | None, Field(ge=1), BeforeValidator(lambda v: None if v == "auto" else v)
+    ] = None
     address: str | None = None
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    heartbeat_s: float = Field(default=600.0, gt=0)
+    grace_s: float = Field(default=30.0, ge=0)
+    checkpoint_s: float | None = Field(default=None, ge=0)
+    recycle_above_mb: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> BackendConfig:
+        if self.name == "inline" and self.address is not None:
+            raise ValueError("address: inline runs in this process; use name: ray with an address")
+        return self
 
 
 class RunConfig(Rounds):

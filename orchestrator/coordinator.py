@@ -7,7 +7,6 @@ on any machines that share the database and the home, may do it at once.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from clients.worker import perform
 from orchestrator.backends.base import Backend
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BackendConfig
@@ -181,13 +181,22 @@ def make_backend(config: BackendConfig, threads: int, num_clients: int) -> Backe
     Raises:
         orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
     """
+    work = partial(perform, checkpoint_s=config.checkpoint_s)
     if config.name == "inline":
-        return InlineBackend()
+        return InlineBackend(work)
     from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
 
-    cores = os.cpu_count() or 1
-    workers = config.workers or max(1, min(num_clients, cores // threads))
-    return RayBackend(workers, threads, config.gpus_per_worker, config.address)
+    return RayBackend(
+        config.workers,
+        threads,
+        config.gpus_per_worker,
+        config.address,
+        perform=work,
+        heartbeat_s=config.heartbeat_s,
+        grace_s=config.grace_s,
+        recycle_above_mb=config.recycle_above_mb,
+        clients=num_clients,
+    )
 
 
 def _drive_to_an_end(

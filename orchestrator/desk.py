@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from clients.assignment import Assignment
-from orchestrator.backends.base import Backend, Failure, Result, Started
+from orchestrator.backends.base import Backend, Failure, Result, Started, Stepped
 
 
 @dataclass(slots=True)
@@ -21,11 +21,13 @@ class Desk:
     Attributes:
         backend: where assignments run.
         started: called when a worker begins with one.
+        stepped: called now and then with how far one is.
         heed: called while :meth:`one` waits; raises where people want the run to stop.
     """
 
     backend: Backend
     started: Started
+    stepped: Stepped = lambda assignment, step, steps: None
     heed: Callable[[], None] = lambda: None
     _queue: deque[Assignment] = field(default_factory=deque, init=False)
     _held: deque[Result] = field(default_factory=deque, init=False)
@@ -70,7 +72,7 @@ class Desk:
 
     def _open(self) -> Generator[Result | None]:
         if self._results is None:
-            self._results = self.backend.run(self._feed(), self.started)
+            self._results = self.backend.run(self._feed(), self.started, self.stepped)
         return self._results
 
     def _feed(self) -> Iterator[Assignment | None]:

@@ -90,7 +90,7 @@ class Federation:
         self.underlay = beneath(self.store, plan.start.stack, None)
         self._roster = roster(plan.participants, plan.config.cohort)
         self._commits = Commits(self.store)
-        self._desk = Desk(self.backend, self._started, self._heed)
+        self._desk = Desk(self.backend, self._started, self._stepped, self._heed)
         self._collector = Collector(
             plan=plan,
             people={p.name: p for p in plan.participants},
@@ -271,6 +271,10 @@ class Federation:
     def _started(self, assignment: Assignment) -> None:
         if assignment.action == "train":
             self.observe("training", {"client": assignment.client})
+
+    def _stepped(self, assignment: Assignment, step: int, steps: int) -> None:
+        if assignment.action == "train":
+            self.observe("step", {"client": assignment.client, "step": step, "steps": steps})
 
     def _unreachable(self) -> set[str]:
         """Return who cannot be asked now, where the cohort is of those who can."""

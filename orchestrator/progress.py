@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.config import RunConfig
 from orchestrator.plan import Plan
 from orchestrator.spending import Epsilon
 
@@ -40,6 +41,7 @@ class RunProgress:
         self._plan: Plan | None = None
         self._round, self._first, self._began = 0, 0, time.monotonic()
         self._states: dict[str, str] = {}
+        self._at: dict[str, str] = {}
         self._losses: dict[str, float] = {}
         self._epsilon: Mapping[str, Epsilon] = {}
         self._line = "starting"
@@ -59,11 +61,15 @@ class RunProgress:
         client = str(data.get("client", ""))
         if kind == "run":
             self._plan = data["plan"]
+            self._console.print(_timeouts(data["plan"].config), style="dim")
+        elif kind == "step":
+            self._at[client] = f"{data['step']}/{data['steps']}" if data["steps"] else ""
         elif kind == "round":
             if not self._first:
                 self._first, self._began = data["round"], time.monotonic()
             self._round = data["round"]
             self._states = dict.fromkeys(data["cohort"], "waiting")
+            self._at = {}
             self._line = "training"
         elif kind in _STATES and client:
             self._states[client] = kind
@@ -122,9 +128,18 @@ class RunProgress:
         states = Text()
         shown = list(self._states.items())[:_MANY]
         for client, state in shown:
-            states.append(f"{client} {state}  ", style=_STATES[state])
+            at = f" {self._at[client]}" if state == "training" and self._at.get(client) else ""
+            states.append(f"{client} {state}{at}  ", style=_STATES[state])
         if len(self._states) > _MANY:
             done = sum(s == "accepted" for s in self._states.values())
             states.append(f"… {done} of {len(self._states)} done")
         facts = f"loss {self._loss()}   {self._spent_text()}{self._line}"
         return Group(grid, states, Text(facts, style="dim"))
+
+
+def _timeouts(config: RunConfig) -> str:
+    """Return the two times after which somebody is not waited for."""
+    backend, deadline = config.backend, f"deadline: {config.deadline_s:g} s a round"
+    if backend.name == "inline":
+        return deadline
+    return f"{deadline}; a worker without progress for {backend.heartbeat_s:g} s is replaced"

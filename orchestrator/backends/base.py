@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from clients import pace
 from clients.assignment import Assignment
 from clients.data import BadRecord
 from clients.evaluate import Evaluation
@@ -35,16 +36,27 @@ class Failure:
 
 Result: TypeAlias = Update | Evaluation | Failure
 Started: TypeAlias = Callable[[Assignment], None]
+Stepped: TypeAlias = Callable[[Assignment, int, int], None]
+"""Told of an assignment's steps done, and its steps in all (0: not known yet)."""
 
+Perform: TypeAlias = Callable[[Assignment, pace.Stepped], Update | Evaluation]
+"""What is done with an assignment where it runs, such as :func:`clients.worker.perform`."""
 
 TICK_S = 0.2
+
+
+def unheard(assignment: Assignment, step: int, steps: int) -> None:
+    """Let progress pass."""
 
 
 class Backend(Protocol):
     """Runs assignments and yields each one's result as it completes."""
 
     def run(
-        self, assignments: Iterable[Assignment | None], started: Started
+        self,
+        assignments: Iterable[Assignment | None],
+        started: Started,
+        stepped: Stepped = unheard,
     ) -> Generator[Result | None]:
         """Yield exactly one result per assignment, in order of completion.
 
@@ -54,7 +66,9 @@ class Backend(Protocol):
             assignments: what to do, taken one at a time when a worker is free. Those that share
                 tensors by identity are shipped once. A None among them says that there is nothing
                 to do now: more is asked for after the next yield.
-            started: called when a worker begins with an assignment.
+            started: called when a worker begins with an assignment; again if it has to be begun
+                anew elsewhere.
+            stepped: called now and then with how far an assignment is.
 
         Yields:
             A result; or None, a tick, when :data:`TICK_S` have passed without one.
@@ -67,7 +81,11 @@ class Backend(Protocol):
 
 
 def complete(
-    backend: Backend, assignments: Sequence[Assignment], deadline: float, started: Started
+    backend: Backend,
+    assignments: Sequence[Assignment],
+    deadline: float,
+    started: Started,
+    stepped: Stepped = unheard,
 ) -> Iterator[Result]:
     """Yield exactly one result per assignment; what is not done in time is a Failure.
 
@@ -76,10 +94,11 @@ def complete(
         assignments: of different clients.
         deadline: seconds until those still running are given up.
         started: as in :meth:`Backend.run`.
+        stepped: as in :meth:`Backend.run`.
     """
     end = time.monotonic() + deadline
     open_ = {a.client: a for a in assignments}
-    with closing(backend.run(assignments, started)) as results:
+    with closing(backend.run(assignments, started, stepped)) as results:
         while open_ and time.monotonic() <= end:
             result = next(results)
             if result is not None:

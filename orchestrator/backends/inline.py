@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 from clients.assignment import Assignment
 from clients.worker import perform
-from orchestrator.backends.base import Result, Started, failure
+from orchestrator.backends.base import Perform, Result, Started, Stepped, failure, unheard
 
 
+@dataclass(frozen=True, slots=True)
 class InlineBackend:
-    """Runs assignments here, in order."""
+    """Runs assignments here, in order.
+
+    Args:
+        perform: what is done with an assignment.
+    """
+
+    perform: Perform = perform
 
     def run(
-        self, assignments: Iterable[Assignment | None], started: Started
+        self,
+        assignments: Iterable[Assignment | None],
+        started: Started,
+        stepped: Stepped = unheard,
     ) -> Generator[Result | None]:
         """Yield each assignment's result; see :class:`orchestrator.backends.base.Backend`."""
         for assignment in assignments:
@@ -22,7 +34,7 @@ class InlineBackend:
                 continue
             started(assignment)
             try:
-                yield perform(assignment)
+                yield self.perform(assignment, partial(stepped, assignment))
             except Exception as error:  # a client's failure is a value
                 yield failure(assignment, error)
 

@@ -1,87 +1,70 @@
 """Ray workers: processes that keep one base model, while clients come and go as data.
 
-A round's broadcast, underlay and memory are put into Ray's object store once, and each worker takes
-them out once, however many clients it serves. An update's tensors come back through the store and
-are copied out when its turn has come, so that the driver holds one update at a time. A worker that
-dies is replaced and its assignment is tried once more elsewhere; a dead worker never receives work
-again. A worker gets its next assignment when it has answered: one that waited behind a slow client
-could not go to a worker that is free.
+A worker gets its next assignment when it has answered: one that waited behind a slow client could
+not go to a worker that is free. Until a worker has answered for itself it gets none: not when it
+is new, and not while it has yet to heed the word to give up. A worker that dies, or is silent for
+too long, is replaced, and its assignment goes to another; only an assignment that costs several
+workers is its client's failure. A worker whose memory grows is replaced between assignments, which
+costs nobody anything.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias, cast
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import ray
-import torch
-from torch import Tensor
 
 from clients.assignment import Assignment
-from clients.evaluate import Evaluation
 from clients.worker import perform
-from orchestrator.backends.base import TICK_S, Failure, Result, Started, failure
-from strategies.base import Broadcast, Tensors, Update
+from orchestrator.backends.base import (
+    TICK_S,
+    Failure,
+    Perform,
+    Result,
+    Started,
+    Stepped,
+    failure,
+    unheard,
+)
+from orchestrator.backends.ray_cluster import RayUnavailable, join_ray, room, start_ray
+from orchestrator.backends.ray_payload import Once, result_of, split
+from orchestrator.backends.ray_pool import Pool, Seat, answered
+from orchestrator.backends.ray_worker import Look
 
-Perform: TypeAlias = Callable[[Assignment], Update | Evaluation]
-Arrays: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any]]
-_Work: TypeAlias = tuple[dict[str, Any], str, dict[str, str]]
-"""An assignment's plain fields, what is trainable, and its parts' keys: each names a content."""
+__all__ = ["RayBackend", "RayUnavailable"]
 
-_FIELDS = [f.name for f in fields(Assignment) if f.name not in ("broadcast", "underlay", "memory")]
-_ATTEMPTS = 2
-_MIB = 1 << 20
-
-
-class RayUnavailable(RuntimeError):
-    """Ray could not be started or joined."""
-
-
-class _Worker:
-    """A process with one resident base model, training one client at a time."""
-
-    def __init__(self, threads: int, perform: Perform) -> None:
-        torch.set_num_threads(threads)
-        self._perform = perform
-        self._parts: dict[str, Tensors] = {}
-
-    def perform(self, work: _Work, *arrays: Arrays) -> Any:
-        """Return an update, an Evaluation or a Failure; an update's tensors as arrays beside it.
-
-        Args:
-            work: the assignment but for its tensors.
-            arrays: the contents of its parts in order. What an earlier client needed too is not
-                copied out of the store again; what this one does not need is forgotten.
-        """
-        known = self._parts
-        self._parts = {
-            key: known[key] if key in known else _tensors(content)
-            for key, content in zip(work[-1].values(), arrays, strict=True)
-        }
-        assignment = _joined(work, self._parts)
-        try:
-            result = self._perform(assignment)
-        except Exception as error:  # a client's failure is a value
-            return failure(assignment, error)
-        if isinstance(result, Evaluation) or not (result.tensors or result.memory):
-            return result
-        bare = replace(result, tensors={}, memory={})
-        return bare, _arrays(result.tensors), _arrays(result.memory)
+_LOST = 3
+_LOOK_S = 1.0
+_MEASURED_STEPS = 2  # gradients, optimizer state and a batch's activations have all been there
 
 
 @dataclass(slots=True)
 class _Job:
     assignment: Assignment
-    attempts: int = 0
+    lost: list[str] = field(default_factory=list)
+    """Why it has no result yet, once for each worker that it was lost with."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A call that has not answered: whose it is, and when it was last heard of."""
+
+    job: _Job
+    seat: Seat
+    heard: float
+    asked: float
+    beats: int = 0
+    look: Any = None
 
 
 class _Queue:
-    """What is to do: what a dead worker left first, then what comes."""
+    """What is to do: what was lost with a worker first, then what comes."""
 
     def __init__(self, assignments: Iterable[Assignment | None]) -> None:
         self._coming = iter(assignments)
@@ -104,205 +87,198 @@ class _Queue:
 
 
 @dataclass(slots=True)
+class _Run:
+    """One call of :meth:`RayBackend.run`: what is to do, what runs and what is done."""
+
+    pool: Pool
+    queue: _Queue
+    started: Started
+    stepped: Stepped
+    heartbeat_s: float
+    put: Once = field(default_factory=Once)
+    ready: deque[Any] = field(default_factory=deque)
+    running: dict[Any, _Running] = field(default_factory=dict)
+
+    @property
+    def open(self) -> bool:
+        """Whether there may be a result yet."""
+        return bool(self.queue.open or self.running or self.ready)
+
+    def send(self) -> None:
+        """Give every worker that is ready something to do."""
+        self.pool.fill()
+        while self.pool.idle and (job := self.queue.take()):
+            seat, now = self.pool.take(), time.monotonic()
+            seat.calls += 1
+            call = seat.actor.perform.remote(seat.calls, *split(job.assignment, self.put))
+            self.running[call] = _Running(job, seat, now, now)
+            self.started(job.assignment)
+
+    def listen(self) -> bool:
+        """Take what comes within a tick; return whether anything did."""
+        looks = [r.look for r in self.running.values() if r.look is not None]
+        calls = [*self.running, *self.pool.awaited(), *looks]
+        if not calls:
+            time.sleep(TICK_S)
+        done = ray.wait(calls, num_returns=1, timeout=TICK_S)[0] if calls else []
+        for ref in done:
+            if ref in self.running:
+                self._answered(ref)
+            elif ref in looks:
+                self._looked(ref)
+            else:
+                self.pool.hear(ref)
+        self._watch()
+        return bool(done)
+
+    def _answered(self, ref: Any) -> None:
+        running = self.running.pop(ref)
+        job, seat = running.job, running.seat
+        try:
+            answer, private = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # raised by a worker that is well
+            self.ready.append(failure(job.assignment, error.cause or error))
+            self.pool.keep(seat, None)
+        except ray.exceptions.RayError:
+            self.pool.drop(seat)
+            self._lost(job, "the worker process died")
+        else:
+            self.ready.append(answer)
+            if not self.pool.measured and job.assignment.action != "init":
+                with suppress(ray.exceptions.RayError):  # the next one will tell
+                    self.pool.measure(ray.get(seat.actor.look.remote()))
+            self.pool.keep(seat, private)
+
+    def _lost(self, job: _Job, why: str) -> None:
+        """Have a job tried again, unless it has cost too many workers."""
+        job.lost.append(why)
+        if len(job.lost) < _LOST:
+            self.queue.again(job)
+            return
+        reason = f"{why} {len(job.lost)} times"
+        if len(set(job.lost)) > 1:
+            reason = f"{len(job.lost)} workers were lost with it: {'; '.join(job.lost)}"
+        self.ready.append(Failure(job.assignment.client, job.assignment.round, reason))
+
+    def _looked(self, ref: Any) -> None:
+        """Take note of how far a worker is."""
+        [running] = [r for r in self.running.values() if r.look == ref]
+        running.look = None
+        try:
+            look: Look = ray.get(ref)
+        except ray.exceptions.RayError:
+            return  # its call will say so
+        if look.number != running.seat.calls:
+            return  # of an earlier assignment
+        if look.step >= _MEASURED_STEPS:
+            self.pool.measure(look)
+        if look.beats != running.beats:
+            running.beats, running.heard = look.beats, time.monotonic()
+            self.stepped(running.job.assignment, look.step, look.steps)
+
+    def _watch(self) -> None:
+        """Ask the workers how far they are; give up on those that are silent for too long."""
+        now = time.monotonic()
+        for ref, running in list(self.running.items()):
+            if now - running.heard > self.heartbeat_s and not answered(ref):
+                del self.running[ref]
+                self.pool.drop(running.seat)
+                self._lost(running.job, f"the worker made no progress for {self.heartbeat_s:g} s")
+            elif running.look is None and now - running.asked >= _LOOK_S:
+                running.asked, running.look = now, running.seat.actor.look.remote()
+        self.pool.watch()
+
+
+@dataclass(slots=True)
 class RayBackend:
     """Runs assignments on local Ray workers, or on those of a cluster.
 
     Args:
-        workers: number of worker processes, >= 1.
+        workers: number of worker processes, >= 1, or None for as many as CPUs, GPUs, clients and
+            memory allow: one works alone until its peak is known.
         threads: intra-op threads a worker, >= 1.
         gpus: GPUs a worker, may be a fraction.
         address: of a Ray cluster to join, or None for a local one.
         perform: what a worker does with an assignment; importable at the workers.
+        heartbeat_s: a worker without progress for so many seconds is taken to hang; longer than the
+            base model takes to load, and than a microbatch.
+        grace_s: seconds that a worker has to heed the word to give up before it is killed.
+        recycle_above_mb: MB (10^6 bytes) of its own memory above which a worker is replaced after
+            an assignment; None goes by how it grows.
+        clients: how many there are to serve; more workers than that are of no use.
 
     Raises:
-        RayUnavailable: if Ray cannot be started or joined.
+        RayUnavailable: if Ray cannot be started or joined, or has no room for a worker.
     """
 
-    workers: int
+    workers: int | None
     threads: int = 1
     gpus: float = 0.0
     address: str | None = None
     perform: Perform = perform
-    _idle: deque[Any] = field(default_factory=deque, init=False)
+    heartbeat_s: float = 600.0
+    grace_s: float = 30.0
+    recycle_above_mb: float | None = None
+    clients: int | None = None
+    _pool: Pool = field(init=False)
     _mine: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not ray.is_initialized():
-            _start_ray(self.address, self.workers * self.threads)
+            if self.address is None:
+                start_ray((self.workers or 1) * self.threads)
+            else:
+                join_ray(self.address)
             self._mine = True
-        self._idle.extend(self._spawn() for _ in range(self.workers))
+        places = room(self.threads, self.gpus)
+        wanted = self.workers or min(places, self.clients or places)
+        if places < wanted:
+            logging.getLogger(__name__).warning(
+                "Ray has room for %d of the %d workers asked for (each takes %d CPUs and %g GPUs); "
+                "the run goes on with %d",
+                *(places, wanted, self.threads, self.gpus, places),
+            )
+        self._pool = Pool(
+            min(places, wanted),
+            self.threads,
+            self.gpus,
+            self.perform,
+            grace_s=self.grace_s,
+            recycle_above_mb=self.recycle_above_mb,
+            measured=self.workers is not None,
+        )
+        self._pool.fill()
 
     def run(
-        self, assignments: Iterable[Assignment | None], started: Started
+        self,
+        assignments: Iterable[Assignment | None],
+        started: Started,
+        stepped: Stepped = unheard,
     ) -> Generator[Result | None]:
-        """Yield each assignment's result; see :class:`orchestrator.backends.base.Backend`."""
-        put, queue = _Once(), _Queue(assignments)
-        running: dict[Any, tuple[_Job, Any]] = {}
-        ready: deque[Any] = deque()
+        """Yield each assignment's result; see :class:`orchestrator.backends.base.Backend`.
+
+        Raises:
+            RayUnavailable: if no worker process can start.
+        """
+        run = _Run(self._pool, _Queue(assignments), started, stepped, self.heartbeat_s)
+        spoken = time.monotonic()
         try:
-            while queue.open or running or ready:
-                while len(running) < self.workers and (job := queue.take()):
-                    job.attempts += 1
-                    worker = self._idle.popleft() if self._idle else self._spawn()
-                    call = worker.perform.remote(*_split(job.assignment, put))
-                    running[call] = (job, worker)
-                    started(job.assignment)
-                if ready:  # workers go on while this one is copied out and looked at
-                    yield _result(ready.pop())
+            while run.open:
+                run.send()
+                if run.ready:  # workers go on while this one is copied out and looked at
+                    yield result_of(run.ready.pop())
+                    spoken = time.monotonic()
                     continue
-                done = _wait(list(running))
-                for ref in done:
-                    job, worker = running.pop(ref)
-                    answer = self._answer(ref, job, worker)
-                    if answer is None:
-                        queue.again(job)
-                    else:
-                        ready.append(answer)
-                    del answer  # it holds its place in the store
-                if not done and (running or queue.open):
+                heard = run.listen()
+                late = time.monotonic() - spoken >= TICK_S  # many workers are heard of all the time
+                if run.open and not run.ready and (late or not heard):
                     yield None
+                    spoken = time.monotonic()
         finally:
-            _kill(worker for _, worker in running.values())  # nobody waits for them any more
+            self._pool.leave((ref, running.seat) for ref, running in run.running.items())
 
     def close(self) -> None:
         """Stop the workers, and Ray if this backend started it."""
-        _kill(self._idle)
-        self._idle.clear()
+        self._pool.close()
         if self._mine:
             ray.shutdown()
-
-    def _spawn(self) -> Any:
-        options = {"num_cpus": self.threads, "num_gpus": self.gpus, "max_restarts": 0}
-        return ray.remote(_Worker).options(**options).remote(self.threads, self.perform)
-
-    def _answer(self, ref: Any, job: _Job, worker: Any) -> Any:
-        """Return what a finished call returned; None if it is to be tried again elsewhere."""
-        try:
-            value = ray.get(ref)
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-            _kill([worker])  # it may only be out of reach
-            if job.attempts < _ATTEMPTS:
-                return None
-            reason = f"the worker process died {job.attempts} times"
-            if "creation task" in str(error):  # no data has reached it
-                reason = f"no worker process can start: {str(error).splitlines()[-1]}"
-            return Failure(job.assignment.client, job.assignment.round, reason)
-        except ray.exceptions.RayTaskError as error:
-            self._idle.append(worker)
-            return failure(job.assignment, error.cause or error)
-        self._idle.append(worker)
-        return value
-
-
-def _wait(calls: list[Any]) -> list[Any]:
-    """Return a call that is done, if one is within a tick."""
-    if not calls:
-        time.sleep(TICK_S)
-        return []
-    done: list[Any] = ray.wait(calls, num_returns=1, timeout=TICK_S)[0]
-    return done
-
-
-def _kill(workers: Iterable[Any]) -> None:
-    if ray.is_initialized():  # if not they are gone, and asking would start a Ray anew
-        for worker in workers:
-            ray.kill(worker)
-
-
-def _start_ray(address: str | None, cpus: int) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    try:
-        if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            store = max(78 * _MIB, min(2048 * _MIB, available // 16))
-            ray.init(num_cpus=max(cpus, os.cpu_count() or 1), object_store_memory=store, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot start"
-        raise RayUnavailable(f"{where} ({error}); backend: inline needs no Ray") from error
-
-
-class _Once:
-    """Puts a mapping of tensors into the object store once, by identity."""
-
-    def __init__(self) -> None:
-        self._refs: dict[int, tuple[Tensors, Any]] = {}
-
-    def __call__(self, tensors: Tensors) -> Any:
-        if id(tensors) not in self._refs:
-            self._refs[id(tensors)] = (tensors, ray.put(_arrays(tensors)))  # the id stays theirs
-        return self._refs[id(tensors)][1]
-
-
-def _split(assignment: Assignment, put: _Once) -> tuple[Any, ...]:
-    """Return the arguments of a worker's call: the assignment but for its tensors, and those.
-
-    The fields go as they are: making, pickling and replacing an Assignment without tensors shows
-    in the time of an empty call.
-    """
-    sent = assignment.broadcast
-    parts = {
-        "tensors": sent.tensors,
-        "mask": sent.mask,
-        "extra": sent.extra,
-        "underlay": assignment.underlay,
-        "memory": assignment.memory,
-    }
-    refs = {name: put(part) for name, part in parts.items() if part}
-    values = {name: getattr(assignment, name) for name in _FIELDS}
-    return (values, sent.trainable, {name: ref.hex() for name, ref in refs.items()}), *refs.values()
-
-
-def _joined(work: _Work, parts: Mapping[str, Tensors]) -> Assignment:
-    """Return the assignment as it was, with the parts that it names by their keys."""
-    values, trainable, keys = work
-    tensors, mask, extra, underlay, memory = (
-        parts[keys[name]] if name in keys else {}
-        for name in ("tensors", "mask", "extra", "underlay", "memory")
-    )
-    sent = Broadcast(tensors, trainable, mask, extra)
-    return Assignment(broadcast=sent, underlay=underlay, memory=memory, **values)
-
-
-def _result(answer: Any) -> Result:
-    """Return what a worker answered, an update with tensors that own their memory."""
-    if not isinstance(answer, tuple):
-        return cast(Evaluation | Failure, answer)
-    bare, tensors, memory = answer
-    return replace(cast(Update, bare), tensors=_tensors(tensors), memory=_tensors(memory))
-
-
-def _arrays(tensors: Tensors) -> dict[str, tuple[str, tuple[int, ...], Any]]:
-    """Return tensors as raw byte arrays, which Ray writes and maps without a copy; any dtype."""
-    return {
-        name: (
-            str(tensor.dtype).removeprefix("torch."),
-            tuple(tensor.shape),
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
-        )
-        for name, tensor in tensors.items()
-    }
-
-
-def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Return tensors in memory of their own, and of theirs together: the store is read-only.
-
-    One allocation is kept and used again by the C library; one a tensor would be handed back to the
-    system and cost a page fault every 4 KiB, ten times the copy itself.
-    """
-    found: dict[str, Tensor] = {}
-    memory = np.empty(sum(_aligned(array.size) for _, _, array in arrays.values()), np.uint8)
-    start = 0
-    for name, (dtype, shape, array) in arrays.items():
-        own = memory[start : start + array.size]
-        own[:] = array
-        found[name] = torch.from_numpy(own).view(getattr(torch, dtype)).reshape(shape)
-        start += _aligned(array.size)
-    return found
-
-
-def _aligned(size: int) -> int:
-    """Return ``size`` rounded up to 64 bytes: any dtype may begin there."""
-    return -(-size // 64) * 64

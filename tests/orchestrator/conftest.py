@@ -229,7 +229,7 @@ class Imagined:
         self.fails, self.scores = Counter(fails or {}), scores or {}
         self.now, self.asked, self.given_up = 0, [], []
 
-    def run(self, assignments, started):
+    def run(self, assignments, started, stepped=None):
         running, order = [], 0
         try:
             while True:

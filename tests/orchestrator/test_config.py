@@ -51,6 +51,8 @@ def test_options_stand_beside_the_name(document):
         ("model.max_length=32", lambda c: (c.model.id, c.model.max_length) == ("some-model", 32)),
         ("privacy.epsilon=8", lambda c: c.privacy.epsilon == 8),
         ("backend.workers=2", lambda c: (c.backend.name, c.backend.workers) == ("inline", 2)),
+        ("backend.workers=auto", lambda c: c.backend.workers is None),
+        ("backend.checkpoint_s=600", lambda c: c.backend.checkpoint_s == 600.0),
         ("task_labels=[dog]", lambda c: c.task_labels == ("dog",)),
         ("cohort=null", lambda c: c.cohort.size is None),
         ("model=a=b", lambda c: c.model.id == "a=b"),
@@ -100,6 +102,7 @@ def test_a_version_is_judged_by_accuracy_or_loss_unless_it_is_said(document):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("backend.address=10.0.0.1:6379", "backend: address: inline runs in this process"),
         ("rounds", "--set 'rounds' must read path.to.key=value, such as rounds=20"),
         ("adapter..r=1", "--set 'adapter..r=1' must read path.to.key=value"),
         ("rounds.x=1", "--set 'rounds.x=1': rounds is not a mapping"),

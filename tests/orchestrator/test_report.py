@@ -113,8 +113,24 @@ def test_live_progress_shows_client_states_and_the_time_left(make_plan):
     progress("committed", {"round": 1, "updates": 2, "version": "ab" * 32})
     progress("round", {"round": 2, "cohort": ["a", "b"]})
     progress("training", {"client": "b"})
+    progress("step", {"client": "b", "step": 3, "steps": 40})
     text = _text(progress.__rich__())
     assert "round 2/2" in text
     assert "a waiting" in text
-    assert "b training" in text
+    assert "b training 3/40" in text
     assert "s left" in text
+
+
+def test_what_is_waited_for_is_said_at_the_start(make_plan):
+    for backend, wanted in (
+        ("inline", "deadline: 60 s a round\n"),
+        (
+            {"name": "ray", "heartbeat_s": 5},
+            "deadline: 60 s a round; a worker without progress for 5 s is replaced\n",
+        ),
+    ):
+        console = Console(file=io.StringIO(), width=200)
+        RunProgress(console, lambda plan: {})(
+            "run", {"plan": make_plan(backend=backend, deadline_s=60)}
+        )
+        assert console.file.getvalue() == wanted

@@ -24,7 +24,7 @@ class Dying:
     def __init__(self, last, error=KeyboardInterrupt):
         self.last, self.error, self.inner = last, error, InlineBackend()
 
-    def run(self, assignments, started):
+    def run(self, assignments, started, stepped=None):
         yield from self.inner.run(map(self.checked, assignments), started)
 
     def checked(self, assignment):
@@ -42,7 +42,7 @@ class Failing:
     def __init__(self, *names):
         self.names, self.inner = names, InlineBackend()
 
-    def run(self, assignments, started):
+    def run(self, assignments, started, stepped=None):
         for a in assignments:
             if a is not None and a.client in self.names:
                 yield Failure(a.client, a.round, "out of memory")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,11 @@ import torch
 
 from clients.evaluate import Evaluation
 from orchestrator import service
-from orchestrator.backends import ray as backends
+from orchestrator.backends import ray_cluster, ray_pool, ray_worker
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.ray import RayBackend, RayUnavailable
+from orchestrator.backends.ray_cluster import start_ray
+from orchestrator.backends.ray_pool import Seat
 from orchestrator.plan import RoundInputs, plan_round
 from storage.ledger import ClientRecord
 from strategies.base import Broadcast, Update
@@ -23,7 +27,7 @@ pytestmark = [
     pytest.mark.ray,
     # Ray leaves its own processes to its node, and its sockets to the collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(240),
 ]
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
@@ -32,7 +36,7 @@ DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     """Start one small Ray for all tests of this file."""
-    backends._start_ray(None, 8)  # room for the workers of two backends and their successors
+    start_ray(8)  # room for the workers of some backends and their successors
     yield
     ray.shutdown()
 
@@ -46,34 +50,73 @@ def trainers():
 
 
 @pytest.fixture(scope="module")
-def actors():
-    """Two workers that do what a client's name says instead of training."""
+def behave():
+    """How a client behaves, by its name: functions of a fixture travel to workers as they are."""
+    hoard = []
 
-    def act(assignment):
-        tensors, place = assignment.broadcast.tensors, Path(assignment.site)
-        if assignment.client.startswith("hang"):
-            signal.pause()
-        if assignment.client == "leak":
-            raise KeyError("patient 0815")
-        if assignment.client == "score":
-            return Evaluation("score", assignment.round, 1, {"accuracy": 1.0})
-        if assignment.client == "die" or (assignment.client == "die-once" and not _mark(place)):
-            os.kill(os.getpid(), signal.SIGKILL)
-        sent = {n: t + assignment.memory.get("add", 0) for n, t in tensors.items()}
-        return Update(
-            assignment.client, assignment.round, assignment.base, sent, 1, {"pid": os.getpid()}
-        )
-
-    def _mark(place):
+    def mark(place):
+        """Return whether somebody was here before."""
         try:
             place.touch(exist_ok=False)
         except FileExistsError:
             return True
         return False
 
-    backend = RayBackend(workers=2, perform=act)
+    def behave(kind, tag, place, stepped):
+        if kind == "hang" and not mark(place.with_name(f"{place.name}-{tag}")):
+            signal.pause()
+        elif kind in ("slow", "brief"):
+            steps = {"slow": 10_000, "brief": 40}[kind]
+            for step in range(steps):
+                stepped(step, steps)
+                time.sleep(0.05)
+        elif kind == "hoard":
+            hoard.append(b"x" * 64_000_000)
+        elif kind == "leak":
+            raise KeyError("patient 0815")
+        elif kind == "die" and (tag != "once" or not mark(place)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return behave
+
+
+@pytest.fixture(scope="module")
+def act(behave):
+    """What a worker does: what the client's name says, instead of training."""
+
+    def act(assignment, stepped):
+        kind, _, tag = assignment.client.partition("-")
+        behave(kind, tag, Path(assignment.site), stepped)
+        if kind == "score":
+            return Evaluation("score", assignment.round, 1, {"accuracy": 1.0})
+        add = assignment.memory.get("add", 0)
+        sent = {n: t + add for n, t in assignment.broadcast.tensors.items()}
+        facts = {"pid": os.getpid()}
+        return Update(assignment.client, assignment.round, assignment.base, sent, 1, facts)
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def actors(act):
+    """Two such workers, which are patient with a silent client and not with one given up."""
+    backend = RayBackend(workers=2, perform=act, grace_s=0.5)
     yield backend
     backend.close()
+
+
+@pytest.fixture
+def alone(act):
+    """Return a function that makes a backend of one such worker, with options."""
+    made = []
+
+    def make(**options):
+        made.append(RayBackend(workers=1, perform=act, **options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        backend.close()
 
 
 @pytest.fixture
@@ -168,8 +211,8 @@ def test_a_client_whose_worker_is_killed_is_tried_again_elsewhere(actors, ask):
 def test_a_client_that_kills_its_workers_is_given_up_and_the_others_are_served(actors, ask):
     results, began = run(actors, ask("a", "b", "die"))
 
-    assert results["die"] == Failure("die", 1, "the worker process died 2 times")
-    assert began.count("die") == 2
+    assert results["die"] == Failure("die", 1, "the worker process died 3 times")
+    assert began.count("die") == 3
     assert isinstance(results["a"], Update)
     assert isinstance(results["b"], Update)
 
@@ -213,18 +256,185 @@ def test_closing_gives_up_what_runs_and_the_backend_goes_on(actors, ask):
     assert isinstance(run(actors, ask("b", "c"))[0]["b"], Update)
 
 
-def test_a_cluster_that_is_not_there_is_refused_with_a_way_out(monkeypatch):
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+def pid_of(backend, assignments):
+    results, _ = run(backend, assignments)
+    [result] = results.values()
+    return result.metrics["pid"]
 
-    def unreachable(**options):
-        raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr(ray, "init", unreachable)
+def test_a_worker_that_is_told_to_give_up_keeps_its_process_and_its_model(alone, ask):
+    backend = alone(grace_s=60.0)
+    before = pid_of(backend, ask("a"))
+    running = threading.Event()
+    given_up = backend.run(ask("slow"), lambda a: None, lambda a, step, steps: running.set())
+    while not running.is_set():
+        next(given_up)
 
-    with pytest.raises(RayUnavailable, match=r"the Ray cluster at 10\.0\.0\.1:6379 cannot be join"):
-        RayBackend(workers=1, address="10.0.0.1:6379")
-    with pytest.raises(RayUnavailable, match=r"Ray cannot start .*; backend: inline needs no Ray"):
-        RayBackend(workers=1)
+    given_up.close()
+
+    assert pid_of(backend, ask("a")) == before
+
+
+def test_a_worker_that_does_not_heed_is_killed_and_nobody_is_charged(alone, ask):
+    backend = alone(grace_s=0.2)
+    before = pid_of(backend, ask("a"))
+    hanging = backend.run(ask("hang-1"), lambda a: None)
+    assert next(hanging) is None
+    hanging.close()
+
+    results, began = run(backend, ask("a"))
+
+    assert results["a"].metrics["pid"] != before
+    assert began == ["a"]
+
+
+def test_a_reply_that_was_ready_is_drained_and_its_worker_kept(alone, ask):
+    backend = alone(grace_s=0.0)
+    before = pid_of(backend, ask("a"))
+    first = backend.run(ask("b", "c"), lambda a: None)
+    assert next(r for r in first if r is not None).client == "b"
+    ray.wait(backend._pool.awaited() or list(first.gi_frame.f_locals["run"].running))
+    first.close()
+
+    assert pid_of(backend, ask("a")) == before
+
+
+def test_a_silent_worker_is_taken_to_hang_and_its_client_served_elsewhere(alone, ask):
+    backend = alone(heartbeat_s=1.5)
+
+    results, began = run(backend, ask("hang-1", "brief"))
+
+    assert isinstance(results["hang-1"], Update)
+    assert began.count("hang-1") == 2
+    assert began.count("brief") == 1  # it takes longer than the heartbeat, and is heard of
+
+
+def test_progress_is_heard_of_while_an_assignment_runs(alone, ask):
+    heard = []
+    [asked] = ask("brief")
+
+    for _ in alone().run([asked], lambda a: None, lambda a, *at: heard.append((a.client, *at))):
+        pass
+
+    assert heard
+    assert all(client == "brief" and 0 <= k < n == 40 for client, k, n in heard)
+    assert heard == sorted(heard)
+
+
+def test_a_worker_whose_memory_grows_is_replaced_between_assignments(alone, ask):
+    limit = 1e-6 * ray_worker.private_bytes() + 400  # a worker has imported less than this process
+    backend = alone(recycle_above_mb=limit)
+
+    results, began = run(backend, ask(*(f"hoard-{n}" for n in range(12))))
+
+    assert len({r.metrics["pid"] for r in results.values()}) > 1
+    assert len(began) == 12  # nobody was begun twice
+
+
+def test_growth_is_judged_by_a_warm_worker_s_memory():
+    seat = Seat(None)
+    grown = []
+    for calls, gib in ((1, 9), (2, 3), (3, 5.9), (4, 6.1)):
+        seat.calls = calls
+        grown.append(seat.has_grown(int(gib * (1 << 30)), None))
+
+    assert grown == [False, False, False, True]
+
+
+def test_two_runs_at_once_share_the_workers(actors, ask):
+    first, second = (actors.run(ask(*names), lambda a: None) for names in ("ab", "cd"))
+    done = {"first": [], "second": []}
+    for _ in range(200):
+        for name, results in (("first", first), ("second", second)):
+            result = next(results, None)
+            done[name].extend([] if result is None else [result.client])
+
+    assert {name: sorted(clients) for name, clients in done.items()} == {
+        "first": ["a", "b"],
+        "second": ["c", "d"],
+    }
+
+
+def test_workers_that_cannot_start_end_the_run_with_the_reason(monkeypatch, ask):
+    def broken(threads, perform):
+        raise RuntimeError("no library here")
+
+    class Broken(ray_worker.Worker):
+        __init__ = lambda self, threads, perform: broken(threads, perform)  # noqa: E731
+
+    monkeypatch.setattr(ray_pool, "Worker", Broken)
+    backend = RayBackend(workers=1)
+
+    with pytest.raises(RayUnavailable, match=r"no worker process can start: .*no library here"):
+        list(backend.run(ask("a"), lambda a: None))
+
+    backend.close()
+
+
+def test_a_worker_that_no_machine_can_hold_is_refused_at_once():
+    with pytest.raises(RayUnavailable, match=r"no machine of the Ray cluster has 1000 CPUs"):
+        RayBackend(workers=1, threads=1000)
+    with pytest.raises(RayUnavailable, match=r"1 CPUs and 0\.5 GPUs"):
+        RayBackend(workers=1, gpus=0.5)
+
+
+def test_workers_wait_until_one_has_shown_how_much_memory_it_takes(act, ask, monkeypatch, caplog):
+    monkeypatch.setattr(ray_pool, "fitting", lambda peak, private, available: 1)
+    backend = RayBackend(workers=None, threads=4, perform=act, clients=5)
+    assert backend._pool.size == 2  # eight CPUs
+    assert not backend._pool.measured
+
+    results, began = run(backend, ask("brief", "a", "b"))
+    backend.close()
+
+    assert began == ["a", "b", "brief"]
+    assert len({r.metrics["pid"] for r in results.values()}) == 1
+    assert backend._pool.measured
+    assert "1 workers instead of 2" in caplog.text
+
+
+def test_an_initialisation_says_nothing_about_memory_and_training_does(act, ask):
+    backend = RayBackend(workers=None, threads=4, perform=act, clients=5)
+    [asked] = ask("a")
+
+    run(backend, [replace(asked, action="init")])
+    assert not backend._pool.measured
+    run(backend, [asked])
+    backend.close()
+
+    assert backend._pool.measured
+    assert backend._pool.size == 2  # there is memory for two of these
+
+
+def test_a_worker_looks_at_its_own_memory():
+    worker = ray_worker.Worker(1, lambda assignment, stepped: None)
+
+    look = worker.look()
+
+    assert 0 < look.private <= look.peak
+    assert look.available > look.private
+
+
+@pytest.mark.parametrize(
+    ("peak", "private", "available", "fits"),
+    [(10, 10, 0, None), (0, 0, 100, None), (10, 10, 100, 10), (10, 10, 9, 1), (10, 5, 100, 9)],
+)
+def test_workers_fit_while_a_tenth_of_what_is_left_stays(peak, private, available, fits):
+    assert ray_pool.fitting(peak, private, available) == (fits or sys.maxsize)
+
+
+def test_a_local_ray_lets_nobody_else_in():
+    address = ray.get_runtime_context().gcs_address
+
+    assert not ray_cluster._lets_in(address)
+
+
+def test_fewer_places_than_workers_are_said_at_once(caplog, act):
+    backend = RayBackend(workers=3, threads=4, perform=act)
+    backend.close()
+
+    assert backend._pool.size == 2
+    assert "room for 2 of the 3 workers" in caplog.text
 
 
 def test_results_are_not_views_of_the_store(actors, ask):
