@@ -15,6 +15,8 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
+from orchestrator.loggers import LOGGERS
+from orchestrator.observers.webhook import Notify
 from strategies import STRATEGIES
 from strategies.merges import MERGES
 from strategies.plugins import BadOptions, Family, UnknownPlugin
@@ -25,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "optimizer": OPTIMIZERS,
     "regularizer": REGULARIZERS,
     "merge": MERGES,
+    "logger": LOGGERS,
 }
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -205,6 +208,8 @@ class RunConfig(_Strict):
     threads: int = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     evaluate: EvaluateConfig | None = None
+    loggers: tuple[PluginField, ...] = ()
+    notify: Notify | None = None
     backend: Annotated[
         BackendConfig, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)
     ] = BackendConfig()
@@ -232,6 +237,7 @@ class RunConfig(_Strict):
                 "strategy": self.strategy.checked("strategy"),
                 "optimizer": self.optimizer.checked("optimizer"),
                 "regularizers": tuple(r.checked("regularizer") for r in self.regularizers),
+                "loggers": tuple(one.checked("logger") for one in self.loggers),
             }
         except (UnknownPlugin, BadOptions) as error:
             raise BadConfig(str(error)) from None
@@ -269,6 +275,8 @@ def _problems(config: RunConfig) -> Iterable[str]:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
     if _repeats([r.name for r in c.regularizers]):
         yield "regularizers: one is given twice"
+    if _repeats([one.name for one in c.loggers]):
+        yield "loggers: one is given twice"
     if _repeats(c.clients.names or ()):
         yield "clients.names: a client is named twice"
 

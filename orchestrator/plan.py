@@ -69,6 +69,7 @@ class Plan:
         regularizers: checked regularizer choices.
         participants: sorted by name.
         start: where the run starts.
+        loggers: checked choices of what is told of it; they change no result.
     """
 
     run: str
@@ -80,6 +81,7 @@ class Plan:
     regularizers: tuple[PluginChoice, ...]
     participants: tuple[Participant, ...]
     start: Start
+    loggers: tuple[PluginChoice, ...] = ()
 
     @property
     def max_participations(self) -> int:
