@@ -14,6 +14,10 @@ from orchestrator.cli_clients import clients_app
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
+    LogFile,
+    LogFormat,
+    MetricsFile,
+    MetricsPort,
     ModelOption,
     Set,
     err,
@@ -70,19 +74,24 @@ def _is_expected(error: BaseException) -> bool:
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913  (an argument an option)
     config: Annotated[Path | None, typer.Argument(help="The run's YAML file.")] = None,
     overrides: Set = [],  # noqa: B006  (typer reads the default and never changes it)
     resume: Annotated[
         str | None, typer.Option("--resume", help="Go on with this run instead.")
     ] = None,
+    log_format: LogFormat = None,
+    log_file: LogFile = None,
+    metrics_port: MetricsPort = None,
+    metrics_file: MetricsFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Launch a federated run, or go on with one."""
     from orchestrator import service, views
     from orchestrator.config import BadConfig, load_config
+    from orchestrator.observers.base import Observers
+    from orchestrator.observers.process import Watch
     from orchestrator.progress import RunProgress
-    from orchestrator.spending import spent_by_run
 
     if (config is None) == (resume is None):
         raise BadConfig("give a run's YAML file, or --resume RUN")
@@ -90,12 +99,17 @@ def run(
         raise BadConfig("--set cannot change a run that goes on; launch a new one")
     workspace = workspace_here()
     console = err if as_json else out
-    with RunProgress(console, lambda plan: spent_by_run(plan, workspace.ledger)) as progress:
+    watch = Watch(log_format, log_file, metrics_port, metrics_file)
+    torn = log_format is not None and log_file is None
+    with (
+        RunProgress(console, live=not torn) as progress,
+        Observers(progress, *watch.observers()) as observe,
+    ):
         if resume is not None:
-            version = service.resume(workspace, resume, progress)
+            version = service.resume(workspace, resume, observe)
         else:
             assert config is not None
-            version = service.launch(workspace, load_config(config, overrides), progress)
+            version = service.launch(workspace, load_config(config, overrides), observe)
     found = workspace.store.version(version)
     if as_json:
         print_json(views.version_json(found))

@@ -106,6 +106,7 @@ class Federation:
         assignments = reserve(self.plan, assignments, self.ledger, self._log)
         accepted = self._collect(assignments)
         state = self.strategy.aggregate(done.state, lazily(accepted))
+        self.observe("aggregated", {"round": round_})
         last = round_ == self.plan.config.rounds
         memory = self._consolidated(state.adapter, done.memory) if last else done.memory
         version = self.store.commit(
@@ -132,7 +133,8 @@ class Federation:
                 if reason is None:
                     folder = self.home / "runs" / self.plan.run / f"round-{result.round}"
                     accepted[client] = spill(result, people[client], folder)
-                    self._log("accepted", {"client": client, **result.metrics})
+                    size = accepted[client].path.stat().st_size
+                    self._log("accepted", {"client": client, "bytes": size, **result.metrics})
                     continue
             else:
                 assert isinstance(result, Failure)
@@ -140,6 +142,7 @@ class Federation:
             refused[client] = reason
             self._log("refused", {"client": client, "reason": reason})
         if not accepted:
+            self._log("below quorum", {"updates": 0, "quorum": 1})
             why = "; ".join(f"{client}: {reason}" for client, reason in sorted(refused.items()))
             raise RoundFailed(
                 f"no update could be accepted ({why or 'no client was left to ask'}); mend it and "

@@ -27,6 +27,7 @@ from orchestrator.merging import (
     merged_heads,
     split_head,
 )
+from orchestrator.observers.of_run import observers_of, watched
 from orchestrator.plan import Plan
 from orchestrator.recipes import merge_recipe
 from orchestrator.spending import Epsilon, composed, epsilon_of_lineage, spend_from_row
@@ -81,9 +82,11 @@ def launch(
 
     Raises:
         BadConfig: if the config cannot be run; nothing was started.
+        LoggerUnavailable, BadWebhook: if a logger or the webhook cannot be had; likewise.
         RoundFailed: if a round got no update; the run can be resumed.
     """
     plan = make_plan(config, workspace.store, workspace.ledger)
+    observers_of(plan, workspace.home)  # what they need is missed before there is a run
     workspace.ledger.create_run(
         plan.run,
         config.name,
@@ -118,7 +121,10 @@ def resume(
 
 def _drive(workspace: Workspace, plan: Plan, observe: Observe, backend: Backend | None) -> str:
     ledger, run = workspace.ledger, plan.run
-    with _sole_driver(workspace, run):
+    with (
+        _sole_driver(workspace, run),
+        watched(plan, ledger, workspace.home, observe) as observe,
+    ):
         ledger.set_status(run, "running", error=None)
         observe("run", {"run": run, "name": plan.config.name, "plan": plan})
         used = backend
@@ -132,6 +138,7 @@ def _drive(workspace: Workspace, plan: Plan, observe: Observe, backend: Backend 
             reason = str(error) or type(error).__name__
             ledger.set_status(run, "failed", error=reason)
             ledger.append(run, "failed", {"reason": reason})
+            observe("failed", {"reason": reason})
             raise
         finally:
             if backend is None and used is not None:

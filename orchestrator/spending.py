@@ -15,6 +15,8 @@ from orchestrator.plan import Plan
 from storage.ledger import Ledger, SpendRow
 from strategies.base import PrivacySpend
 
+_LOW = 0.8  # of a budget: from here on, people are told
+
 
 @dataclass(frozen=True, slots=True)
 class Epsilon:
@@ -110,37 +112,42 @@ def reserve(
     populations = {p.name: p.population for p in plan.participants}
     kept = []
     for assignment in assignments:
-        if assignment.privacy is not None:
-            row = _row(plan, assignment, populations[assignment.client])
-            budget = ledger.budget(row.population)
-            try:
-                ledger.record_spends_within([row], _within(assignment.client, budget))
-            except BudgetSpent as error:
-                log("refused", {"client": assignment.client, "reason": str(error)})
-                continue
-        kept.append(assignment)
-    log("assigned", {"round": _round(assignments), "assigned": [a.client for a in kept]})
+        if assignment.privacy is None:
+            kept.append(assignment)
+            continue
+        row = _row(plan, assignment, populations[assignment.client])
+        budget, low = ledger.budget(row.population), list[dict[str, Any]]()
+        try:
+            ledger.record_spends_within([row], _within(assignment.client, budget, low))
+        except BudgetSpent as error:
+            log("refused", {"client": assignment.client, "reason": str(error)})
+        else:
+            kept.append(assignment)
+        for facts in low:
+            log("budget low", facts)
+    names, size = [a.client for a in kept], _bytes_sent(kept)
+    log("assigned", {"round": _round(assignments), "assigned": names, "bytes": size})
     return kept
 
 
 def spent_by_run(plan: Plan, ledger: Ledger) -> dict[str, Epsilon]:
-    """Return what a run has spent so far, by client."""
+    """Return what a run has spent so far, by population; two clients may share one."""
     privacy = plan.config.privacy
     if privacy is None:
         return {}
     rows: dict[str, list[SpendRow]] = {}
     for row in ledger.spends_of_run(plan.run):
-        rows.setdefault(row.client, []).append(row)
-    public = {p.name: p.public for p in plan.participants}
+        rows.setdefault(row.population, []).append(row)
+    public = {p.population: p.public for p in plan.participants}
     return {
-        client: composed(
-            own[0].population,
+        population: composed(
+            population,
             [spend_from_row(r) for r in own],
             privacy.delta,
             privacy.accountant,
-            public.get(client, False),
+            public.get(population, False),
         )
-        for client, own in sorted(rows.items())
+        for population, own in sorted(rows.items())
     }
 
 
@@ -209,8 +216,15 @@ def _row(plan: Plan, assignment: Assignment, population: str) -> SpendRow:
     )
 
 
-def _within(client: str, budget: tuple[float, float] | None) -> Any:
-    """Return the check that the ledger makes inside its transaction."""
+def _within(client: str, budget: tuple[float, float] | None, low: list[dict[str, Any]]) -> Any:
+    """Return the check that the ledger makes inside its transaction.
+
+    Args:
+        client: who is about to spend.
+        budget: (epsilon, delta) of its population, or None for no budget.
+        low: gains what there is to say where this spend brings a population over four fifths of
+            its budget, or would bring it over the whole.
+    """
 
     def check(population: str, existing: Sequence[SpendRow], new: Sequence[SpendRow]) -> None:
         if budget is None:
@@ -221,15 +235,30 @@ def _within(client: str, budget: tuple[float, float] | None) -> Any:
         if len(after) == len(before):
             return  # a round run again after a crash: already counted
         total = epsilon(after.values(), delta)
+        if total <= _LOW * limit:
+            return
+        spent = epsilon(before.values(), delta)
+        facts = {"population": population, "limit": limit, "delta": delta}
         if total > limit + 1e-9:
-            spent = epsilon(before.values(), delta)
+            low.append({**facts, "epsilon": spent})
             raise BudgetSpent(
                 f"{client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, population "
                 f"{population}); this round would bring it to {total:.2f}. "
                 "Raise its budget or leave it out"
             )
+        if spent <= _LOW * limit:
+            low.append({**facts, "epsilon": total})
 
     return check
+
+
+def _bytes_sent(assignments: Sequence[Assignment]) -> int:
+    """Return the size of the assignments' broadcasts, each counted for every client it goes to."""
+    sizes: dict[int, int] = {}
+    for a in assignments:
+        if id(a.broadcast) not in sizes:
+            sizes[id(a.broadcast)] = a.broadcast.size_bytes
+    return sum(sizes[id(a.broadcast)] for a in assignments)
 
 
 def _round(assignments: Sequence[Assignment]) -> int:
