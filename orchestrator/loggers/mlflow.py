@@ -24,15 +24,15 @@ class MLflow:
 
     Raises:
         LoggerUnavailable: if MLflow is not installed.
-        ValueError: if ``uri`` holds a password.
+        ValueError: if ``uri`` holds a password or token.
     """
 
     def __init__(self, run: LoggedRun, uri: str | None = None, experiment: str = "weft") -> None:
-        if uri is not None and urlsplit(uri).password is not None:
+        if uri is not None and _holds_secret(uri):
             raise ValueError(
-                "uri holds a password, and the config is on the run's record; take it out and set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave uri out and set "
-                "MLFLOW_TRACKING_URI"
+                "uri holds a password or token, and the config is on the run's record; take it out "
+                "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or leave uri out "
+                "and set MLFLOW_TRACKING_URI"
             )
         try:
             import mlflow
@@ -46,7 +46,9 @@ class MLflow:
     def log_params(self, config: Mapping[str, Any]) -> None:
         """Find or make the MLflow run, and log the config's dotted keys."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
-        self._id = self._found()
+        self._id, new = self._found()
+        if not new:  # MLflow takes a parameter once, and a run may have been extended
+            return
         param = self._mlflow.entities.Param
         values = [param(k, str(v)[:_LONGEST]) for k, v in flat(config).items()]
         for first in range(0, len(values), _BATCH):
@@ -64,12 +66,19 @@ class MLflow:
         if self._id:
             self._client.set_terminated(self._id, "FINISHED" if completed else "FAILED")
 
-    def _found(self) -> str:
+    def _found(self) -> tuple[str, bool]:
+        """Return the id of this run's MLflow run, and whether it was made just now."""
         client, tag = self._client, "weft.run"
         known = client.get_experiment_by_name(self._experiment)
         home = known.experiment_id if known else client.create_experiment(self._experiment)
         for earlier in client.search_runs([home], f"tags.`{tag}` = '{self._run.id}'"):
             client.update_run(earlier.info.run_id, "RUNNING")
-            return str(earlier.info.run_id)
+            return str(earlier.info.run_id), False
         made = client.create_run(home, tags={tag: self._run.id}, run_name=self._run.name)
-        return str(made.info.run_id)
+        return str(made.info.run_id), True
+
+
+def _holds_secret(uri: str) -> bool:
+    parts = urlsplit(uri)
+    token = parts.scheme in ("http", "https") and parts.username is not None
+    return token or parts.password is not None

@@ -30,23 +30,23 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
-        self._failed: set[Observer] = set()
+        self._failed: set[int] = set()
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         """Tell every observer."""
-        for observer in self._observers:
+        for number, observer in enumerate(self._observers):
             try:
                 observer(kind, data)
             except Exception:
-                self._say(observer, f"at the event {kind!r}")
+                self._say(number, f"at the event {kind!r}")
 
     def close(self) -> None:
         """Close every observer."""
-        for observer in self._observers:
+        for number, observer in enumerate(self._observers):
             try:
                 observer.close()
             except Exception:
-                self._say(observer, "while it closed")
+                self._say(number, "while it closed")
 
     def __enter__(self) -> Observers:
         return self
@@ -54,8 +54,8 @@ class Observers:
     def __exit__(self, *error: Any) -> None:
         self.close()
 
-    def _say(self, observer: Observer, when: str) -> None:
-        if observer not in self._failed:
-            self._failed.add(observer)
-            name = type(observer).__name__
+    def _say(self, number: int, when: str) -> None:
+        if number not in self._failed:
+            self._failed.add(number)
+            name = type(self._observers[number]).__name__
             _LOG.exception("%s failed %s; the run goes on, and this is said once", name, when)

@@ -40,6 +40,7 @@ class Metrics:
     Raises:
         MetricsUnavailable: if prometheus-client is not installed.
         BadMetricsPort: if the port is taken or no port.
+        OSError: if the file cannot be written.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Metrics:
             self._bytes.labels(direction)
         for phase in PHASES:
             self._seconds.labels(phase)
+        self._write()  # a folder that is not there is missed at once
         self._server: Any = None
         self.port: int | None = None
         if port is not None:
@@ -102,19 +104,22 @@ class Metrics:
             self._rounds.inc()
             self._round.set(data["round"])
             self._spent(data)
-        if self._file is not None and kind in _WRITTEN:
-            self._client.write_to_textfile(str(self._file), self.registry)
+        if kind in _WRITTEN:
+            self._write()
 
     def close(self) -> None:
         """Write the file once more and stop serving."""
-        if self._file is not None:
-            self._client.write_to_textfile(str(self._file), self.registry)
+        self._write()
         if self._server is not None:
             server, thread = self._server
             self._server = None
             server.shutdown()
             server.server_close()
             thread.join()
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._client.write_to_textfile(str(self._file), self.registry)
 
     def _serve(self, port: int, address: str) -> None:
         try:

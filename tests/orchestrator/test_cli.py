@@ -309,6 +309,7 @@ def test_a_metrics_port_that_is_none_is_refused(refused, run_yaml, read):
         ({"start_from": "nothing", "start": "stack"}, "'nothing'"),
         ({"color": "red"}, "color: there is no such option"),
         ({"clients": {"names": ["nobody"]}}, "no client is called 'nobody'"),
+        ({"notify": {"url_env": "WEFT_NOWHERE"}}, "variable WEFT_NOWHERE is not set"),
         (
             {"clients": {"simulate": {"data": "jsonl:gone.jsonl", "parts": 2}}},
             "gone.jsonl",

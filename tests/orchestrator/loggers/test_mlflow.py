@@ -43,7 +43,7 @@ def test_parameters_metrics_and_the_end_are_in_one_run(uri, run):
 def test_a_run_that_is_resumed_goes_on_in_its_mlflow_run(uri, run):
     for step, completed in ((1, False), (2, True)):
         logger = LOGGERS.get("mlflow").build(run, uri=uri)
-        logger.log_params({"seed": 0})
+        logger.log_params({"rounds": step})  # extended in between
         logger.log_metrics({"updates": 3.0}, step)
         logger.close(completed)
         client = mlflow.MlflowClient(tracking_uri=uri)
@@ -53,8 +53,12 @@ def test_a_run_that_is_resumed_goes_on_in_its_mlflow_run(uri, run):
     assert len(client.get_metric_history(found.info.run_id, "updates")) == 2
 
 
-def test_a_password_in_the_address_is_refused_and_not_repeated(run):
+@pytest.mark.parametrize(
+    "uri",
+    ["https://me:s3cret@mlflow.example", "https://s3cret@host", "postgresql://me:s3cret@db/x"],
+)
+def test_a_password_in_the_address_is_refused_and_not_repeated(run, uri):
     with pytest.raises(BadOptions, match="MLFLOW_TRACKING_PASSWORD") as caught:
-        LOGGERS.get("mlflow").build(run, uri="https://me:s3cret@mlflow.example")
+        LOGGERS.get("mlflow").build(run, uri=uri)
 
     assert "s3cret" not in str(caught.value)

@@ -104,6 +104,11 @@ def test_a_textfile_is_right_after_every_round_and_at_the_end(events, tmp_path):
     assert 'weft_phase_seconds_count{phase="evaluate"} 2.0' in file.read_text()
 
 
+def test_a_textfile_that_cannot_be_written_is_missed_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        Metrics(file=tmp_path / "gone" / "weft.prom")
+
+
 def test_a_port_that_is_taken_is_refused_with_a_sentence():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
