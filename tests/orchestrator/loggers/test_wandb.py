@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("wandb", reason="extra 'wandb' is not installed")
 
+import wandb
+
 from orchestrator.loggers import LOGGERS, LoggedRun, LoggerUnavailable
 
 
@@ -21,6 +23,7 @@ def test_an_offline_run_writes_what_was_logged(run, monkeypatch, tmp_path):
     logger.log_params({"adapter": {"name": "lora-of-mine"}})
     logger.log_metrics({"eval/accuracy": 0.25}, 1)
     logger.close(completed=True)
+    wandb.teardown()  # as at the end of the process: only then its service has written all
 
     [file] = tmp_path.glob("wandb/offline-run-*/run-run-1.wandb")
     written = file.read_bytes()
