@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clients import models
@@ -12,6 +13,7 @@ from clients.adapters import ADAPTERS
 from orchestrator.cohort import asked_a_round
 from orchestrator.config import RunConfig
 from orchestrator.launch import make_plan
+from orchestrator.observers.of_run import observers_of
 from orchestrator.plan import Plan
 from orchestrator.spending import Epsilon, composed
 from storage.ledger import Ledger
@@ -74,8 +76,10 @@ def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
 
     Raises:
         BadConfig: if it cannot be run.
+        LoggerUnavailable, BadWebhook: if a logger or the webhook cannot be had here.
     """
     plan = make_plan(config, store, ledger)
+    observers_of(plan, Path())
     adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
     sizes = models.estimate(plan.model, adapter)
     return Check(

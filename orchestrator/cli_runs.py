@@ -15,6 +15,10 @@ import typer
 
 from orchestrator.terminal import (
     JsonFlag,
+    LogFile,
+    LogFormat,
+    MetricsFile,
+    MetricsPort,
     Set,
     err,
     limits,
@@ -49,11 +53,16 @@ def run(  # noqa: PLR0913  (one option each)
         str | None,
         typer.Option("--ray-address", help="Join this Ray cluster, HOST:PORT of its head."),
     ] = None,
+    log_format: LogFormat = None,
+    log_file: LogFile = None,
+    metrics_port: MetricsPort = None,
+    metrics_file: MetricsFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Launch a federated run, queue one, or go on with one."""
     from orchestrator import service
     from orchestrator.config import BadConfig, load_config
+    from orchestrator.observers.process import Watch
     from storage.ledger import Queueing
 
     if (config is None) == (resume is None):
@@ -68,16 +77,17 @@ def run(  # noqa: PLR0913  (one option each)
         )
     queueing = Queueing(priority, pairs(label, "--label"))
     workspace = workspace_here()
+    watch = Watch(log_format, log_file, metrics_port, metrics_file)
     if resume is not None:
-        with _progress(workspace, as_json) as progress:
-            version = service.resume(workspace, resume, progress)
+        with _shown(as_json, watch) as observe:
+            version = service.resume(workspace, resume, observe)
         _print_version(workspace, version, as_json)
         return
     assert config is not None
-    _start(workspace, load_config(config, overrides), queueing, detach, as_json)
+    _start(workspace, load_config(config, overrides), queueing, detach, as_json, watch)
 
 
-def coordinator(
+def coordinator(  # noqa: PLR0913  (one option each)
     limit: Annotated[
         list[str], typer.Option("--limit", help="At most so many at once: key=value:2.")
     ] = [],  # noqa: B006
@@ -88,27 +98,37 @@ def coordinator(
     lease_s: Annotated[
         float, typer.Option("--lease-s", min=1, help="Until a dead driver's run is another's.")
     ] = 60.0,
+    log_format: LogFormat = None,
+    log_file: LogFile = None,
+    metrics_port: MetricsPort = None,
+    metrics_file: MetricsFile = None,
 ) -> None:
     """Claim queued runs and drive them, one at a time; start as many as you like, anywhere."""
     from orchestrator import service
+    from orchestrator.observers.base import Observers
+    from orchestrator.observers.process import Watch
+    from orchestrator.progress import RunProgress
 
     workspace = workspace_here()
     stop = threading.Event()
 
+    process = Observers(*Watch(log_format, log_file, metrics_port, metrics_file).observers())
+
     @contextmanager
     def watch() -> Iterator[Any]:
-        with _progress(workspace, False) as progress:
+        with RunProgress(out, live=log_format is None or log_file is not None) as progress:
 
             def seen(kind: str, data: Mapping[str, Any]) -> None:
                 if kind == "run":
                     out.print(f"run {data['run']} of {data['name']}", highlight=False)
                 progress(kind, data)
+                process(kind, data)
                 if kind == "completed":
                     out.print(f"{data['name']}  {data['version']}")
 
             yield seen
 
-    with _stopped_by_signals(stop):
+    with _stopped_by_signals(stop), process:
         count = service.serve(
             workspace,
             service.Serving(limits(limit), once, until_idle),
@@ -280,13 +300,15 @@ def runs_clone(
     _start(workspace, service.clone(workspace, old.id, overrides), queueing, detach, as_json)
 
 
-def _start(workspace: Any, config: Any, queueing: Any, detach: bool, as_json: bool) -> None:
+def _start(
+    workspace: Any, config: Any, queueing: Any, detach: bool, as_json: bool, watch: Any = None
+) -> None:
     """Queue a run or drive it to its end, and print what came of it."""
     from orchestrator import service, views
 
     if not detach:
-        with _progress(workspace, as_json) as progress:
-            version = service.launch(workspace, config, progress, queueing=queueing)
+        with _shown(as_json, watch) as observe:
+            version = service.launch(workspace, config, observe, queueing=queueing)
         _print_version(workspace, version, as_json)
         return
     run = service.submit(workspace, config, queueing)
@@ -297,12 +319,20 @@ def _start(workspace: Any, config: Any, queueing: Any, detach: bool, as_json: bo
     err.print("queued; a weft coordinator drives it", style="dim")
 
 
-def _progress(workspace: Any, as_json: bool) -> Any:
+@contextmanager
+def _shown(as_json: bool, watch: Any) -> Iterator[Any]:
+    """Yield what shows a run as it goes on, and tells who watches the process."""
+    from orchestrator.observers.base import Observers
+    from orchestrator.observers.process import Watch
     from orchestrator.progress import RunProgress
-    from orchestrator.spending import spent_by_run
 
-    console = err if as_json else out
-    return RunProgress(console, lambda plan: spent_by_run(plan, workspace.ledger))
+    watch = watch or Watch()
+    torn = watch.log_format is not None and watch.log_file is None
+    with (
+        RunProgress(err if as_json else out, live=not torn) as progress,
+        Observers(progress, *watch.observers()) as observe,
+    ):
+        yield observe
 
 
 def _print_version(workspace: Any, version: str, as_json: bool) -> None:

@@ -179,7 +179,8 @@ class Collector:
             if promised is None or promised.digest == accepted.leaf["digest"]:
                 self._taken[key] = accepted
                 facts = {k: accepted.leaf[k] for k in ("client", "base", "digest")}
-                self.log("accepted", {**result.metrics, **facts, "round": result.round})
+                facts |= {"round": result.round, "bytes": accepted.path.stat().st_size}
+                self.log("accepted", {**result.metrics, **facts})
                 return
             reason = _DIFFERS
         self._refuse(*key, reason)

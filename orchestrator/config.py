@@ -15,6 +15,8 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
+from orchestrator.loggers import LOGGERS
+from orchestrator.observers.webhook import Notify
 from orchestrator.policy import METRICS, Rounds, Stop, Strict
 from strategies import STRATEGIES
 from strategies.merges import MERGES
@@ -26,6 +28,7 @@ FAMILIES: Mapping[str, Family] = {
     "optimizer": OPTIMIZERS,
     "regularizer": REGULARIZERS,
     "merge": MERGES,
+    "logger": LOGGERS,
 }
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -219,6 +222,8 @@ class RunConfig(Rounds):
     threads: int = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"
     evaluate: EvaluateConfig | None = None
+    loggers: tuple[PluginField, ...] = ()
+    notify: Notify | None = None
     backend: Annotated[
         BackendConfig, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)
     ] = BackendConfig()
@@ -251,6 +256,7 @@ class RunConfig(Rounds):
                 "strategy": self.strategy.checked("strategy"),
                 "optimizer": self.optimizer.checked("optimizer"),
                 "regularizers": tuple(r.checked("regularizer") for r in self.regularizers),
+                "loggers": tuple(one.checked("logger") for one in self.loggers),
             }
         except (UnknownPlugin, BadOptions) as error:
             raise BadConfig(str(error)) from None
@@ -293,10 +299,14 @@ def _problems(config: RunConfig) -> Iterable[str]:
         yield f"stop.metric: {c.task} is not scored by {c.judge.metric!r} ({allowed})"
     if c.head == "personal" and c.evaluate is not None:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
-    if _repeats([r.name for r in c.regularizers]):
-        yield "regularizers: one is given twice"
-    if _repeats(c.clients.names or ()):
-        yield "clients.names: a client is named twice"
+    for key, names in (
+        ("regularizers", [one.name for one in c.regularizers]),
+        ("loggers", [one.name for one in c.loggers]),
+        ("clients.names", c.clients.names or ()),
+    ):
+        if _repeats(names):
+            what = "a client is named" if key == "clients.names" else "one is given"
+            yield f"{key}: {what} twice"
 
 
 def _label_problems(config: RunConfig) -> Iterable[str]:

@@ -20,6 +20,7 @@ from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BackendConfig
 from orchestrator.federation import Cancelled, Federation, Observe, Paused, RoundFailed
 from orchestrator.lease import Lease, driver_name, is_dead
+from orchestrator.observers.of_run import watched
 from orchestrator.plan import Plan
 from orchestrator.workspace import Workspace
 from storage.ledger import LeaseLost, Ledger, RunRecord
@@ -113,34 +114,46 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
         Stopped: if this process was asked to stop.
         LeaseLost: if somebody else drives the run by now; nothing more was written.
     """
-    ledger, run, backend = workspace.ledger, record.id, driving.backend
-    with Lease(ledger.queue, run, record.token, driving.lease_s):
+    ledger = workspace.ledger
+    with Lease(ledger.queue, record.id, record.token, driving.lease_s):
         try:
             plan = planned(record)
-            seen = _stoppable(observe, driving.stop)
-            seen("run", {"run": run, "name": record.name, "plan": plan})
-            backend = backend or make_backend(
-                plan.config.backend, plan.config.threads, len(plan.participants)
-            )
-            federation = Federation(
-                plan,
-                workspace.store,
-                ledger,
-                backend,
-                workspace.home,
-                observe=seen,
-                token=record.token,
-                wanted=partial(ledger.queue.wanted, run, record.token),
-            )
-            return federation.run()
+            with watched(plan, ledger, workspace.home, observe) as watching:
+                seen = _stoppable(watching, driving.stop)
+                try:
+                    seen("run", {"run": record.id, "name": record.name, "plan": plan})
+                    return _driven(workspace, record, plan, seen, driving.backend)
+                except (Exception, KeyboardInterrupt) as error:
+                    if not isinstance(error, (Paused, Cancelled, LeaseLost)):
+                        watching("failed", {"reason": str(error) or type(error).__name__})
+                    raise
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
             with suppress(LeaseLost):
                 _record_end(ledger, record, Stopped() if interrupted else error)
             raise
-        finally:
-            if backend is not None and backend is not driving.backend:
-                backend.close()
+
+
+def _driven(
+    workspace: Workspace, record: RunRecord, plan: Plan, seen: Observe, given: Backend | None
+) -> str:
+    config, ledger = plan.config, workspace.ledger
+    backend = given or make_backend(config.backend, config.threads, len(plan.participants))
+    try:
+        federation = Federation(
+            plan,
+            workspace.store,
+            ledger,
+            backend,
+            workspace.home,
+            observe=seen,
+            token=record.token,
+            wanted=partial(ledger.queue.wanted, record.id, record.token),
+        )
+        return federation.run()
+    finally:
+        if given is None:
+            backend.close()
 
 
 def serve(

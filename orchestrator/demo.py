@@ -28,7 +28,6 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.demo_export import compare_with_peft
 from orchestrator.progress import RunProgress
 from orchestrator.report import lineage_tree
-from orchestrator.spending import spent_by_run
 from strategies import STRATEGIES
 from strategies.base import ClientSpec
 
@@ -92,8 +91,7 @@ class _Demo:
 
     def train(self, config: RunConfig) -> str:
         """Run a federation with live progress; return the final version."""
-        ledger = self.workspace.ledger
-        with RunProgress(self.console, lambda plan: spent_by_run(plan, ledger)) as progress:
+        with RunProgress(self.console) as progress:
             return service.launch(self.workspace, config, progress, self.backend)
 
     def scores(self, *refs: str, labels: Sequence[str] = LABELS) -> list[Evaluation]:

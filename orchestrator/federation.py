@@ -130,6 +130,7 @@ class Federation:
         opened = self._opened(done)
         accepted = self._collector.collect(opened)
         state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
+        self.observe("aggregated", {"round": opened.round})
         last = opened.round == self.plan.config.rounds and not self._chooses
         memory = consolidated(self.plan, state.adapter, done.memory) if last else done.memory
         version = self.store.commit(

@@ -71,6 +71,7 @@ class Plan:
         regularizers: checked regularizer choices.
         participants: sorted by name.
         start: where the run starts.
+        loggers: checked choices of what is told of it; they change no result.
     """
 
     run: str
@@ -82,6 +83,7 @@ class Plan:
     regularizers: tuple[PluginChoice, ...]
     participants: tuple[Participant, ...]
     start: Start
+    loggers: tuple[PluginChoice, ...] = ()
 
     @property
     def max_participations(self) -> int:

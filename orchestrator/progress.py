@@ -32,14 +32,22 @@ class RunProgress:
 
     Args:
         console: where to.
-        spent: returns what the run has spent so far, by client.
+        live: whether a terminal shows a picture that changes, which other output would tear.
+        clock: returns seconds.
     """
 
-    def __init__(self, console: Console, spent: Callable[[Plan], Mapping[str, Epsilon]]) -> None:
-        self._console, self._spent = console, spent
+    def __init__(
+        self,
+        console: Console,
+        live: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console, self._clock = console, clock
+        self._shows_live = live and console.is_terminal
         self._live: Live | None = None
         self._plan: Plan | None = None
-        self._round, self._first, self._began = 0, 0, time.monotonic()
+        self._round, self._done = 0, 0
+        self._times: list[float] = []  # when this process began its first round, ended each
         self._states: dict[str, str] = {}
         self._at: dict[str, str] = {}
         self._losses: dict[str, float] = {}
@@ -47,26 +55,34 @@ class RunProgress:
         self._line = "starting"
 
     def __enter__(self) -> RunProgress:
-        if self._console.is_terminal:
+        if self._shows_live:
             self._live = Live(self, console=self._console, refresh_per_second=4, transient=True)
             self._live.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the picture away."""
         if self._live is not None:
-            self._live.__exit__(*error)
+            self._live.stop()
+            self._live = None
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         """Take note of an event of the run."""
         client = str(data.get("client", ""))
         if kind == "run":
-            self._plan = data["plan"]
-            self._console.print(_timeouts(data["plan"].config), style="dim")
+            self._plan, self._done = data["plan"], data.get("done", 0)
+            self._round, self._times = self._done, []
+            self._epsilon = data["spent"]() if "spent" in data else {}
+            if self._done:
+                self._say(f"going on after round {self._done}/{self._plan.config.rounds}")
+            self._console.print(_timeouts(self._plan.config), style="dim")
         elif kind == "step":
             self._at[client] = f"{data['step']}/{data['steps']}" if data["steps"] else ""
         elif kind == "round":
-            if not self._first:
-                self._first, self._began = data["round"], time.monotonic()
+            self._times = self._times or [self._clock()]
             self._round = data["round"]
             self._states = dict.fromkeys(data["cohort"], "waiting")
             self._at = {}
@@ -88,7 +104,9 @@ class RunProgress:
 
     def _committed(self, data: Mapping[str, Any]) -> None:
         assert self._plan is not None
-        self._epsilon = self._spent(self._plan)
+        self._done = data["round"]
+        self._times.append(self._clock())
+        self._epsilon = data["spent"]() if "spent" in data else {}
         self._say(
             f"round {data['round']}/{self._plan.config.rounds}: {data['updates']} updates, "
             f"loss {self._loss()}, {self._spent_text()}version {data['version'][:12]}"
@@ -112,18 +130,19 @@ class RunProgress:
         return f"max {max(self._epsilon.values(), key=lambda e: e.epsilon)}, "
 
     def _left(self) -> str:
-        if self._plan is None or self._round <= self._first:
+        """Return the time left, judged by the rounds that this process has finished."""
+        if self._plan is None or len(self._times) < 2:
             return "time left: …"
-        finished = self._round - self._first
-        left = (self._plan.config.rounds - self._round + 1) / finished
-        return f"about {left * (time.monotonic() - self._began):.0f} s left"
+        a_round = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        left = (self._plan.config.rounds - self._done) * a_round
+        return f"about {max(0.0, left - (self._clock() - self._times[-1])):.0f} s left"
 
     def __rich__(self) -> RenderableType:
         """Return the picture of now."""
         rounds = self._plan.config.rounds if self._plan else 1
         name = self._plan.config.name if self._plan else "run"
         grid = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=rounds, completed=max(self._round - 1, 0), width=24)
+        bar = ProgressBar(total=rounds, completed=self._done, width=24)
         grid.add_row(f"[bold]{name}[/]", f"round {self._round}/{rounds}", bar, self._left())
         states = Text()
         shown = list(self._states.items())[:_MANY]

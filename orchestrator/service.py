@@ -30,6 +30,7 @@ from orchestrator.merging import (
     split_head,
     task_vector,
 )
+from orchestrator.observers.of_run import observers_of
 from orchestrator.recipes import merge_recipe
 from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
@@ -114,6 +115,7 @@ def launch(
 
     Raises:
         BadConfig: if the config cannot be run; nothing was started.
+        LoggerUnavailable, BadWebhook: if a logger or the webhook cannot be had; likewise.
         RoundFailed: if a round got no update; the run can be resumed.
     """
     mine = replace(queueing or Queueing(), owner=driver_name())
@@ -136,6 +138,7 @@ def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = 
 
 def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
     plan = make_plan(config, workspace.store, workspace.ledger)
+    observers_of(plan, workspace.home)  # what they need is missed before there is a run
     remember_base(workspace, plan.model)
     return workspace.ledger.create_run(
         plan.run,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import Accountant, BudgetSpent, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
@@ -14,6 +14,8 @@ from orchestrator.config import PrivacyConfig
 from orchestrator.plan import Participant, Plan
 from storage.ledger import Ledger, SpendRow
 from strategies.base import PrivacySpend
+
+_LOW = 0.8  # of a budget: from here on, people are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class Epsilon:
 
     def __str__(self) -> str:
         return f"ε = {self.epsilon:.2f} (δ = {self.delta:g}, unit {self.unit}, {self.adjacency})"
+
+
+Low: TypeAlias = dict[str, dict[str, Any]]
+"""Facts of budgets that get low, by population."""
 
 
 class Log(Protocol):
@@ -119,40 +125,42 @@ def reserve(
     known: dict[int, str] = {}
     private = [a for a in assignments if a.privacy is not None]
     rows = [_row(a, people[a.client].population, known) for a in private]
-    over = _recorded(rows, ledger)
+    over, low = _recorded(rows, ledger)
     for row in rows:
         if row.client in over:
             reason = str(over[row.client])
             facts = {"client": row.client, "round": row.round, "reason": reason, "fault": False}
             log("refused", facts)
+    for facts in low.values():
+        log("budget low", facts)
     kept = [a for a in assignments if a.client not in over]
     first = assignments[0]
     spent = {row.client: row.event for row in rows if row.client not in over}
     if spent:
         log("spent", {"round": first.round, "events": spent})
     asked = {"round": first.round, "base": first.base, "assigned": [a.client for a in kept]}
-    log("assigned", asked)
+    log("assigned", {**asked, "bytes": _bytes_sent(kept)})
     return kept
 
 
 def spent_by_run(plan: Plan, ledger: Ledger) -> dict[str, Epsilon]:
-    """Return what a run has spent so far, by client."""
+    """Return what a run has spent so far, by population; two clients may share one."""
     privacy = plan.config.privacy
     if privacy is None:
         return {}
     rows: dict[str, list[SpendRow]] = {}
     for row in ledger.spends_of_run(plan.run):
-        rows.setdefault(row.client, []).append(row)
-    public = {p.name: p.public for p in plan.participants}
+        rows.setdefault(row.population, []).append(row)
+    public = {p.population: p.public for p in plan.participants}
     return {
-        client: composed(
-            own[0].population,
+        population: composed(
+            population,
             [spend_from_row(r) for r in own],
             privacy.delta,
             privacy.accountant,
-            public.get(client, False),
+            public.get(population, False),
         )
-        for client, own in sorted(rows.items())
+        for population, own in sorted(rows.items())
     }
 
 
@@ -203,24 +211,27 @@ def spend_from_row(row: SpendRow) -> PrivacySpend:
     return PrivacySpend(row.mechanism, row.unit, row.adjacency, row.parameters)
 
 
-def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> dict[str, BudgetSpent]:
-    """Record what keeps within its budget; return the others' errors by client.
+def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, BudgetSpent], Low]:
+    """Record what keeps within its budget; return the others' errors by client, and what is low.
 
     All at once, which is one transaction; one by one where somebody is over its budget.
     """
+    low: Low = {}
     if not rows:
-        return {}
-    check = _within(ledger.budgets())
+        return {}, low
     try:
-        ledger.record_spends_within(rows, check)
+        ledger.record_spends_within(rows, _within(ledger.budgets(), low))
     except BudgetSpent as error:
         if len(rows) == 1:
-            return {rows[0].client: error}
+            return {rows[0].client: error}, low
         over: dict[str, BudgetSpent] = {}
+        low = {}
         for row in rows:
-            over |= _recorded([row], ledger)
-        return over
-    return {}
+            errors, facts = _recorded([row], ledger)
+            over |= errors
+            low |= facts
+        return over, low
+    return {}, low
 
 
 def _row(assignment: Assignment, population: str, known: dict[int, str]) -> SpendRow:
@@ -241,8 +252,14 @@ def _row(assignment: Assignment, population: str, known: dict[int, str]) -> Spen
     )
 
 
-def _within(budgets: Mapping[str, tuple[float, float]]) -> Any:
-    """Return the check that the ledger makes inside its transaction."""
+def _within(budgets: Mapping[str, tuple[float, float]], low: Low) -> Any:
+    """Return the check that the ledger makes inside its transaction.
+
+    Args:
+        budgets: (epsilon, delta) by population.
+        low: gains what there is to say where spends bring a population over four fifths of its
+            budget, or would bring it over the whole.
+    """
 
     def check(population: str, existing: Sequence[SpendRow], new: Sequence[SpendRow]) -> None:
         if population not in budgets:
@@ -253,12 +270,27 @@ def _within(budgets: Mapping[str, tuple[float, float]]) -> Any:
         if len(after) == len(before):
             return  # a round run again after a crash: already counted
         total = epsilon(after.values(), delta)
+        if total <= _LOW * limit:
+            return
+        spent = epsilon(before.values(), delta)
+        facts = {"population": population, "limit": limit, "delta": delta}
         if total > limit + 1e-9:
-            spent = epsilon(before.values(), delta)
+            low[population] = {**facts, "epsilon": spent}
             raise BudgetSpent(
                 f"{new[0].client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, "
                 f"population {population}); this round would bring it to {total:.2f}. "
                 "Raise its budget or leave it out"
             )
+        if spent <= _LOW * limit:
+            low[population] = {**facts, "epsilon": total}
 
     return check
+
+
+def _bytes_sent(assignments: Sequence[Assignment]) -> int:
+    """Return the size of the assignments' broadcasts, each counted for every client it goes to."""
+    sizes: dict[int, int] = {}
+    for a in assignments:
+        if id(a.broadcast) not in sizes:
+            sizes[id(a.broadcast)] = a.broadcast.size_bytes
+    return sum(sizes[id(a.broadcast)] for a in assignments)

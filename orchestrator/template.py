@@ -40,6 +40,8 @@ clients:                            # one of: simulate, select, names
 # clients: {names: [clinic-7]}      # registered clients by name
 
 evaluate: {data: "builtin:parameter-types?split=test", every: 2}
+# loggers: [tensorboard]            # weft plugins logger
+# notify: {url_env: WEFT_WEBHOOK}   # posts when it fails, is done, or nears a privacy budget
 
 # start_from: task-0                # another version of the store
 # start: stack                      # continue, stack or fresh

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +22,23 @@ ModelOption = Annotated[
 ]
 Fields = Annotated[
     str, typer.Option("--fields", help="Column names of your own: text=note,label=dx.")
+]
+
+
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option("--log-format", envvar="WEFT_LOG_FORMAT", help="Log each event to stderr."),
+]
+LogFile = Annotated[
+    Path | None, typer.Option("--log-file", envvar="WEFT_LOG_FILE", help="Log to a file instead.")
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option("--metrics-port", envvar="WEFT_METRICS_PORT", help="Serve Prometheus metrics."),
+]
+MetricsFile = Annotated[
+    Path | None,
+    typer.Option("--metrics-file", envvar="WEFT_METRICS_FILE", help="Write them to a textfile."),
 ]
 
 

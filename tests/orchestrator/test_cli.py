@@ -88,7 +88,7 @@ def test_a_client_s_own_columns_are_read(ok, tmp_path):
 def test_plugins_are_listed_by_kind_and_shown_with_options(ok, read):
     everything = read("plugins")
     assert {row["kind"] for row in everything} == {
-        *("strategy", "adapter", "optimizer", "regularizer", "merge")
+        *("strategy", "adapter", "optimizer", "regularizer", "merge", "logger")
     }
     assert {row["kind"] for row in read("plugins", "merge")} == {"merge"}
     [fedsvd] = read("plugins", "strategy", "fedsvd")
@@ -167,6 +167,48 @@ def test_json_on_stdout_is_not_mixed_with_progress(weft, run_yaml):
     assert "round 2/2" in err
 
 
+def test_events_are_logged_as_json_beside_the_progress(weft, run_yaml):
+    code, out, err = weft("run", run_yaml(privacy=PRIVACY), "--log-format", "json")
+
+    assert code == 0
+    assert "round 2/2: 2 updates" in out
+    lines = [json.loads(line) for line in err.splitlines()]
+    kinds = [line["message"] for line in lines if line["logger"] == "weft.run"]
+    assert (kinds[0], kinds[-1]) == ("run", "completed")
+    assert [line["round"] for line in lines if line["message"] == "committed"] == [1, 2]
+    assert all(line["epsilon"] > 0 for line in lines if line["message"] == "committed")
+
+
+def test_a_run_is_logged_to_a_file_that_the_environment_names(
+    weft, run_yaml, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("WEFT_LOG_FILE", str(tmp_path / "weft.log"))
+    code, _, err = weft("run", run_yaml())
+
+    assert (code, err) == (0, "")
+    text = (tmp_path / "weft.log").read_text()
+    assert " INFO weft.run accepted run=" in text
+    assert " client=w0 " in text
+    assert " bytes=" in text
+
+
+def test_metrics_of_a_run_are_written_to_a_textfile(ok, run_yaml, tmp_path):
+    pytest.importorskip("prometheus_client", reason="extra 'metrics' is not installed")
+    ok("run", run_yaml(), "--metrics-file", tmp_path / "weft.prom")
+
+    found = (tmp_path / "weft.prom").read_text()
+    assert "weft_rounds_total 2.0" in found
+    assert 'weft_clients_total{outcome="accepted"} 4.0' in found
+
+
+def test_a_metrics_port_that_is_none_is_refused(refused, run_yaml, read):
+    pytest.importorskip("prometheus_client", reason="extra 'metrics' is not installed")
+    why = refused("run", run_yaml(), "--metrics-port", 70000)
+
+    assert why.startswith("metrics cannot be served on 127.0.0.1, port 70000")
+    assert read("runs", "list") == []
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 
@@ -186,6 +228,7 @@ def test_json_on_stdout_is_not_mixed_with_progress(weft, run_yaml):
         ({"start_from": "nothing", "start": "stack"}, "'nothing'"),
         ({"color": "red"}, "color: there is no such option"),
         ({"clients": {"names": ["nobody"]}}, "no client is called 'nobody'"),
+        ({"notify": {"url_env": "WEFT_NOWHERE"}}, "variable WEFT_NOWHERE is not set"),
         (
             {"clients": {"simulate": {"data": "jsonl:gone.jsonl", "parts": 2}}},
             "gone.jsonl",

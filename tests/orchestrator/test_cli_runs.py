@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from orchestrator import cli_runs
+from orchestrator import progress
 from orchestrator.workspace import open_workspace
 
 
@@ -109,13 +109,13 @@ def test_a_paused_run_in_the_foreground_says_how_to_go_on(
 
 def test_signals_stop_a_coordinator_and_are_given_back(ok, queued, read, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    real = cli_runs._progress
+    real = progress.RunProgress
 
-    def told_to_stop(workspace, as_json):
+    def told_to_stop(*args, **options):
         signal.raise_signal(signal.SIGTERM)
-        return real(workspace, as_json)
+        return real(*args, **options)
 
-    monkeypatch.setattr(cli_runs, "_progress", told_to_stop)
+    monkeypatch.setattr(progress, "RunProgress", told_to_stop)
     assert "drove 1 runs" in ok("coordinator")
     assert read("runs", "show", queued)["status"] == "queued"
     assert signal.getsignal(signal.SIGTERM) is before

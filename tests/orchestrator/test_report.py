@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pytest
 import torch
 from rich.console import Console
+from rich.progress_bar import ProgressBar
 
 from orchestrator import service
 from orchestrator.config import PrivacyConfig
@@ -91,7 +93,7 @@ def test_progress_hides_the_loss_under_dp_and_shows_it_otherwise(make_plan):
     for privacy, wanted in ((True, "hidden by DP"), (False, "0.500")):
         console = Console(file=io.StringIO(), width=200)
         plan = _private(make_plan()) if privacy else make_plan()
-        with RunProgress(console, lambda plan: {}) as progress:
+        with RunProgress(console) as progress:
             progress("run", {"plan": plan})
             progress("round", {"round": 1, "cohort": ["a", "b"]})
             progress("training", {"client": "a"})
@@ -107,7 +109,7 @@ def _private(plan):
 
 def test_live_progress_shows_client_states_and_the_time_left(make_plan):
     console = Console(file=io.StringIO(), width=200)
-    progress = RunProgress(console, lambda plan: {})
+    progress = RunProgress(console)
     progress("run", {"plan": make_plan()})
     progress("round", {"round": 1, "cohort": ["a", "b"]})
     progress("committed", {"round": 1, "updates": 2, "version": "ab" * 32})
@@ -130,7 +132,42 @@ def test_what_is_waited_for_is_said_at_the_start(make_plan):
         ),
     ):
         console = Console(file=io.StringIO(), width=200)
-        RunProgress(console, lambda plan: {})(
-            "run", {"plan": make_plan(backend=backend, deadline_s=60)}
-        )
+        RunProgress(console)("run", {"plan": make_plan(backend=backend, deadline_s=60)})
         assert console.file.getvalue() == wanted
+
+
+def test_progress_is_right_at_once_after_a_resume(make_plan):
+    now = [1000.0]
+    console = Console(file=io.StringIO(), width=200)
+    progress = RunProgress(console, clock=lambda: now[0])
+    progress("run", {"plan": make_plan(rounds=10), "done": 6})
+
+    assert "going on after round 6/10" in console.file.getvalue()
+    text = _text(progress.__rich__())
+    assert "round 6/10" in text
+    assert "time left: …" in text  # earlier processes say nothing of this one's speed
+
+    progress("round", {"round": 7, "cohort": ["a"]})
+    now[0] += 20
+    progress("committed", {"round": 7, "updates": 1, "version": "ab" * 32})
+    assert "about 60 s left" in _text(progress.__rich__())
+    progress("round", {"round": 8, "cohort": ["a"]})
+    now[0] += 15
+    assert "about 45 s left" in _text(progress.__rich__())
+    progress("committed", {"round": 8, "updates": 1, "version": "ab" * 32})
+    assert "about 35 s left" in _text(progress.__rich__())  # (20 + 15) / 2 a round, two to go
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_the_bar_shows_the_rounds_done_and_not_the_one_begun(make_plan, done):
+    progress = RunProgress(Console(file=io.StringIO(), width=200))
+
+    def bar():
+        cells = [c for column in progress.__rich__().renderables[0].columns for c in column.cells]
+        return next(c for c in cells if isinstance(c, ProgressBar))
+
+    progress("run", {"plan": make_plan(rounds=5), "done": done})
+    progress("round", {"round": done + 1, "cohort": ["a"]})
+    assert (bar().completed, bar().total) == (done, 5)
+    progress("committed", {"round": done + 1, "updates": 1, "version": "ab" * 32})
+    assert bar().completed == done + 1

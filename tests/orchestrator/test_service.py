@@ -12,8 +12,10 @@ from orchestrator.backends.base import Failure
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BadConfig
 from orchestrator.federation import RoundFailed
+from orchestrator.loggers import LOGGERS
+from orchestrator.observers.webhook import BadWebhook
 from storage.ledger import ClientExists, ClientRecord, UnknownRun
-from strategies.plugins import UnknownPlugin
+from strategies.plugins import Plugin, UnknownPlugin
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
 
@@ -156,7 +158,7 @@ def test_a_private_run_spends_before_it_trains_and_reports_no_loss(home, tiny):
     run = home.ledger.runs()[0].id
     accepted = [e.data for e in home.ledger.events(run) if e.kind == "accepted"]
     assert [a["client"] for a in accepted] == ["a", "b"]
-    assert all(a.keys() == {"client", "round", "base", "digest"} for a in accepted)
+    assert all(a.keys() == {"client", "round", "base", "digest", "bytes"} for a in accepted)
     assert kinds(home).index("assigned") < kinds(home).index("accepted")
     assert len(home.ledger.spends_of_run(run)) == 2
     recipe = home.store.version(version).recipe
@@ -299,3 +301,98 @@ def test_what_a_population_spent_is_said_in_words(home, tiny):
     assert spent["epsilon"] > 0
     assert spent["text"].endswith("in 1 rounds")
     assert json.dumps(spent)
+
+
+# --- what watches a run -----------------------------------------------------------------------
+
+
+class Breaking:
+    """A logger that fails whatever it is asked."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def log_params(self, config):
+        raise ConnectionError("no server")
+
+    def log_metrics(self, values, step):
+        raise ConnectionError("no server")
+
+    def close(self, completed):
+        raise ConnectionError("no server")
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Have a logger called ``breaking``."""
+    plugin = Plugin("logger", "breaking", Breaking, "Fails.", context=("run",))
+    monkeypatch.setitem(LOGGERS._plugins, "breaking", plugin)
+
+
+def test_loggers_and_notifications_change_no_version(home, tiny, breaking, monkeypatch, caplog):
+    monkeypatch.setenv("WEFT_WEBHOOK", "http://127.0.0.1:9/nobody")
+    plain = service.launch(home, tiny())
+
+    watched = service.launch(
+        home, tiny(loggers=["breaking"], notify={"url_env": "WEFT_WEBHOOK", "on": ["completed"]})
+    )
+
+    assert watched == plain
+    assert caplog.text.count("logger breaking failed") == 1
+    assert home.ledger.runs()[0].config["notify"]["url_env"] == "WEFT_WEBHOOK"
+
+
+def test_a_webhook_without_an_address_is_refused_before_there_is_a_run(home, tiny, monkeypatch):
+    monkeypatch.delenv("WEFT_WEBHOOK", raising=False)
+    with pytest.raises(BadWebhook, match="WEFT_WEBHOOK is not set"):
+        service.launch(home, tiny(notify={"url_env": "WEFT_WEBHOOK"}))
+
+    assert home.ledger.runs() == []
+
+
+def test_a_run_shows_what_was_done_and_spent_before_and_that_it_failed(home, tiny):
+    facts, kinds_seen = [], []
+
+    def observe(kind, data):
+        kinds_seen.append(kind)
+        if kind in ("run", "committed"):
+            facts.append((kind, data.get("done"), sum(e.epsilon for e in data["spent"]().values())))
+
+    with pytest.raises(KeyboardInterrupt):
+        service.launch(home, tiny(rounds=2, privacy=DP), observe, Dying(last=1))
+    assert kinds_seen[-1] == "failed"
+    service.resume(home, home.ledger.runs()[0].id, observe)
+
+    first, one, again, two = facts
+    assert first == ("run", 0, 0)
+    # round 2's spends were reserved before the run was stopped, so they count already
+    assert again == ("run", 1, two[2])
+    assert 0 < one[2] < two[2]
+
+
+def test_an_aggregation_is_shown_between_the_last_answer_and_the_commit(home, tiny):
+    seen = []
+    service.launch(home, tiny(), lambda kind, data: seen.append(kind))
+
+    assert seen[-4:] == ["closed", "aggregated", "committed", "completed"]
+
+
+def test_an_accepted_update_says_its_size(home, tiny):
+    service.launch(home, tiny())
+
+    run = home.ledger.runs()[0].id
+    sizes = {
+        e.data["client"]: e.data["bytes"]
+        for e in home.ledger.events(run)
+        if "bytes" in e.data and "client" in e.data
+    }
+    folder = home.home / "runs" / run / "round-1"
+    assert sizes == {p.stem: p.stat().st_size for p in folder.glob("*.safetensors")}
+    assert len(sizes) == 2
+
+
+def test_a_round_without_updates_says_that_it_is_below_its_quorum(home, tiny):
+    with pytest.raises(RoundFailed):
+        service.launch(home, tiny(), backend=Failing("a", "b"))
+
+    assert kinds(home)[-2:] == ["below quorum", "failed"]

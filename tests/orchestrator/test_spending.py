@@ -175,16 +175,16 @@ def test_a_round_without_privacy_spends_nothing(workspace, round_of):
     assert workspace.ledger.spends_of_run("run-1") == []
 
 
-def test_what_a_run_spent_is_composed_by_client(workspace, round_of):
+def test_what_a_run_spent_is_composed_by_population(workspace, round_of):
     for number in (1, 2):
         plan, assignments = round_of(number)
         reserve(assignments, people(plan), workspace.ledger, lambda k, d: None)
 
     spent = spent_by_run(plan, workspace.ledger)
 
-    assert list(spent) == ["a", "b", "c"]
-    assert spent["a"].epsilon == epsilon([spend(), spend()], 1e-5)
-    assert str(spent["a"]).endswith("(δ = 1e-05, unit example, add-remove)")
+    assert list(spent) == ["people-a", "people-b", "people-c"]
+    assert spent["people-a"].epsilon == epsilon([spend(), spend()], 1e-5)
+    assert str(spent["people-a"]).endswith("(δ = 1e-05, unit example, add-remove)")
 
 
 def recipe(*leaves, delta=1e-5):
@@ -257,3 +257,55 @@ def test_clients_of_one_population_share_its_budget_in_one_round(workspace, roun
     assert [a.client for a in kept] == ["a"]  # the first that fits, and no more
     assert [d["client"] for k, d in logged if k == "refused"] == ["b", "c"]
     assert len(workspace.ledger.spends("shared")) == 1
+
+
+@pytest.fixture
+def low(workspace, round_of):
+    """Return a function that reserves rounds in which ``b`` has a budget; what was low."""
+
+    def reserved(budget, *numbers):
+        one = epsilon([spend()], 1e-5)
+        two, three = (epsilon([spend()] * n, 1e-5) for n in (2, 3))
+        limit = {"low at once": one / 0.9, "low at two": two / 0.9, "spent at three": three * 0.99}
+        workspace.ledger.add_client(
+            ClientRecord("b", "jsonl:/b", "people-b", epsilon=limit[budget], delta=1e-5)
+        )
+        events = []
+        for number in numbers:
+            plan, assignments = round_of(number)
+            reserve(assignments, people(plan), workspace.ledger, lambda k, d: events.append((k, d)))
+        return [data for kind, data in events if kind == "budget low"]
+
+    return reserved
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [("low at once", 1), ("low at two", 2)])
+def test_a_budget_that_gets_low_is_said_in_the_round_that_brings_it_there(low, budget, rounds):
+    [facts] = low(budget, *range(1, rounds + 1))
+
+    assert facts["population"] == "people-b"
+    assert facts["epsilon"] == epsilon([spend()] * rounds, 1e-5)
+    assert facts["epsilon"] == pytest.approx(0.9 * facts["limit"])
+    assert facts["delta"] == 1e-5
+
+
+def test_a_round_that_is_run_again_does_not_say_it_again(low):
+    assert len(low("low at once", 1, 1)) == 1
+
+
+def test_a_budget_that_forbids_a_round_is_low(low):
+    found = low("spent at three", 1, 2, 3)
+
+    assert found
+    assert found[-1]["epsilon"] == epsilon([spend()] * 2, 1e-5) < found[-1]["limit"]
+
+
+def test_the_bytes_of_a_broadcast_count_for_every_client_it_goes_to(workspace, round_of):
+    plan, assignments = round_of(noise=None)
+    seen = []
+
+    reserve(assignments, people(plan), workspace.ledger, lambda kind, data: seen.append(data))
+
+    one = sum(t.numel() * t.element_size() for t in assignments[0].broadcast.tensors.values())
+    assert one > 0
+    assert [data["bytes"] for data in seen] == [3 * one]
