@@ -32,12 +32,9 @@ def family(pid: int, without: Iterable[int] = ()) -> list[int]:
     return found
 
 
-def name(pid: int) -> str:
-    """Return what a process calls itself; empty if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-    except OSError:
-        return ""
+def actors(pids: Iterable[int]) -> list[int]:
+    """Return those of some processes in which a Ray actor lives."""
+    return [p for p in pids if (n := _name(p)).startswith("ray::") and n != "ray::IDLE"]
 
 
 def pss(pid: int) -> float:
@@ -127,6 +124,14 @@ def _stat(pid: int) -> list[str] | None:
     except OSError:
         return None
     return text.rpartition(")")[2].split()
+
+
+def _name(pid: int) -> str:
+    """Return what a process calls itself; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return ""
 
 
 def _field(path: str, field: str) -> float:

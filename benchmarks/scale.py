@@ -1,6 +1,6 @@
 """Many clients: does a round stay as fast and as small as the first, and can one look meanwhile?
 
-    python benchmarks/scale.py [--quick] [--json] [--only rounds|registered|virtual] [--workers 2]
+    python benchmarks/scale.py [--quick] [--json] [--only PART] [--clients 1000] …
 
 *rounds*: a run of 1,000 simulated clients and 10 rounds on Ray workers. Each client does train: a
 BERT of two layers, 32 wide, with LoRA, one step of four examples. *Drift* is what the time of a
@@ -28,15 +28,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from _figures import Figure, show
-from _memory import Peak, family, own, processor_seconds, watched
+from _memory import Peak, actors, family, own, processor_seconds, watched
 from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
@@ -58,7 +57,16 @@ DRIFT, PLANNING_MS, QUERY_MS, EXAMPLES = 0.02, 100.0, 50.0, 4
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """How much of everything.
+
+    Attributes:
+        clients: of *rounds*.
+        rounds: of *rounds* and *registered*.
+        nodes: that are registered.
+        cohort: how many of those, and of the virtual clients, a round samples.
+        virtual: parts of one data set.
+        workers: Ray workers.
+    """
 
     clients: int
     rounds: int
@@ -69,6 +77,7 @@ class Size:
 
 
 FULL = Size(clients=1000, rounds=10, nodes=10_000, cohort=1000, virtual=100_000, workers=2)
+FIELDS = [f.name for f in fields(Size)]
 QUICK = Size(clients=40, rounds=4, nodes=1000, cohort=100, virtual=5000, workers=2)
 
 
@@ -156,12 +165,7 @@ def drift(values: Sequence[float]) -> float:
 
 def ray_workers() -> list[int]:
     """Return the processes of weft's Ray workers."""
-    found = []
-    for pid in family(os.getpid()):
-        with suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::_Worker"):
-                found.append(pid)
-    return found
+    return actors(family(os.getpid()))
 
 
 def figure(
@@ -181,7 +185,7 @@ def rounds(size: Size, folder: Path, model: Path, backend: RayBackend) -> list[F
     config = parse_config(document(model, {"simulate": simulate}, rounds=size.rounds))
     log = Log(ray_workers)
     workspace = service.open_workspace(folder / "rounds", f"sqlite:///{folder / 'rounds.db'}")
-    with watched(os.getpid()) as log.peak:
+    with watched(os.getpid(), every_s=0.05) as log.peak:
         service.launch(workspace, config, log, backend)
     workspace.close()
     where = f"{size.clients} clients, {size.rounds} rounds, {size.workers} workers"
@@ -320,7 +324,7 @@ def virtual(size: Size, folder: Path, model: Path, backend: RayBackend) -> list[
     assert len(plan.participants) == size.virtual
     megabytes = len(json.dumps(plan.to_json())) / 1e6
     before, log = len(family(os.getpid())), Log(ray_workers)
-    with watched(os.getpid()) as log.peak:
+    with watched(os.getpid(), every_s=0.05) as log.peak:
         service.launch(workspace, config, log, backend)
     added = len(family(os.getpid())) - before
     workspace.close()
@@ -363,12 +367,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer of everything")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--only", choices=("rounds", "registered", "virtual"))
-    parser.add_argument("--workers", type=int, default=2)
+    for name in FIELDS:
+        default = f"default: {getattr(FULL, name):,}, quick {getattr(QUICK, name):,}"
+        parser.add_argument(f"--{name}", type=int, help=default)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    size = QUICK if arguments.quick else FULL
-    show("scale", measure(replace(size, workers=arguments.workers), arguments.only), arguments.json)
+    given = {name: n for name in FIELDS if (n := getattr(arguments, name)) is not None}
+    size = replace(QUICK if arguments.quick else FULL, **given)
+    show("scale", measure(size, arguments.only), arguments.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ no server. *flower* is the same plain loop in a ``ClientApp`` whose actor keeps 
 ``FedAvg`` in the server; in an environment of its own (see ``_flower.py``).
 
 All sides train the same examples in the same batches from the same first tensors; their mean losses
-in round 1 are compared. They take turns, round by round, the first round unmeasured.
+in round 1 are compared. They take turns, round by round, the first round unmeasured; a ratio is the
+median of those of the rounds, because what else the machine does changes from round to round.
 
 Memory is PSS after the last round. *private-weights* is the share of the base model's weights that
 a worker holds in pages of its own (pagemap), not shared with the others.
@@ -39,7 +40,7 @@ from typing import Any
 from _figures import Figure, show
 from _flower import Engine, add_option, wanted
 from _flower import name as flower
-from _memory import family, name, private_bytes, pss
+from _memory import actors, family, private_bytes, pss
 from safetensors.torch import save_file
 
 from clients import models, partition
@@ -235,6 +236,7 @@ class Turns:
             self.losses.setdefault(side, answer["loss"])
 
     def _note(self, side: str, round_: int, seconds: float) -> None:
+        print(f"round {round_ - 1}: {side} {seconds:.2f} s", file=sys.stderr)
         if round_ > 1:
             self.seconds.setdefault(side, []).append(seconds)
 
@@ -244,11 +246,12 @@ class Turns:
         for side, pids in roots.items():
             without = [*self.bare.pids, *theirs] if side == "weft" else []
             everyone = [one for pid in pids for one in family(pid, without)]
-            actors = [pid for pid in everyone if name(pid).startswith("ray::") and pss(pid) > 100]
             if everyone:
                 self.memory[f"{side}.total"] = sum(map(pss, everyone))
                 self.memory[f"{side}.driver"] = pss(pids[0])
-                self.memory[f"{side}.worker"] = statistics.fmean(map(pss, actors or everyone))
+                self.memory[f"{side}.worker"] = statistics.fmean(
+                    map(pss, actors(everyone) or everyone)
+                )
 
 
 WEIGHED = "weighed"  # as the run of an assignment: its worker is weighed too
@@ -312,9 +315,10 @@ def speed(job: Job, turns: Turns) -> list[Figure]:
     for side in [s for s in middle if s != "weft"]:
         each = [a / b for a, b in zip(rates["weft"], rates[side], strict=True)]
         where = f"{job}; round by round {min(each):.2f}..{max(each):.2f}"
-        value = middle["weft"] / middle[side]
         row = f"simulate.over-{side}"
-        found.append(Figure(row, value, "x", GOALS[side], "higher", peers[side], where))
+        found.append(
+            Figure(row, statistics.median(each), "x", GOALS[side], "higher", peers[side], where)
+        )
         apart = abs(turns.losses[side] - turns.losses["weft"]) / turns.losses["weft"]
         where = f"{job}; mean of round 1, weft {turns.losses['weft']:.4f}"
         row = f"simulate.{side}-loss-difference"
