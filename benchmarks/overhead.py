@@ -1,6 +1,6 @@
 """What weft's Ray backend adds to a bare Ray actor call, and what Flower's engine does.
 
-    python benchmarks/overhead.py [--quick] [--json] [--peer] [--clients 100] [--workers 2]
+    python benchmarks/overhead.py [--quick] [--json] [--peer] [--clients 100] …
 
 A round in which no client trains. All sides send one broadcast to every client of a round and take
 back an update of the same size, over as many worker processes; the work is to send back what came.
@@ -254,10 +254,13 @@ def memory_figures(peaks: dict[int, dict[str, float]], workers: int) -> list[Fig
     return found
 
 
-def measure(num_workers: int, counts: Sequence[int], rounds: int, peer: bool) -> list[Figure]:
+def measure(
+    num_workers: int, counts: Sequence[int], payloads: Sequence[float], rounds: int, peer: bool
+) -> list[Figure]:
     """Return the figures of every number of clients and payload."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as weft does; no warning
     ray.init(
+        address="local",  # not the cluster that somebody else may have here
         num_cpus=2 * num_workers,
         object_store_memory=1 << 30,
         include_dashboard=False,
@@ -275,7 +278,7 @@ def measure(num_workers: int, counts: Sequence[int], rounds: int, peer: bool) ->
                 sides = Sides(backend, actors, engine, count)
                 if engine is not None:
                     peaks[count]["flower"] = peak_of(engine.pid, flower_round(engine, 1))
-                for megabytes in (0, 1, 10):
+                for megabytes in payloads:
                     large = megabytes * count > FLOWER_MB
                     found += sides.compare(megabytes, min(rounds, 5) if large else rounds)
         return found + memory_figures(peaks, num_workers)
@@ -292,13 +295,18 @@ def main() -> None:
     parser.add_argument(
         "--clients", type=int, action="append", help="a round (default: 100 and 1,000)"
     )
+    parser.add_argument(
+        "--megabytes", type=float, action="append", help="of an update (default: 0, 1 and 10)"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="that are measured (default: 9)")
     add_option(parser)
     arguments = parser.parse_args()
     counts = arguments.clients or ([20, 60] if arguments.quick else [100, 1000])
     rounds = arguments.rounds or (5 if arguments.quick else 9)
-    figures = measure(arguments.workers, sorted(counts), rounds, wanted(arguments))
+    payloads = arguments.megabytes or [0, 1, 10]
+    peer = wanted(arguments)
+    figures = measure(arguments.workers, sorted(counts), payloads, rounds, peer)
     show("overhead", figures, arguments.json)
 
 

@@ -371,6 +371,7 @@ def main() -> None:
         default = f"default: {getattr(FULL, name):,}, quick {getattr(QUICK, name):,}"
         parser.add_argument(f"--{name}", type=int, help=default)
     arguments = parser.parse_args()
+    os.environ["RAY_ADDRESS"] = "local"  # not the cluster that somebody else may have here
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = {name: n for name in FIELDS if (n := getattr(arguments, name)) is not None}

@@ -355,6 +355,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="that are measured (default: 5)")
     add_option(parser)
     a = parser.parse_args()
+    os.environ["RAY_ADDRESS"] = "local"  # not the cluster that somebody else may have here
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     clients = a.clients or (8 if a.quick else 100)

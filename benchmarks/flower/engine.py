@@ -87,7 +87,11 @@ def main() -> None:
         num_supernodes=int(nodes),
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": {"num_cpus": int(workers), "object_store_memory": 1 << 30},
+            "init_args": {
+                "address": "local",  # not the cluster that somebody else may have here
+                "num_cpus": int(workers),
+                "object_store_memory": 1 << 30,
+            },
         },
     )
 
