@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 _MB = 1e6
+_NO_ACTORS = ("ray::IDLE", "ray::RuntimeEnvAgent", "ray::DashboardAgent")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PRESENT, _FILE_OR_SHARED, _EXCLUSIVE = 1 << 63, 1 << 61, 1 << 56  # proc_pid_pagemap(5)
 
@@ -33,8 +34,9 @@ def family(pid: int, without: Iterable[int] = ()) -> list[int]:
 
 
 def actors(pids: Iterable[int]) -> list[int]:
-    """Return those of some processes in which a Ray actor lives."""
-    return [p for p in pids if (n := _name(p)).startswith("ray::") and n != "ray::IDLE"]
+    """Return those of some processes in which a Ray actor lives: no agents, no idle ones."""
+    named = {pid: _name(pid) for pid in pids}
+    return [p for p, n in named.items() if n.startswith("ray::") and not n.startswith(_NO_ACTORS)]
 
 
 def pss(pid: int) -> float:
