@@ -279,7 +279,7 @@ def private_shares(
     plan = replace(Plan.from_json(workspace.ledger.runs()[0].plan), run=WEIGHED)
     inputs = RoundInputs(1, version, {}, {}, str(workspace.home / "sites"))
     sent = Broadcast(workspace.store.tensors(version))
-    asked = plan_round(plan, inputs, lambda client: sent, {})[: 4 * job.workers]
+    asked = plan_round(plan, inputs, lambda client: sent, plan.participants[: 4 * job.workers])
     shares: dict[float, float] = {}
     for result in complete(backend, asked, deadline=600, started=lambda assignment: None):
         assert isinstance(result, Update), result
