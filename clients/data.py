@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +39,7 @@ from clients.sources import (
     absolute,
     is_public,
     parse_uri,
+    source_state,
 )
 
 __all__ = [
@@ -79,15 +80,13 @@ def examples(spec: DataSpec, model: ModelSpec) -> list[Example]:
         BadRecord: for the first record that cannot be used.
         BadSelection: if the spec asks for what is not there.
     """
-    if spec.shard is not None:
-        _check_shard(spec.shard)
-    found = _selected(spec, model)
-    if spec.shard is None:
-        return [example for example, _ in found]
-    if spec.shard.partition == "column":
-        return [example for example, value in found if value == spec.shard.value]
-    part = list(_parts(found, spec.shard, model).values())[spec.shard.index]
-    return [found[i][0] for i in part]
+    shard = spec.shard
+    if shard is None:
+        return [example for example, _ in _selected(spec, model)]
+    _check_shard(shard)
+    whole, parts = _divided(spec, shard, model)
+    name = shard.value if shard.partition == "column" else f"part-{shard.index}"
+    return [whole[i] for i in parts.get(name, ())]
 
 
 def partition_specs(  # noqa: PLR0913  (a Shard's fields, spelled out)
@@ -122,11 +121,10 @@ def partition_specs(  # noqa: PLR0913  (a Shard's fields, spelled out)
         raise BadSelection(f"{spec.uri} is a part already and cannot be split again")
     split = Shard(partition, total=parts, seed=seed, alpha=alpha, column=column)
     _check_shard(split)
-    found = _selected(replace(spec, shard=split), model)
-    named = _parts(found, split, model)
+    whole, named = _divided(spec, split, model)
     if not named or not all(named.values()):
         raise BadSelection(
-            f"{spec.uri} has {len(found)} examples to split, and each of {parts} parts needs one; "
+            f"{spec.uri} has {len(whole)} examples to split, and each of {parts} parts needs one; "
             "ask for fewer parts"
         )
     return [
@@ -166,6 +164,30 @@ def _check_shard(shard: Shard) -> None:
         )
     elif shard.partition == "dirichlet" and not shard.alpha > 0:
         raise BadSelection(f"alpha must be > 0, got {shard.alpha}")
+
+
+_Divided: TypeAlias = tuple[list[Example], dict[str, list[int]]]
+_resident: tuple[Any, _Divided] | None = None
+
+
+def _divided(spec: DataSpec, shard: Shard, model: ModelSpec) -> _Divided:
+    """Return all selected examples of a data set, and the indices of every part by its name.
+
+    The last data set that was split stays in memory while its source does not change: simulated
+    clients are parts of one, and a process that trains many of them reads, validates and splits
+    it once. A client that is no part leaves nothing behind.
+    """
+    global _resident
+    whole = replace(shard, index=0, value="")  # what all parts have in common
+    state = source_state(spec.uri)
+    key = (state, sorted(spec.fields.items()), spec.labels, whole, model.kind, model.labels)
+    if state is not None and _resident is not None and _resident[0] == key:
+        return _resident[1]
+    found = _selected(replace(spec, shard=whole), model)
+    divided = [example for example, _ in found], _parts(found, whole, model)
+    if state is not None:
+        _resident = key, divided
+    return divided
 
 
 def _parts(

@@ -160,6 +160,27 @@ def is_public(uri: str) -> bool:
     return parse_uri(uri).scheme == "builtin"
 
 
+def source_state(uri: str) -> tuple[str | int, ...] | None:
+    """Return what changes when the records behind a URI change; None where only reading tells.
+
+    Of a file: its place, inode, size and the time of its last change. ``builtin:`` data do not
+    change while a process lives.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+        DataNotFound: if there is no such file, or it cannot be opened.
+    """
+    scheme, path, _ = parse_uri(uri)
+    if scheme == "hf":
+        return None
+    if scheme == "builtin":
+        return (uri,)
+    _require_file(path)
+    file = Path(path).absolute()
+    status = file.stat()
+    return scheme, str(file), status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def open_source(uri: str) -> Source:
     """Return the records behind a URI, unread.
 

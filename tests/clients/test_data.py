@@ -1,4 +1,6 @@
+import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,40 @@ def test_a_column_gives_one_client_for_each_value(jsonl):
     specs = data.partition_specs(DataSpec(uri), "column", column="site", model=MODEL)
     texts = {name: [e.text for e in data.examples(spec, MODEL)] for name, spec in specs}
     assert list(texts.items()) == [("7", ["w3"]), ("a", ["w2"]), ("b", ["w1", "w4"])]
+
+
+def test_a_data_set_that_is_split_is_read_once_for_all_of_its_parts(jsonl):
+    uri = jsonl(*(row(i, i % 3) for i in range(6)))
+    specs = [spec for _, spec in data.partition_specs(DataSpec(uri), "iid", parts=3, model=MODEL)]
+    first = [data.examples(spec, MODEL) for spec in specs]
+    again = [data.examples(spec, MODEL) for spec in specs]
+    assert [[id(e) for e in part] for part in first] == [[id(e) for e in part] for part in again]
+
+
+def test_the_parts_follow_a_file_that_changes(jsonl):
+    uri = jsonl(row(1), row(2))
+    file = Path(uri.removeprefix("jsonl:"))
+    [(_, spec)] = data.partition_specs(DataSpec(uri), "iid", parts=1, model=MODEL)
+    before = file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("w1", "w9"))  # as long as it was
+    os.utime(file, ns=(before, before + 1))
+    assert [e.text for e in data.examples(spec, MODEL)] == ["w9", "w2"]
+
+
+def test_the_same_file_read_another_way_is_split_anew(jsonl):
+    uri = jsonl(row(1, note="n1"), row(2, note="n2"))
+    [(_, spec)] = data.partition_specs(DataSpec(uri), "iid", parts=1, model=MODEL)
+    other = replace(spec, fields={"text": "note"})
+    assert [e.text for e in data.examples(other, MODEL)] == ["n1", "n2"]
+    assert [e.text for e in data.examples(spec, MODEL)] == ["w1", "w2"]
+
+
+def test_a_data_set_that_is_not_split_does_not_stay_in_memory(jsonl):
+    spec = DataSpec(jsonl(row(1)))
+    [first] = data.examples(spec, MODEL)
+    [again] = data.examples(spec, MODEL)
+    assert first == again
+    assert first is not again
 
 
 def test_a_part_keeps_to_the_selected_labels(jsonl):

@@ -49,6 +49,8 @@ def test_a_run_whose_workers_raced_is_replayed_from_its_log(
 
             for copy, round_ in copies:
                 there = service.open_workspace(copy)
+                driven = there.ledger.run("task-1")  # as if its driver had died
+                there.ledger.queue.release(driven.id, driven.token, "this is a copy")
                 service.resume(there, "task-1")
                 assert _committed(there)[round_] == wanted[round_], (name, round_)
                 there.close()

@@ -387,7 +387,7 @@ def test_workers_wait_until_one_has_shown_how_much_memory_it_takes(act, ask, mon
     results, began = run(backend, ask("brief", "a", "b"))
     backend.close()
 
-    assert began == ["a", "b", "brief"]
+    assert began == ["brief", "a", "b"]
     assert len({r.metrics["pid"] for r in results.values()}) == 1
     assert backend._pool.measured
     assert "1 workers instead of 2" in caplog.text
