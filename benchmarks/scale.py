@@ -45,7 +45,7 @@ from clients.builtin import parameter_types
 from clients.session import returned_names
 from clients.worker import perform
 from orchestrator import service
-from orchestrator.backends.base import Backend, Result, Started
+from orchestrator.backends.base import Backend, Result, Started, Stepped, unheard
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import parse_config
 from orchestrator.launch import make_plan

@@ -24,6 +24,7 @@ def environment(home: Path) -> Mapping[str, str]:
     return {**kept, "WEFT_HOME": str(home)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("accepted", 5), ("spent", 2), ("committed", 3)])
 def test_what_a_killed_coordinator_drove_another_ends_at_the_same_versions(
     tmp_path: Path, document: Callable[..., dict[str, Any]], kind: str, count: int
