@@ -145,13 +145,23 @@ class Site:
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` so that after a crash ``path`` holds all of it or is not there."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
-    _sync_folder(path.parent)
+    """Write ``data`` so that after a crash ``path`` holds all of it or is not there.
+
+    Raises:
+        OSError: naming ``path``, if there is no space; then nothing is left beside it.
+    """
+    handle, draft = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(draft).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        Path(draft).unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
 
 
 def _sync_folder(path: Path) -> None:

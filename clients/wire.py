@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,6 +18,16 @@ from torch import Tensor
 from strategies.base import PrivacySpend, Update
 
 _FORMAT = "weft-update-1"
+_MALFORMED = (
+    SafetensorError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What reading hostile bytes raises: 1e999 for a count, a header nested a million deep, ..."""
 
 
 class BadUpdate(ValueError):
@@ -62,14 +73,14 @@ def unpack(data: bytes) -> Update:
             base=str(header["base"]),
             tensors=_part(named, "tensors/"),
             num_examples=int(header["num_examples"]),
-            metrics={str(k): float(v) for k, v in header["metrics"].items()},
+            metrics={str(k): _finite(str(k), float(v)) for k, v in header["metrics"].items()},
             memory=_part(named, "memory/"),
             spends=tuple(spend_from_json(s) for s in header["spends"]),
             fingerprint=str(header["fingerprint"]),
         )
     except BadUpdate:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except _MALFORMED as error:
         raise BadUpdate(f"the bytes are not an update ({type(error).__name__})") from error
 
 
@@ -101,6 +112,13 @@ def spend_from_json(document: dict[str, Any]) -> PrivacySpend:
 def _refuse_constant(name: str) -> None:
     """Refuse NaN and Infinity, which Python's reader takes and JSON does not have."""
     raise BadUpdate(f"the update holds the number {name}; a client leaves out what is not finite")
+
+
+def _finite(name: str, value: float) -> float:
+    """Refuse what JSON has and a float has not: 1e999."""
+    if not math.isfinite(value):
+        raise BadUpdate(f"metric {name!r} is {value}; a client leaves out what is not finite")
+    return value
 
 
 def _part(named: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken
 from orchestrator.plan import Participant
 from strategies.base import Tensors, Update
+
+_MOST_EXAMPLES = 2**53
+"""Beyond it a float, in which updates are weighed, does not know the next number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,16 @@ def refusal(update: Update, assignment: Assignment) -> str | None:
             return f"{name}: {odd_values} non-finite values"
         if not torch.isfinite(torch.linalg.vector_norm(tensor.double())):
             return f"{name}: its norm is not finite"
-    if update.num_examples < 1:
-        return f"num_examples must be >= 1, got {update.num_examples}"
+    return _odd_words(update, assignment)
+
+
+def _odd_words(update: Update, assignment: Assignment) -> str | None:
+    """Return what is wrong with what an update says besides its tensors, or None."""
+    if not 1 <= update.num_examples <= _MOST_EXAMPLES:
+        return f"num_examples must be from 1 to 2**53, got {update.num_examples}"
+    endless = [name for name, value in update.metrics.items() if not math.isfinite(value)]
+    if endless:
+        return f"metric {endless[0]!r} is {update.metrics[endless[0]]}"
     if update.spends != ((spend_of(assignment),) if assignment.privacy else ()):
         return "the update's privacy spend is not what the assignment asked for"
     if assignment.privacy and (update.metrics or update.num_examples != assignment.num_examples):

@@ -15,6 +15,8 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
+from orchestrator.faults import Faults, from_list
+from orchestrator.faults import problems as fault_problems
 from orchestrator.loggers import LOGGERS
 from orchestrator.observers.webhook import Notify
 from orchestrator.policy import METRICS, Rounds, Stop, Strict
@@ -227,6 +229,7 @@ class RunConfig(Rounds):
     backend: Annotated[
         BackendConfig, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)
     ] = BackendConfig()
+    faults: Annotated[Faults | None, BeforeValidator(from_list)] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -307,6 +310,13 @@ def _problems(config: RunConfig) -> Iterable[str]:
         if _repeats(names):
             what = "a client is named" if key == "clients.names" else "one is given"
             yield f"{key}: {what} twice"
+    yield from _fault_problems(c)
+
+
+def _fault_problems(c: RunConfig) -> Iterable[str]:
+    if c.faults is not None:
+        simulated, inline = c.clients.simulate is not None, c.backend.name == "inline"
+        yield from fault_problems(c.faults, rounds=c.rounds, simulated=simulated, inline=inline)
 
 
 def _label_problems(config: RunConfig) -> Iterable[str]:

@@ -18,6 +18,7 @@ from clients.worker import perform
 from orchestrator.backends.base import Backend
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BackendConfig
+from orchestrator.faulty import FaultyPerform, faulted
 from orchestrator.federation import Cancelled, Federation, Observe, Paused, RoundFailed
 from orchestrator.lease import Lease, driver_name, is_dead
 from orchestrator.observers.of_run import watched
@@ -137,18 +138,22 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
 def _driven(
     workspace: Workspace, record: RunRecord, plan: Plan, seen: Observe, given: Backend | None
 ) -> str:
-    config, ledger = plan.config, workspace.ledger
-    backend = given or make_backend(config.backend, config.threads, len(plan.participants))
+    config, queue = plan.config, workspace.ledger.queue
+    work: Any = FaultyPerform(config.faults, perform) if config.faults else perform
+    backend = given or make_backend(config.backend, config.threads, len(plan.participants), work)
+    used = backend
     try:
+        if config.faults:
+            workspace, used = faulted(workspace, plan, backend, seen)
         federation = Federation(
             plan,
             workspace.store,
-            ledger,
-            backend,
+            workspace.ledger,
+            used,
             workspace.home,
             observe=seen,
             token=record.token,
-            wanted=partial(ledger.queue.wanted, record.id, record.token),
+            wanted=partial(queue.wanted, record.id, record.token),
         )
         return federation.run()
     finally:
@@ -188,7 +193,9 @@ def serve(
     return count
 
 
-def make_backend(config: BackendConfig, threads: int, num_clients: int) -> Backend:
+def make_backend(
+    config: BackendConfig, threads: int, num_clients: int, perform: Any = perform
+) -> Backend:
     """Return the backend that ``config`` asks for.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.spending import calibrated, spend_from_row
 from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version
+from storage.refs import did_you_mean
 from storage.store import AdapterStore
 
 
@@ -50,11 +51,20 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     participants = _participants(config, model, ledger)
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
+    _refuse_faults_of_nobody(config, [p.name for p in participants])
     budgets = ledger.budgets()
     private = [_with_privacy(p, plan, ledger, budgets.get(p.population)) for p in participants]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
     refuse_impossible_rounds(plan)
     return plan
+
+
+def _refuse_faults_of_nobody(config: RunConfig, names: Sequence[str]) -> None:
+    asked = [fault.client for fault in config.faults.at] if config.faults else []
+    unknown = [client for client in asked if client is not None and client not in names]
+    if unknown:
+        hint = did_you_mean(unknown[0], names) or f"; they are {', '.join(names[:5])} …"
+        raise BadConfig(f"faults: no client is called {unknown[0]!r}{hint}")
 
 
 def _anchored(config: RunConfig) -> RunConfig:

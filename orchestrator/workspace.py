@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 
 from clients import models
 from clients.assignment import ModelSpec
+from clients.site import write_durably
 from storage.blobs import BlobStore
 from storage.database import open_database
 from storage.ledger import Ledger
@@ -63,7 +64,7 @@ def remember_base(workspace: Workspace, model: ModelSpec) -> None:
     folder.mkdir(exist_ok=True)
     place = str(Path(model.id).absolute()) if Path(model.id).exists() else model.id
     note = json.dumps({"id": place, "revision": model.revision})
-    (folder / f"{model.hash}.json").write_text(note, "utf-8")
+    write_durably(folder / f"{model.hash}.json", note.encode())
 
 
 def base_of(workspace: Workspace, version: Version, model: str | None = None) -> ModelSpec:

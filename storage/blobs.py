@@ -146,12 +146,14 @@ def _write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except BaseException:
+        _sync_folder(path.parent)
+        if new_folder:
+            _sync_folder(path.parent.parent)
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
-    _sync_folder(path.parent)
-    if new_folder:
-        _sync_folder(path.parent.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy import (
     URL,
     Connection,
     Engine,
+    ExceptionContext,
     Table,
     create_engine,
     event,
@@ -24,7 +25,13 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+)
 
 from storage.schema import HEAD
 
@@ -42,7 +49,7 @@ class BadDatabaseUrl(ValueError):
 
 
 class DatabaseUnavailable(ConnectionError):
-    """The database cannot be reached, or is none."""
+    """The database cannot be reached, is none, or stopped working: what it was told is undone."""
 
 
 class NewerSchema(RuntimeError):
@@ -94,9 +101,12 @@ def connect(url: str) -> Engine:
         engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "handle_error", _unavailable)
         return engine
     try:
-        return create_engine(address, pool_pre_ping=True)
+        engine = create_engine(address, pool_pre_ping=True)
+        event.listen(engine, "handle_error", _unavailable)
+        return engine
     except ModuleNotFoundError as error:
         raise DatabaseUnavailable(
             "a PostgreSQL store needs psycopg, which is not installed; "
@@ -174,6 +184,22 @@ def _place(address: URL) -> str:
         database=address.database,
     )
     return shown.render_as_string()
+
+
+def _unavailable(context: ExceptionContext) -> DatabaseUnavailable | None:
+    """Return what an operational error is to our callers: no statement, no value, no password."""
+    error = context.sqlalchemy_exception
+    broken = isinstance(error, (OperationalError, InterfaceError)) or type(error) is DatabaseError
+    if context.is_pre_ping or not broken:  # the other kinds are mistakes of ours
+        return None
+    reason = str(context.original_exception).strip().partition("\n")[0]
+    place = _place(context.engine.url) if context.engine else "the database"
+    if context.connection is None:
+        return DatabaseUnavailable(f"cannot open the store at {place}: {reason}")
+    return DatabaseUnavailable(
+        f"the store at {place} failed: {reason}; see to its disk or its server. What was being "
+        "written is undone, and a run can be resumed"
+    )
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:

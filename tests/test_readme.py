@@ -17,6 +17,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,8 +136,14 @@ def weft_help() -> str:
     return done.stdout
 
 
+def timed(paths: list[Path]) -> list[Any]:
+    """Return the documents as parameters; those whose commands take a minute are slow tests."""
+    long = {"running.md", "observability.md"}
+    return [pytest.param(p, marks=[pytest.mark.slow] * (p.name in long)) for p in paths]
+
+
 @pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("path", DOCUMENTS, ids=names(DOCUMENTS))
+@pytest.mark.parametrize("path", timed(DOCUMENTS), ids=names(DOCUMENTS))
 def test_the_commands_of_a_document_run(path: Path, tmp_path: Path) -> None:
     document = path.read_text("utf-8")
     if not any(block.kind == "sh" for block in blocks(document)):

@@ -101,7 +101,8 @@ def complete(
     with closing(backend.run(assignments, started, stepped)) as results:
         while open_ and time.monotonic() <= end:
             result = next(results)
-            if result is not None:
+            # of a client that answers twice, the first answer counts
+            if result is not None and result.client in open_:
                 del open_[result.client]
                 yield result
     for late in open_.values():

@@ -1,5 +1,7 @@
 """What stays at a client stays private, whole, and the same for everyone who asks at once."""
 
+import errno
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,3 +122,15 @@ def test_a_private_update_that_was_dropped_may_not_be_made_again(site):
     assert site.stored_update("run", "a", "second") == b"two"
     with pytest.raises(UpdateGone, match="already sent an update"):
         site.stored_update("run", "a", "first")
+
+
+def test_a_full_disk_is_named_by_the_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_durably(tmp_path / "update", b"first")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/update'"):
+        write_durably(tmp_path / "update", b"second")
+    assert [p.name for p in tmp_path.iterdir()] == ["update"]
+    assert (tmp_path / "update").read_bytes() == b"first"

@@ -82,6 +82,9 @@ def test_every_part_is_in_the_digest(change):
         save({"x": torch.ones(1)}, metadata={"update": "{"}),
         save({"x": torch.ones(1)}, metadata={"update": "[]"}),
         save({"x": torch.ones(1)}, metadata={"update": "{}"}),
+        save({"x": torch.ones(1)}, metadata={"update": '{"a":' * 50_000}),
+        header(num_examples=float("inf")).replace(b"Infinity", b"1e999999"),
+        header(round=float("inf")).replace(b"Infinity", b"1e999999"),
         pack(UPDATE)[:-1],
         pack(UPDATE)[:100],
         pack(UPDATE) + b"x",
@@ -118,3 +121,8 @@ def test_a_metric_that_is_not_finite_neither_leaves_nor_arrives(value):
         pack(replace(UPDATE, metrics={"loss": value}))
     with pytest.raises(BadUpdate, match="a client leaves out what is not finite"):
         unpack(header(metrics={"loss": value}))
+
+
+def test_a_number_that_only_python_reads_as_infinite_is_refused():
+    with pytest.raises(BadUpdate, match=r"metric 'loss' is inf; a client leaves out"):
+        unpack(header(metrics={"loss": float("inf")}).replace(b"Infinity", b"1e999999"))

@@ -306,6 +306,7 @@ def test_a_run_killed_and_resumed_finds_its_offset_and_computes_it_once(
     assert service.resume(broken, "task-1") == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_starts_on_ray_and_inline_end_at_the_same_versions(
     workspace: service.Workspace, document: Document

@@ -112,11 +112,11 @@ def test_an_update_of_another_round_or_version_is_refused(asked, change):
     assert "expected round 2 from ffffffffffff" in refusal(answer(asked(), **change), asked())
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_an_update_of_no_example_is_refused(asked, count):
+@pytest.mark.parametrize("count", [0, -3, 2**53 + 1, 10**400])
+def test_an_update_of_no_example_or_more_than_can_be_is_refused(asked, count):
     reason = refusal(answer(asked(), num_examples=count), asked())
 
-    assert reason == f"num_examples must be >= 1, got {count}"
+    assert reason == f"num_examples must be from 1 to 2**53, got {count}"
 
 
 @pytest.mark.parametrize(
@@ -209,3 +209,10 @@ def test_under_dp_metrics_and_an_exact_count_are_refused(asked, changes):
     assignment = asked(PRIVACY)
 
     assert "under DP" in refusal(answer(assignment, **changes), assignment)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite_is_refused(asked, value):
+    update = answer(asked(), metrics={"loss": value})
+
+    assert refusal(update, asked()) == f"metric 'loss' is {value}"

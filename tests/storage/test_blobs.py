@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import hypothesis.extra.numpy as arrays
@@ -185,3 +187,15 @@ def test_a_blob_that_is_not_there_is_missing(tmp_path):
 def test_what_is_no_digest_reads_no_file(tmp_path, digest):
     with pytest.raises(BlobMissing, match="64 hex digits"):
         BlobStore(tmp_path).get(digest)
+
+
+def test_a_full_disk_is_named_by_the_blob_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store, tensors = BlobStore(tmp_path / "blobs"), {"x": torch.ones(2)}
+    digest = store.digest(tensors)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '.*{digest[2:]}'"):
+        store.put(tensors)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

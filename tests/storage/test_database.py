@@ -1,3 +1,4 @@
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, inspect, text
+from sqlalchemy import MetaData, event, inspect, text
 
 from storage import database, schema
 from storage.database import (
@@ -207,3 +208,19 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / "weft.db").write_bytes(b"not a database at all, but long enough to look" * 50)
     with pytest.raises(DatabaseUnavailable, match=r"weft\.db: file is not a database"):
         open_database(f"sqlite:///{tmp_path}/weft.db")
+
+
+def test_a_database_that_stops_working_is_named_without_what_was_written(tmp_path):
+    engine = open_database(f"sqlite:///{tmp_path}/weft.db")
+
+    def fail(cursor, statement, parameters, context):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    event.listen(engine, "do_execute", fail)
+    with (
+        pytest.raises(DatabaseUnavailable, match=r"weft\.db failed: disk I/O error; see") as caught,
+        writing(engine) as connection,
+    ):
+        connection.execute(schema.names.insert().values(name="hush", created_at=MOMENT))
+    assert "hush" not in str(caught.value)
+    assert "INSERT" not in str(caught.value)
