@@ -263,7 +263,7 @@ def test_a_merge_of_kasa_adapters_is_not_continued_as_one(
 def test_ranks_that_eva_moves_travel_through_rounds_merge_and_export(
     workspace: service.Workspace, document: Document, tmp_path: Path
 ) -> None:
-    adapter = {"name": "rslora", "r": 4, "target_modules": "all-linear", "init": "eva"}
+    adapter = {"name": "rslora", "r": 2, "target_modules": "all-linear", "init": "eva"}
     config = document(adapter=adapter, rounds=2)
     config["init_data"] = public(config)
     version = service.launch(workspace, parse_config(config))
