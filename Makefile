@@ -4,6 +4,7 @@
 #                                python3.12, python3.11, python that is 3.11 or newer)
 #   TORCH_INDEX=URL              where else to look for torch; for Linux without a GPU,
 #                                https://download.pytorch.org/whl/cpu is 2 GB less to download
+#   TEST_PROCESSES=2             how many processes share the tests; 0 is none but pytest's own
 #   DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS   passed on
 
 SHELL := /bin/sh
@@ -17,6 +18,7 @@ PYTHON ?=
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?= --quick
 BENCHMARKS ?= benchmarks/[!_]*.py
 
@@ -44,7 +46,7 @@ demo: $(STAMP)-base $(STAMP)-model
 	@$(BIN)/weft demo $(DEMO_ARGS)
 
 test: $(STAMP)-test $(STAMP)-model
-	@$(BIN)/python -m pytest -m 'not slow and not gpu and not chaos' $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu and not chaos' -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
