@@ -120,7 +120,21 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
     model = _pretrained(spec, folder, options)
     if spec.quantization == "none":
         model.to(device)
+    elif spec.quantization == "int8":
+        for module in model.modules():
+            if hasattr(module, "init_8bit_state"):
+                module.register_forward_pre_hook(_return_scales)
     return _frozen(model, spec)
+
+
+def _return_scales(layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Give an int8 layer the scales back that it is about to look for.
+
+    On a CPU PEFT's DoRA puts a copy of the weight into the layer whenever it reads it. From a copy
+    the layer takes its scales anew, and bitsandbytes copies none once they are in its state.
+    """
+    if layer.weight.CB is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
 
 
 def _pretrained(spec: ModelSpec, folder: Path, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,42 @@ def test_an_adapter_trains_on_an_int8_base_and_leaves_it_as_it_was(decoder):
             parameter.add_(0.1)
     assert not torch.equal(model(**ids()).logits, before)
     assert torch.equal(adapter.detach(model)(**ids()).logits, before)
+
+
+def test_dora_trains_on_a_resident_int8_base_round_after_round(decoder):
+    pytest.importorskip("bitsandbytes")
+    backbone = models.load(replace(decoder, quantization="int8")).backbone
+    before = backbone(**ids()).logits
+    adapter = ADAPTERS.get("dora").build(r=2)
+    layer = "model.layers.0.self_attn.q_proj"
+    magnitudes = []
+    for _ in range(2):
+        model = adapter.attach(backbone, {})
+        live = adapter.parameters(model)
+        magnitudes.append(live[f"{layer}.lora_magnitude_vector"].detach().clone())
+        torch.testing.assert_close(model(**ids()).logits, before)
+        model(**ids()).logits.square().sum().backward()
+        assert all(live[n].grad.abs().max() > 0 for n in live if "lora_A" not in n)
+        adapter.detach(model)
+        assert torch.equal(backbone(**ids()).logits, before)
+    weight = models.load(decoder).backbone.get_submodule(layer).weight
+    torch.testing.assert_close(magnitudes[0], weight.norm(dim=1), rtol=0.02, atol=0)
+    assert torch.equal(*magnitudes)
+
+
+def test_an_int8_layer_that_was_given_a_copy_of_its_weight_gets_its_scales_back():
+    scales, codes = object(), object()
+    copy = SimpleNamespace(CB=codes, SCB=None)
+    layer = SimpleNamespace(weight=copy, state=SimpleNamespace(CB=codes, SCB=scales))
+    models._return_scales(layer, ())
+    assert copy.SCB is scales
+
+
+@pytest.mark.parametrize(("codes", "own"), [("codes", "own"), (None, None)])
+def test_an_int8_layer_that_knows_its_scales_keeps_them(codes, own):
+    weight = SimpleNamespace(CB=codes, SCB=own)
+    models._return_scales(SimpleNamespace(weight=weight, state=SimpleNamespace(SCB="old")), ())
+    assert own == weight.SCB
 
 
 @pytest.mark.gpu
