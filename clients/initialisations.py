@@ -40,7 +40,7 @@ class Init:
         traits: capabilities that it adds to its adapter's. ``zero-b``: B starts at zero, so that A
             may still be redrawn; ``offset``: what the adapter starts with is taken out of the base;
             ``reads-data``: it reads ``init_data``; ``nf4-base``: it needs an nf4 base model;
-            ``unquantized-base``: it needs one that is not quantised.
+            ``unquantised-base``: it needs one that is not quantised.
         options: what ``init_options`` may set, PEFT's own names.
     """
 
@@ -70,7 +70,7 @@ INITS: Mapping[str, Init] = {
     "corda": Init("2406.05223", frozenset({"offset", "reads-data"}), _CORDA),
     "eva": Init("2410.07170", frozenset({"zero-b", "reads-data"}), _EVA),
     "lora_ga": Init(
-        "2407.05000", frozenset({"offset", "reads-data", "unquantized-base"}), _LORA_GA
+        "2407.05000", frozenset({"offset", "reads-data", "unquantised-base"}), _LORA_GA
     ),
     "loftq": Init("2310.08659", frozenset({"nf4-base"})),
 }

@@ -36,11 +36,6 @@ def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
             f"adapter {name!r} (as set) starts from what quantisation to nf4 lost, and "
             f"model.quantization is {quantization!r}; set it to nf4, or choose another init"
         )
-    if "unquantized-base" in adapter.capabilities and quantization != "none":
-        raise BadConfig(
-            f"adapter {name!r} (as set) needs gradients of the base weights, which "
-            f"{quantization} weights have not; leave model.quantization out, or choose another init"
-        )
     chosen, reads = config.init_data, "reads-data" in adapter.capabilities
     if chosen is None:
         if reads and config.start != "continue":
@@ -105,10 +100,11 @@ def refuse_senseless(plan: Plan) -> None:
         if wanted and needed not in adapter.capabilities:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
     _refuse_init(config, adapter)
-    if "unquantised-only" in adapter.capabilities and config.model.quantization != "none":
+    if "unquantised-base" in adapter.capabilities and config.model.quantization != "none":
         raise BadConfig(
-            f"adapter {plan.adapter.name!r} has no layer for quantised weights, and "
-            f"model.quantization is {config.model.quantization}; use lora, or quantization: none"
+            f"adapter {plan.adapter.name!r} (as set) needs a base model that is not quantised, and "
+            f"model.quantization is {config.model.quantization}; leave that out, or choose another "
+            "adapter or init"
         )
     if "causal-only" in adapter.capabilities and config.task != "causal-lm":
         raise BadConfig(

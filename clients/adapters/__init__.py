@@ -28,8 +28,8 @@ class Adapter(Protocol):
         ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
         it can be stacked and merged; ``merge``: it can be folded into the base weights;
         ``dp-hooks``: Opacus' hooks give its exact per-example gradients; ``causal-only``: it is for
-        ``causal-lm`` alone; ``unquantised-only``: its layers exist for weights in floating point
-        alone. And of how it starts, see :class:`clients.initialisations.Init`.
+        ``causal-lm`` alone; ``unquantised-base``: it needs a base model that is not quantised,
+        and refuses to be attached to another. And of how it starts, see :class:`clients.initialisations.Init`.
         """
         ...
 

@@ -27,7 +27,7 @@ BDLORA = Method(
     "LoRA with one block-diagonal factor a layer, to be served on many devices.",
     "2510.23346",
     {},
-    frozenset({"merge", "dp-hooks", "zero-b", "unquantised-only"}),
+    frozenset({"merge", "dp-hooks", "zero-b", "unquantised-base"}),
 )
 _CUT_ALONG_INPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "fc2", "wo", r"output\.dense")
 

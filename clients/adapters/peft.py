@@ -148,7 +148,7 @@ class PeftLora:
 
         Raises:
             BadOptions: if a target does not exist, a rank exceeds its layer, or a layer is
-                quantised and the method has none for it.
+                quantised and the adapter needs one that is not.
             UnsupportedUnderlay: if either adapter is not low-rank.
             AdapterMismatch: if the underlay does not fit the base model.
         """
@@ -239,14 +239,14 @@ class PeftLora:
 
     def _refuse_quantised(self, targets: Mapping[str, nn.Module]) -> None:
         """Refuse quantised layers where PEFT would fail on them, or put plain LoRA there."""
-        if "unquantised-only" not in self.capabilities:
+        if "unquantised-base" not in self.capabilities:
             return
         for name, layer in targets.items():
             weight: Any = layer.weight
             if not weight.is_floating_point():
                 raise BadOptions(
-                    f"{self.method.name} has no layer for quantised weights, and {name} is "
-                    "quantised; use lora, or quantization: none"
+                    f"{self.method.name} (as set) needs a base model that is not quantised, and "
+                    f"{name} is; choose another adapter or init, or quantization: none"
                 )
 
     def _config(self, targets: Mapping[str, nn.Module]) -> LoraConfig:

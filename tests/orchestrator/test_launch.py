@@ -190,7 +190,7 @@ def test_an_adapter_without_quantised_layers_is_refused_with_them(
 
     why = refused(model=model, adapter={"name": name, "r": 2})
 
-    assert f"adapter {name!r} has no layer for quantised weights, and model.quant" in why
+    assert f"adapter {name!r} (as set) needs a base model that is not quantised, and model.quant" in why
 
 
 def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(
@@ -410,7 +410,7 @@ def test_data_that_nothing_reads_are_refused(register, refused):
     [
         ("loftq", "none", "what quantisation to nf4 lost, and model.quantization is 'none'"),
         ("loftq", "int8", "what quantisation to nf4 lost, and model.quantization is 'int8'"),
-        ("lora_ga", "nf4", "needs gradients of the base weights, which nf4 weights have not"),
+        ("lora_ga", "nf4", "needs a base model that is not quantised, and model.quantization is"),
     ],
 )
 def test_a_start_that_the_base_model_cannot_give_is_refused(

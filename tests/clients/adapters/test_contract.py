@@ -305,12 +305,12 @@ def test_what_is_declared_unmergeable_does_not_merge(adapter, attached):
         next(m for m in attached.modules() if hasattr(m, "unmerge")).merge()
 
 
-@having("unquantised-only")
-def test_a_method_without_quantised_layers_refuses_them(adapter, tiny_decoder):
+@having("unquantised-base")
+def test_a_method_for_an_unquantised_base_refuses_another(adapter, tiny_decoder):
     pytest.importorskip("bitsandbytes")
     spec = ModelSpec(id=str(tiny_decoder), kind="causal-lm", quantization="int8")
     backbone = models.load(spec).backbone
-    with pytest.raises(BadOptions, match="has no layer for quantised weights, and model"):
+    with pytest.raises(BadOptions, match="needs a base model that is not quantised, and model"):
         adapter.attach(backbone, {})
     assert not any(hasattr(module, "lora_A") for module in backbone.modules())
 
@@ -367,5 +367,5 @@ def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
     plugin = ADAPTERS.get(name)
     assert plugin.summary.endswith(".")
     assert plugin.source
-    known = {"low-rank", "merge", "dp-hooks", "causal-only", "unquantised-only"} | TRAITS
+    known = {"low-rank", "merge", "dp-hooks", "causal-only", "unquantised-base"} | TRAITS
     assert plugin.build().capabilities <= known

@@ -234,6 +234,19 @@ def test_a_start_from_a_product_is_refused_where_the_delta_is_more_than_one(init
         ADAPTERS.get("dora").build(init=init)
 
 
+@pytest.mark.parametrize("options", [{"name": "velora"}, {"name": "lora", "init": "lora_ga"}])
+def test_what_needs_an_unquantised_base_is_not_attached_to_another(attach, encoder, options):
+    query = encoder.backbone.get_submodule(QUERY)
+    whole = query.weight.data
+    query.weight.data = whole.to(torch.int8)
+    try:
+        with pytest.raises(BadOptions, match=f"not quantised, and {QUERY} is; choose another"):
+            attach(**options)
+    finally:
+        query.weight.data = whole
+    assert not hasattr(query, "lora_A")
+
+
 def test_kasa_starts_in_its_own_way():
     with pytest.raises(BadOptions, match="adapter 'kasa' has no option 'init'"):
         ADAPTERS.get("kasa").check({"init": "pissa"})
