@@ -167,6 +167,11 @@ def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
             f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
             f"{plan.adapter.name!r} {why}"
         )
+    if "trains-a" in adapter.capabilities and not any(".lora_A." in n for n in trained):
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} keeps A frozen, and adapter {plan.adapter.name!r} "
+            "(as set) differs from lora in how A trains; use fedavg, or adapter lora"
+        )
     if adapter.frozen:
         update = Update("anyone", 1, "", {n: 2 * sample[n] for n in trained}, 1)
         after = strategy.aggregate(state, [update]).adapter

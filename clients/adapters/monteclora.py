@@ -40,7 +40,7 @@ MONTECLORA = Method(
     "LoRA trained on Monte-Carlo samples of A, whose posterior is learned too.",
     "2411.04358",
     {},
-    frozenset({"merge", "zero-b", "unquantised-base"}),
+    frozenset({"merge", "zero-b", "trains-a", "unquantised-base"}),
 )
 _SMALLEST_VARIANCE = 1e-3
 

@@ -165,6 +165,20 @@ def test_a_strategy_that_trains_only_what_the_adapter_freezes_is_refused(
 
 
 @pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
+@pytest.mark.parametrize("name", ["monteclora", "velora"])
+def test_a_method_for_the_training_of_a_is_refused_where_a_is_frozen(
+    register, refused, plan, tiny, strategy, name
+):
+    register()
+    adapter = {"name": name, "r": 2, "layers": [0]}
+
+    why = refused(strategy=strategy, adapter=adapter)
+
+    assert f"strategy {strategy!r} keeps A frozen, and adapter {name!r} (as set) differs" in why
+    assert plan(tiny(strategy="fedavg", adapter=adapter)).adapter.name == name
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "ffa-lora"])
 def test_a_strategy_of_plain_factors_is_refused_with_blocks(register, refused, strategy):
     register()
 
@@ -190,7 +204,10 @@ def test_an_adapter_without_quantised_layers_is_refused_with_them(
 
     why = refused(model=model, adapter={"name": name, "r": 2})
 
-    assert f"adapter {name!r} (as set) needs a base model that is not quantised, and model.quant" in why
+    assert (
+        f"adapter {name!r} (as set) needs a base model that is not quantised, and model.quant"
+        in why
+    )
 
 
 def test_a_strategy_that_changes_what_the_adapter_keeps_is_refused(

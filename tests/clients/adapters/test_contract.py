@@ -315,6 +315,29 @@ def test_a_method_for_an_unquantised_base_refuses_another(adapter, tiny_decoder)
     assert not any(hasattr(module, "lora_A") for module in backbone.modules())
 
 
+@having("trains-a")
+def test_a_method_for_the_training_of_a_gives_it_another_gradient_than_lora_does(adapter, backbone):
+    ids = torch.tensor([[5, 9, 11, 40]])
+    lora = ADAPTERS.get("lora").build()
+    factors = shaken(lora.read(lora.attach(backbone, {})))
+    lora.detach(backbone)
+
+    def gradients(method) -> dict[str, torch.Tensor]:
+        model = method.attach(backbone, {}).train()
+        method.write(model, {**method.read(model), **factors})
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        out[..., ::2].sum().backward()  # not of all: a layer norm makes that a constant
+        live = method.parameters(model)
+        method.detach(model).eval()
+        return {n: p.grad for n, p in live.items() if n.endswith(".lora_A.weight")}
+
+    ours, plain, again = gradients(adapter), gradients(lora), gradients(lora)
+    assert ours.keys() == plain.keys()
+    for name in plain:
+        assert torch.equal(again[name], plain[name])
+        assert not torch.allclose(ours[name], plain[name])
+
+
 @having("dp-hooks", has=False)
 def test_hooks_that_are_not_declared_give_no_private_step(adapter, attached):
     adapter.write(attached, shaken(adapter.read(attached)))
@@ -367,5 +390,6 @@ def test_every_adapter_says_what_it_is_and_where_it_comes_from(name):
     plugin = ADAPTERS.get(name)
     assert plugin.summary.endswith(".")
     assert plugin.source
-    known = {"low-rank", "merge", "dp-hooks", "causal-only", "unquantised-base"} | TRAITS
+    known = {"low-rank", "merge", "dp-hooks", "causal-only", "unquantised-base"}
+    known |= {"trains-a"} | TRAITS
     assert plugin.build().capabilities <= known
