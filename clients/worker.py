@@ -10,7 +10,8 @@ from clients.assignment import Assignment
 from clients.evaluate import Evaluation, evaluate
 from clients.pace import GivenUp, Stepped, unheard
 from clients.site import Site
-from clients.trainer import initial_update, train
+from clients.starting import initial_update
+from clients.trainer import train
 from strategies.base import Update
 
 

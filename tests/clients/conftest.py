@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
-from clients.trainer import initial_tensors
+from clients.starting import initial_tensors
 from strategies.base import Broadcast
 
 LABELS = ("cat", "dog", "model", "rank")

@@ -7,7 +7,8 @@ import torch
 
 from clients.assignment import DataSpec, PluginChoice
 from clients.evaluate import Evaluation, evaluate
-from clients.trainer import initial_tensors, train
+from clients.starting import initial_tensors
+from clients.trainer import train
 from clients.wire import pack
 from clients.worker import perform
 from strategies.base import Broadcast, Update

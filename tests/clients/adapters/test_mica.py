@@ -13,7 +13,8 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.initialisations import InitInputs
 from clients.session import returned_names
-from clients.trainer import initial_tensors, train
+from clients.starting import initial_tensors
+from clients.trainer import train
 
 QUERY = "encoder.layer.0.attention.self.query"
 

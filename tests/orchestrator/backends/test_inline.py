@@ -7,7 +7,7 @@ import torch
 
 from clients.assignment import Privacy
 from clients.evaluate import Evaluation
-from clients.trainer import initial_tensors
+from clients.starting import initial_tensors
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.plan import RoundInputs, plan_round
