@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from strategies.base import Broadcast, Tensors
 
@@ -178,18 +179,14 @@ class Assignment:
     device: str = "cpu"
     public: bool = False
 
-    def digest(self, known: dict[int, str] | None = None) -> str:
+    def digest(self) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation.
-
-        Args:
-            known: digests of tensors by ``id``, read and filled: of assignments that share their
-                tensors, each is read once. Valid while they live and nobody writes into them.
+        A tensor that several assignments share is read once: see :func:`_tensor_digest`.
         """
-        seen = {} if known is None else known
         document = {
-            f.name: _plain(getattr(self, f.name), seen)
+            f.name: _plain(getattr(self, f.name))
             for f in fields(self)
             if f.name not in ("run", "site")
         }
@@ -197,23 +194,39 @@ class Assignment:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any, known: dict[int, str]) -> Any:
+_DIGESTS: MutableMapping[torch.Tensor, tuple[int, str]] = WeakTensorKeyDictionary()
+"""What tensors that live hashed to, and how often they had been written to when they did."""
+
+
+def _plain(value: Any) -> Any:
     """Return ``value`` as JSON, tensors as digests of dtype, shape and bytes."""
     if isinstance(value, torch.Tensor):
-        if id(value) not in known:
-            known[id(value)] = _tensor_digest(value)
-        return known[id(value)]
+        return _tensor_digest(value)
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name), known) for f in fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, known) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v, known) for v in value]
+        return [_plain(v) for v in value]
     return value
 
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the digest of a tensor; of one that is as it was, without reading it again.
+
+    A round's clients share its broadcast: here, and at a worker, which keeps it. What torch writes
+    to a tensor it counts, so that a changed one is read anew; a write past that count, through
+    ``data`` or a NumPy view, is what the types of an assignment forbid.
+    """
+    known = _DIGESTS.get(tensor)
+    if known is None or known[0] != tensor._version:
+        known = _DIGESTS[tensor] = tensor._version, _hashed(tensor)
+    return known[1]
+
+
+def _hashed(tensor: torch.Tensor) -> str:
     data = tensor.detach().contiguous().cpu()
     head = f"{data.dtype}{tuple(data.shape)}".encode()
-    body = data.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(head + body).hexdigest()
+    total = hashlib.sha256(head)
+    total.update(data.reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()

@@ -122,9 +122,8 @@ def reserve(
         ledger: where spends are.
         log: told who was refused, then who is asked.
     """
-    known: dict[int, str] = {}
     private = [a for a in assignments if a.privacy is not None]
-    rows = [_row(a, people[a.client].population, known) for a in private]
+    rows = [_row(a, people[a.client].population) for a in private]
     over, low = _recorded(rows, ledger)
     for row in rows:
         if row.client in over:
@@ -234,9 +233,9 @@ def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, Budge
     return {}, low
 
 
-def _row(assignment: Assignment, population: str, known: dict[int, str]) -> SpendRow:
+def _row(assignment: Assignment, population: str) -> SpendRow:
     spend = spend_of(assignment)
-    digest = assignment.digest(known)
+    digest = assignment.digest()
     text = "\0".join((assignment.run, assignment.client, str(assignment.round), digest))
     return SpendRow(
         event=hashlib.sha256(text.encode()).hexdigest(),

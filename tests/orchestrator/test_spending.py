@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-import clients.assignment as assignment_module
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
 from orchestrator.config import PrivacyConfig
@@ -107,23 +106,6 @@ def test_what_was_spent_is_there_before_anybody_is_told(workspace, round_of):
     reserve(assignments, people(plan), workspace.ledger, log)
 
     assert seen == [("spent", 3), ("assigned", 3)]
-
-
-def test_tensors_that_assignments_share_are_hashed_once_and_to_the_same_digest(
-    round_of, monkeypatch
-):
-    _, assignments = round_of()
-    alone = [a.digest() for a in assignments]
-    hashed = []
-    honest = assignment_module._tensor_digest
-    monkeypatch.setattr(
-        assignment_module, "_tensor_digest", lambda t: hashed.append(t) or honest(t)
-    )
-    known = {}
-
-    assert [a.digest(known) for a in assignments] == alone
-    assert len(set(alone)) == 3
-    assert len(hashed) == len(assignments[0].broadcast.tensors)
 
 
 def test_a_round_that_is_run_again_spends_once(workspace, round_of):
