@@ -15,6 +15,7 @@ from types import TracebackType
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from storage.database import DatabaseUnavailable
 from storage.ledger import LeaseLost, RunQueue
 
 _LOG = logging.getLogger(__name__)
@@ -107,5 +108,6 @@ class Lease:
                 self.queue.renew(self.run, self.token, self.lease_s)
             except LeaseLost:
                 return
-            except SQLAlchemyError as error:  # the database may be back before the lease is over
-                _LOG.warning("the lease on run %s was not renewed: %s", self.run, error.args[:1])
+            except (DatabaseUnavailable, SQLAlchemyError) as error:
+                # the database, or a connection to it, may be there again before the lease is over
+                _LOG.warning("the lease on run %s was not renewed: %s", self.run, error.args[0])

@@ -1,10 +1,12 @@
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import event
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from orchestrator import lease
 from orchestrator.lease import Lease, driver_name, is_dead
@@ -71,8 +73,32 @@ def test_a_lease_is_renewed_until_it_is_left():
     assert not held._thread.is_alive()
 
 
-def test_a_database_that_is_away_for_a_moment_is_asked_again(caplog):
-    queue = Renewals(OperationalError("", {}, Exception("the server went away")))
+def test_a_lease_is_renewed_again_when_the_database_is_back(workspace, caplog):
+    queue = workspace.ledger.queue
+    workspace.ledger.create_run("r", "r", {}, {})
+    token = queue.claim("me", 60).token
+    refused, back, renewed = threading.Event(), threading.Event(), threading.Event()
+
+    def executing(cursor, statement, parameters, context):
+        if not back.is_set():
+            refused.set()
+            raise sqlite3.OperationalError("disk I/O error")
+
+    def executed(connection, cursor, statement, *rest):
+        if statement.startswith("UPDATE runs SET lease_until"):
+            renewed.set()
+
+    event.listen(workspace.engine, "do_execute", executing)
+    event.listen(workspace.engine, "after_cursor_execute", executed)
+    with Lease(queue, "r", token, 0.03):
+        assert refused.wait(30)
+        back.set()
+        assert renewed.wait(30)
+    assert "the lease on run r was not renewed: the store at sqlite" in caplog.text
+
+
+def test_a_database_that_has_no_connection_free_is_asked_again(caplog):
+    queue = Renewals(NoConnection("the pool is used up"))
     with Lease(queue, "r", 7, 0.03):
         assert queue.enough.wait(30)
     assert "the lease on run r was not renewed" in caplog.text
