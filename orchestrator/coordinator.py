@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from clients.worker import perform
-from orchestrator.backends.base import Backend
+from orchestrator.backends.base import Backend, Perform
 from orchestrator.backends.inline import InlineBackend
-from orchestrator.config import BackendConfig
+from orchestrator.config import RunConfig
 from orchestrator.faulty import FaultyPerform, faulted
 from orchestrator.federation import Cancelled, Federation, Observe, Paused, RoundFailed
 from orchestrator.lease import Lease, driver_name, is_dead
@@ -118,16 +118,7 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
     ledger = workspace.ledger
     with Lease(ledger.queue, record.id, record.token, driving.lease_s):
         try:
-            plan = planned(record)
-            with watched(plan, ledger, workspace.home, observe) as watching:
-                seen = _stoppable(watching, driving.stop)
-                try:
-                    seen("run", {"run": record.id, "name": record.name, "plan": plan})
-                    return _driven(workspace, record, plan, seen, driving.backend)
-                except (Exception, KeyboardInterrupt) as error:
-                    if not isinstance(error, (Paused, Cancelled, LeaseLost)):
-                        watching("failed", {"reason": str(error) or type(error).__name__})
-                    raise
+            return _watched(workspace, record, observe, driving)
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
             with suppress(LeaseLost):
@@ -135,15 +126,28 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
             raise
 
 
+def _watched(workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving) -> str:
+    """Drive a run; who watches it is told if it fails."""
+    plan = planned(record)
+    with watched(plan, workspace.ledger, workspace.home, observe) as watching:
+        try:
+            seen = _stoppable(watching, driving.stop)
+            seen("run", {"run": record.id, "name": record.name, "plan": plan})
+            return _driven(workspace, record, plan, seen, driving.backend)
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, (Paused, Cancelled, LeaseLost)):
+                watching("failed", {"reason": str(error) or type(error).__name__})
+            raise
+
+
 def _driven(
     workspace: Workspace, record: RunRecord, plan: Plan, seen: Observe, given: Backend | None
 ) -> str:
-    config, queue = plan.config, workspace.ledger.queue
-    work: Any = FaultyPerform(config.faults, perform) if config.faults else perform
-    backend = given or make_backend(config.backend, config.threads, len(plan.participants), work)
+    queue = workspace.ledger.queue
+    backend = given or make_backend(plan.config, len(plan.participants))
     used = backend
     try:
-        if config.faults:
+        if plan.config.faults:
             workspace, used = faulted(workspace, plan, backend, seen)
         federation = Federation(
             plan,
@@ -193,28 +197,33 @@ def serve(
     return count
 
 
-def make_backend(
-    config: BackendConfig, threads: int, num_clients: int, perform: Any = perform
-) -> Backend:
-    """Return the backend that ``config`` asks for.
+def make_backend(config: RunConfig, num_clients: int) -> Backend:
+    """Return the backend that a run's ``config`` asks for, with workers that suffer its faults.
+
+    Args:
+        config: of the run.
+        num_clients: how many there are to serve, >= 1.
 
     Raises:
         orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
     """
-    work = partial(perform, checkpoint_s=config.checkpoint_s)
-    if config.name == "inline":
+    chosen = config.backend
+    work: Perform = partial(perform, checkpoint_s=chosen.checkpoint_s)
+    if config.faults:
+        work = FaultyPerform(config.faults, work)
+    if chosen.name == "inline":
         return InlineBackend(work)
     from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
 
     return RayBackend(
-        config.workers,
-        threads,
-        config.gpus_per_worker,
-        config.address,
+        chosen.workers,
+        config.threads,
+        chosen.gpus_per_worker,
+        chosen.address,
         perform=work,
-        heartbeat_s=config.heartbeat_s,
-        grace_s=config.grace_s,
-        recycle_above_mb=config.recycle_above_mb,
+        heartbeat_s=chosen.heartbeat_s,
+        grace_s=chosen.grace_s,
+        recycle_above_mb=chosen.recycle_above_mb,
         clients=num_clients,
     )
 

@@ -130,7 +130,7 @@ def run_demo(
     config = demo.config("task-1", dp=dp, task_labels=TASKS["task-1"])  # refused before anything
     sizes = _show_data(console)
     with console.status("starting Ray workers …"):
-        demo.backend = service.make_backend(config.backend, config.threads, len(sizes))
+        demo.backend = service.make_backend(config, len(sizes))
     try:
         first, before = _federate(demo, config, max(sizes, key=lambda name: sizes[name]))
         merged = _continue(demo, first, before)

@@ -25,8 +25,15 @@ from torch import Tensor
 from clients import pace
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from clients.worker import perform
-from orchestrator.backends.base import TICK_S, Backend, Result, Started, Stepped, unheard
+from orchestrator.backends.base import (
+    TICK_S,
+    Backend,
+    Perform,
+    Result,
+    Started,
+    Stepped,
+    unheard,
+)
 from orchestrator.faults import Faults, HostFault, client_fault, host_fault, is_faulty
 from orchestrator.plan import Plan
 from orchestrator.workspace import Workspace
@@ -68,17 +75,20 @@ def faulted(
 
 @dataclass(frozen=True, slots=True)
 class FaultyPerform:
-    """Performs an assignment as the client that ``faults`` makes of its own; picklable."""
+    """Performs an assignment as the client that ``faults`` makes of its own; picklable.
+
+    Attributes:
+        faults: the config's section.
+        perform: what an honest client does.
+    """
 
     faults: Faults
-    perform: Callable[..., Update | Evaluation] = perform
+    perform: Perform
 
-    def __call__(
-        self, assignment: Assignment, stepped: pace.Stepped, checkpoint_s: float | None = None
-    ) -> Update | Evaluation:
+    def __call__(self, assignment: Assignment, stepped: pace.Stepped) -> Update | Evaluation:
         """Do what the assignment asks for, or what the fault does instead."""
         if assignment.action != "train":
-            return self.perform(assignment, stepped, checkpoint_s)
+            return self.perform(assignment, stepped)
         kind = client_fault(self.faults, assignment.round, assignment.client)
         if kind == "crash":
             os._exit(1)
@@ -86,7 +96,7 @@ class FaultyPerform:
             time.sleep(TICK_S)
         if kind == "slow":
             time.sleep(self.faults.delay_s)
-        result = self.perform(assignment, stepped, checkpoint_s)
+        result = self.perform(assignment, stepped)
         if kind not in ("nan", "wrong-shape") or isinstance(result, Evaluation):
             return result
         name, tensor = sorted(result.tensors.items())[0]

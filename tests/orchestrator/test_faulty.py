@@ -85,6 +85,21 @@ def test_a_fault_that_costs_no_update_changes_no_byte(workspace, simulated, hone
     assert len(events(workspace, "accepted")) == 2 * len(clients)
 
 
+@pytest.mark.parametrize("faults", [None, {"kinds": ["slow"], "clients": 1.0, "delay_s": 0.01}])
+def test_clients_with_and_without_faults_keep_the_checkpoints_that_are_asked_for(
+    workspace, simulated, faults
+):
+    kept = set()
+
+    def observe(kind, data):
+        if kind == "step":
+            kept.update(workspace.home.glob("sites/**/checkpoint-*"))
+
+    backend = {"name": "inline", "checkpoint_s": 0}
+    service.launch(workspace, simulated(backend=backend, faults=faults, rounds=1), observe)
+    assert len(kept) == 3
+
+
 def test_two_faults_that_cost_the_same_update_end_at_the_same_version(tmp_path, simulated, honest):
     """What went wrong is no part of a version: who was accepted is."""
     _, (first, *_) = honest
