@@ -65,6 +65,7 @@ class Collector:
     unreachable: Callable[[], set[str]]
     clock: Callable[[], float] = time.monotonic
     _sent: dict[Key, Assignment] = field(default_factory=dict, init=False)
+    _given_up: set[Key] = field(default_factory=set, init=False)
     _tries: dict[Key, int] = field(default_factory=dict, init=False)
     _taken: dict[Key, Accepted] = field(default_factory=dict, init=False)
     _lost: dict[Key, Taken] = field(default_factory=dict, init=False)
@@ -90,6 +91,7 @@ class Collector:
         """Give up what still runs."""
         self.desk.give_up()
         self._sent.clear()
+        self._given_up.clear()
 
     def _recover(self, known: Iterable[Taken]) -> None:
         """Find accepted updates on disk; what is not there, or damaged, must come again."""
@@ -108,7 +110,8 @@ class Collector:
         for asked in history.pending.values():
             age = opened.round - asked.round
             if stale is not None and age > stale.max_staleness:
-                self._sent.pop((asked.client, asked.round), None)
+                if self._sent.pop((asked.client, asked.round), None) is not None:
+                    self._given_up.add((asked.client, asked.round))
                 reason = f"its update would be {age} versions old, allowed {stale.max_staleness}"
                 self._refuse(asked.client, asked.round, reason)
 
@@ -155,10 +158,13 @@ class Collector:
 
     def _take(self, result: Result) -> None:
         """Accept an update, or try again, or take note of the failure."""
+        if (result.client, result.round) not in self._sent:
+            misplaced = self._misplaced(result)
+            if misplaced is None:
+                return
+            result = misplaced
         key = (result.client, result.round)
-        assignment = self._sent.get(key)
-        if assignment is None:
-            return  # it was given up
+        assignment = self._sent[key]
         if isinstance(result, Failure):
             self._tries[key] = self._tries.get(key, 0) + 1
             if self._tries[key] <= self.plan.config.retries:
@@ -184,6 +190,20 @@ class Collector:
                 return
             reason = _DIFFERS
         self._refuse(*key, reason)
+
+    def _misplaced(self, result: Result) -> Failure | None:
+        """Return the failure of a client that answers with an update that it was not asked for.
+
+        None where it owes no other, as when it sends an update twice, and where it was given up.
+        """
+        key = (result.client, result.round)
+        if key in self._given_up:
+            self._given_up.discard(key)
+            return None
+        owed = next((a for (client, _), a in self._sent.items() if client == result.client), None)
+        if owed is None or not isinstance(result, Update):
+            return None
+        return Failure(owed.client, owed.round, str(refusal(result, owed)))
 
     def _refuse(self, client: str, round_: int, reason: str) -> None:
         self._lost.pop((client, round_), None)

@@ -187,7 +187,8 @@ class FaultyBackend:
     faults: Faults
     host: Host
     note: Note
-    _earlier: dict[str, Update] = field(default_factory=dict, init=False)
+    _known: dict[str, dict[int, Update]] = field(default_factory=dict, init=False)
+    """Of those who replay: by round, the last two updates."""
 
     def run(
         self,
@@ -231,10 +232,13 @@ class FaultyBackend:
         listed = any((f.kind, f.client) == ("replay", client) for f in section.at)
         if not listed and not ("replay" in section.kinds and is_faulty(section, client)):
             return update  # and nothing is kept of who never replays
-        unknown = replace(update, round=update.round - 1)
-        earlier = self._earlier.get(client, unknown)
-        self._earlier[client] = update
-        return earlier if kind == "replay" else update
+        known = self._known.setdefault(client, {})
+        earlier = max((round_ for round_ in known if round_ < update.round), default=None)
+        self._known[client] = {r: u for r, u in known.items() if r == earlier}
+        self._known[client][update.round] = update
+        if kind != "replay":
+            return update
+        return replace(update, round=update.round - 1) if earlier is None else known[earlier]
 
 
 def _with_nan(tensor: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ def honest(simulated, tmp_path):
     [
         ("nan", "1 non-finite values"),
         ("wrong-shape", "expected torch.float32"),
+        ("replay", "the update is of round 1 from "),
     ],
 )
 def test_a_client_with_a_fault_is_refused_with_the_reason_and_the_round_goes_on(
@@ -56,25 +57,47 @@ def test_a_client_with_a_fault_is_refused_with_the_reason_and_the_round_goes_on(
 ):
     wanted, (first, *others) = honest
     fault = [{"kind": kind, "client": first, "round": 2}]
-    version = service.launch(workspace, simulated(faults=fault, deadline_s=5, retries=0))
+    version = service.launch(workspace, simulated(faults=fault, retries=0))
 
     [refused] = events(workspace, "refused")
-    assert refused["client"] == first
+    assert (refused["client"], refused["round"]) == (first, 2)
     assert why in refused["reason"]
+    assert events(workspace, "closed")[1]["missed"] == []
     assert version != wanted
     updates = workspace.store.version(version).recipe["updates"]
     assert [leaf["client"] for leaf in updates] == others
 
 
-@pytest.mark.parametrize("kind", ["replay", "drop"])
-def test_who_sends_nothing_that_was_asked_for_misses_the_round(workspace, simulated, honest, kind):
+def test_whose_update_is_lost_misses_the_round(workspace, simulated, honest):
     _, (first, *others) = honest
-    fault = [{"kind": kind, "client": first, "round": 2}]
+    fault = [{"kind": "drop", "client": first, "round": 2}]
     version = service.launch(workspace, simulated(faults=fault, deadline_s=3))
 
     assert events(workspace, "closed")[1]["missed"] == [first]
     updates = workspace.store.version(version).recipe["updates"]
     assert [leaf["client"] for leaf in updates] == others
+
+
+@pytest.mark.parametrize("kind", ["retried", "refused"])
+def test_who_sends_an_earlier_update_is_asked_again_then_refused_and_so_after_a_crash(
+    tmp_path, simulated, honest, kind
+):
+    _, (first, *_) = honest
+    config = simulated(faults=[{"kind": "replay", "client": first, "round": 2}])
+    whole, killed = (service.open_workspace(tmp_path / name) for name in ("whole", "killed"))
+    wanted = service.launch(whole, config)
+    [retried], [refused] = events(whole, "retried"), events(whole, "refused")
+    assert retried == {k: v for k, v in refused.items() if k != "fault"}
+    assert "the update is of round 1 from " in retried["reason"]
+
+    def die(happened, data):
+        if happened == kind:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        service.launch(killed, config, die)
+    assert service.resume(killed, "task-1") == wanted
+    assert [r["client"] for r in events(killed, "refused")] == [first]
 
 
 @pytest.mark.parametrize("kind", ["slow", "duplicate"])
@@ -107,7 +130,7 @@ def test_two_faults_that_cost_the_same_update_end_at_the_same_version(tmp_path, 
     for kind in ("nan", "wrong-shape", "replay"):
         workspace = service.open_workspace(tmp_path / kind)
         fault = [{"kind": kind, "client": first, "round": 1}]
-        ids.add(service.launch(workspace, simulated(faults=fault, deadline_s=3)))
+        ids.add(service.launch(workspace, simulated(faults=fault)))
     assert len(ids) == 1
 
 
@@ -179,7 +202,7 @@ class Answering:
         pass
 
 
-def test_a_replayed_update_is_the_one_of_the_round_before(tmp_path):
+def test_a_replayed_update_is_the_one_of_the_round_before_however_often_it_is_asked_for(tmp_path):
     faults = Faults(at=(FaultAt(kind="replay", client="c", round=2),))
     answers = {r: Update("c", r, f"base-{r}", {"x": torch.ones(1) * r}, 1) for r in (1, 2)}
     backend = FaultyBackend(
@@ -187,6 +210,6 @@ def test_a_replayed_update_is_the_one_of_the_round_before(tmp_path):
     )
 
     # the assignments of two rounds, of which a backend needs no more than this
-    asked = [SimpleNamespace(action="train", round=r, client="c") for r in (1, 2)]
+    asked = [SimpleNamespace(action="train", round=r, client="c") for r in (1, 2, 2)]
     rounds = [list(backend.run([a], lambda a: None)) for a in asked]
-    assert [[(u.round, u.base) for u in round_] for round_ in rounds] == [[(1, "base-1")]] * 2
+    assert [[(u.round, u.base) for u in round_] for round_ in rounds] == [[(1, "base-1")]] * 3

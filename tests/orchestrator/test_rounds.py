@@ -229,6 +229,26 @@ def test_who_is_late_for_too_long_is_waited_for_no_more_and_its_answer_is_ignore
     }
 
 
+def test_what_comes_too_late_is_not_taken_for_the_answer_to_what_was_asked_since(
+    federation, imagined
+):
+    backend = imagined(delays={("a", 1): 38, ("a", 6): 8})
+    run = federation(
+        backend=backend,
+        clients_=("a", "b"),
+        **KEEP | {"rounds": 6, "cohort": 2, "quorum": 1},
+        staleness={"max_staleness": 2},
+        deadline_s=10,
+        retries=0,
+    )
+    run.run()
+
+    [refused] = events(run, "refused")
+    assert (refused["client"], refused["round"]) == ("a", 1)
+    assert "3 versions old" in refused["reason"]
+    assert ("a", 6) in {(e["client"], e["round"]) for e in events(run, "accepted")}
+
+
 @pytest.mark.parametrize("settings", [KEEP, FEDBUFF], ids=["quorum and late", "asynchronous"])
 def test_what_was_decided_stays_decided_wherever_the_process_dies(federation, imagined, settings):
     """Killed at every event in turn: decided rounds come out as they did, none is decided twice."""
