@@ -98,6 +98,10 @@ def coordinator(  # noqa: PLR0913  (one option each)
     lease_s: Annotated[
         float, typer.Option("--lease-s", min=1, help="Until a dead driver's run is another's.")
     ] = 60.0,
+    max_claims: Annotated[
+        int,
+        typer.Option("--max-claims", min=1, help="A run that costs so many drivers a round fails."),
+    ] = 5,
     log_format: LogFormat = None,
     log_file: LogFile = None,
     metrics_port: MetricsPort = None,
@@ -132,7 +136,7 @@ def coordinator(  # noqa: PLR0913  (one option each)
         count = service.serve(
             workspace,
             service.Serving(limits(limit), once, until_idle),
-            service.Driving(lease_s=lease_s, stop=stop),
+            service.Driving(lease_s=lease_s, stop=stop, max_claims=max_claims),
             watch,
         )
     out.print(f"drove {count} runs", style="dim")

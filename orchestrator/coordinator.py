@@ -27,6 +27,9 @@ from orchestrator.workspace import Workspace
 from storage.ledger import LeaseLost, Ledger, RunRecord
 
 LEASE_S = 60.0
+MAX_CLAIMS = 5
+_GETS_ON = frozenset({"committed", "queued", "released", "paused", "failed", "extended"})
+"""What makes claims before it count no more: a round, an orderly end, or somebody's word."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -38,6 +41,10 @@ class Stopped(RuntimeError):
     """This process was asked to stop; the run it drove is back in the queue."""
 
 
+class ClaimedInVain(RuntimeError):
+    """Whoever drove the run died of it, or with it, time and again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Driving:
     """How a process drives runs.
@@ -46,11 +53,14 @@ class Driving:
         backend: where clients train; by default what each run's config asks for.
         lease_s: seconds until a run of a driver that died is another's to claim, > 0.
         stop: set it to stop at the next event and put the run back into the queue.
+        max_claims: after so many claims without a round committed in between a run fails, >= 1;
+            None for any number.
     """
 
     backend: Backend | None = None
     lease_s: float = LEASE_S
     stop: threading.Event = field(default_factory=threading.Event)
+    max_claims: int | None = MAX_CLAIMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +123,37 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
         RoundFailed: if a round got no update; the run can be resumed.
         Paused, Cancelled: if somebody asked for it.
         Stopped: if this process was asked to stop.
+        ClaimedInVain: if the run was claimed too often.
         LeaseLost: if somebody else drives the run by now; nothing more was written.
     """
     ledger = workspace.ledger
     with Lease(ledger.queue, record.id, record.token, driving.lease_s):
         try:
+            _check_claims(ledger, record.id, driving.max_claims)
             return _watched(workspace, record, observe, driving)
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
             with suppress(LeaseLost):
                 _record_end(ledger, record, Stopped() if interrupted else error)
             raise
+
+
+def _check_claims(ledger: Ledger, run: str, most: int | None) -> None:
+    """Refuse a run that others claimed in vain, before it can do to us what it did to them.
+
+    Raises:
+        ClaimedInVain: if it was ``most`` times or more.
+    """
+    owners: list[str] = []
+    for event in ledger.events(run, kinds={"claimed", *_GETS_ON}):
+        owners = [] if event.kind in _GETS_ON else [*owners, event.data["owner"]]
+    others = owners[:-1]
+    if most is not None and len(others) >= most:
+        raise ClaimedInVain(
+            f"run {run} was claimed {len(others)} times without a round committed in between: its "
+            f"drivers died or were lost, the last was {others[-1]}. See what ended them (memory, "
+            f"say), mend it and go on with: weft run --resume {run}"
+        )
 
 
 def _watched(workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving) -> str:
@@ -233,7 +263,7 @@ def _drive_to_an_end(
 ) -> None:
     try:
         drive(workspace, record, observe, driving)
-    except (RoundFailed, Paused, Cancelled, Stopped, LeaseLost) as error:
+    except (RoundFailed, Paused, Cancelled, Stopped, ClaimedInVain, LeaseLost) as error:
         _LOG.warning("%s", error)
     except Exception as error:  # one run's error must not keep the others waiting
         _LOG.error("run %s failed: %s", record.id, type(error).__name__, exc_info=True)

@@ -172,7 +172,7 @@ def resume(
     if record.status != "cancelled":  # claimed as it is: in the queue, somebody could be faster
         record = claim(workspace, record)
     requeue(workspace, record.id)  # what people wanted of it before, they want no more
-    return drive(workspace, record, observe, Driving(backend))
+    return drive(workspace, record, observe, Driving(backend, max_claims=None))
 
 
 # --- clients ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
@@ -227,13 +227,20 @@ class RunLog:
                 changes["token"] = row.token + 1
             return append(connection, run, kind, data, changes)
 
-    def events(self, run: str, after: int = 0, limit: int | None = None) -> list[Event]:
+    def events(
+        self,
+        run: str,
+        after: int = 0,
+        limit: int | None = None,
+        kinds: Collection[str] | None = None,
+    ) -> list[Event]:
         """Return the events of a run (by its id) with numbers above ``after``, in order.
 
         Args:
             run: its full id.
             after: the last number that is known; 0 for all.
             limit: how many at most; None for no limit.
+            kinds: only those of these kinds; None for all.
 
         Raises:
             UnknownRun: if there is no such run.
@@ -241,6 +248,8 @@ class RunLog:
         query = (
             select(events).where(events.c.run == run, events.c.seq > after).order_by(events.c.seq)
         )
+        if kinds is not None:
+            query = query.where(events.c.kind.in_(kinds))
         with self._engine.connect() as connection:
             _require_run(connection, run)
             return [

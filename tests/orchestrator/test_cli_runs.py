@@ -121,6 +121,19 @@ def test_signals_stop_a_coordinator_and_are_given_back(ok, queued, read, monkeyp
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_run_that_costs_too_many_drivers_is_failed_by_the_next_and_resumed_by_hand(
+    ok, weft, queued, ledger
+):
+    for _ in range(2):
+        ledger.queue.claim("elsewhere:1:x:y", 1e-6)
+    ok("coordinator", "--until-idle", "--max-claims", "2")
+    code, said, _ = weft("runs", "wait", queued)
+    assert code == 1
+    assert f"{queued} failed run {queued} was claimed 2 times without a round committed" in said
+    ok("run", "--resume", queued)
+    assert ledger.run(queued).status == "completed"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -99,6 +99,63 @@ def test_a_plan_that_cannot_be_read_fails_its_run_and_no_other(home, tiny, caplo
     assert home.ledger.run(good).status == "completed"
 
 
+def die(home, run):
+    """Claim a run as a process elsewhere that is never heard of again, and whose lease is over."""
+    assert home.ledger.queue.claim("elsewhere:1:x:y", 1e-6, run=run) is not None
+
+
+def test_a_run_that_costs_every_driver_fails_with_a_sentence_and_keeps_nobody_waiting(home, tiny):
+    doomed, good = (service.submit(home, tiny(), Queueing(priority=p)) for p in (1, 0))
+    for _ in range(3):
+        die(home, doomed)
+    assert serve(home, max_claims=3) == 2
+    record = home.ledger.run(doomed)
+    assert (record.status, record.round, record.owner) == ("failed", 0, None)
+    assert record.error.startswith(f"run {doomed} was claimed 3 times")
+    assert f"weft run --resume {doomed}" in record.error
+    assert kinds(home, doomed) == ["queued", *["claimed"] * 4, "failed"]
+    assert home.ledger.run(good).status == "completed"
+
+
+@pytest.mark.parametrize("resume", [service.resume, service.requeue])
+def test_a_run_that_was_claimed_too_often_goes_on_when_people_say_so(home, tiny, resume):
+    run = service.submit(home, tiny())
+    for _ in range(2):
+        die(home, run)
+    serve(home, max_claims=2)
+    resume(home, run)
+    serve(home, max_claims=2)
+    assert home.ledger.run(run).status == "completed"
+
+
+def test_a_run_that_commits_rounds_may_be_claimed_as_often_as_it_takes(home, tiny):
+    class Killed(BaseException):
+        """The process is gone."""
+
+    def kill():
+        raise Killed
+
+    run = service.submit(home, tiny(rounds=2))
+    for _ in range(2):
+        die(home, run)
+    record = claimed(home, run)
+    with pytest.raises(Killed):
+        coordinator.drive(home, record, at("committed", kill), Driving(max_claims=3))
+    home.ledger.queue.renew(run, record.token, 1e-6)
+    for _ in range(2):
+        die(home, run)
+    assert serve(home, max_claims=3) == 1
+    assert home.ledger.run(run).status == "completed"
+
+
+def test_a_run_whose_coordinators_are_stopped_may_be_claimed_as_often_as_it_takes(home, tiny):
+    run = service.submit(home, tiny())
+    for _ in range(3):
+        home.ledger.queue.release(run, claimed(home, run).token, "asked to stop")
+    assert serve(home, max_claims=1) == 1
+    assert home.ledger.run(run).status == "completed"
+
+
 def test_a_coordinator_that_is_stopped_puts_its_run_back_and_another_ends_it(home, tiny):
     wanted = service.launch(home, tiny(rounds=2))
     run = service.submit(home, tiny(rounds=2))

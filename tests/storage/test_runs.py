@@ -139,6 +139,8 @@ def test_events_count_from_one_and_come_back_in_order(ledger, run):
     ]
     assert ledger.events(run, after=3) == events[3:]
     assert ledger.events(run, after=1, limit=2) == events[1:3]
+    assert ledger.events(run, limit=2, kinds={"round", "committed"}) == events[1:3]
+    assert ledger.events(run, kinds=()) == []
     assert ledger.run(run).seq == 4
 
 
