@@ -14,10 +14,11 @@ from clients import data, models
 from clients.accounting import BudgetSpent
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, Privacy
-from orchestrator.config import BadConfig, RunConfig, Simulate
+from orchestrator.config import BadConfig, RunConfig
 from orchestrator.merging import refuse_offset
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
+from orchestrator.sections import Simulate
 from orchestrator.spending import calibrated, spend_from_row
 from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version

@@ -11,7 +11,8 @@ import torch
 from pydantic import TypeAdapter
 
 from clients.assignment import NO_DATA, Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
-from orchestrator.config import EvaluateConfig, RunConfig
+from orchestrator.config import RunConfig
+from orchestrator.sections import EvaluateConfig
 from strategies.base import Broadcast, ClientSpec, Tensors
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeAlias
 from clients.accounting import Accountant, BudgetSpent, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
 from clients.trainer import spend_of
-from orchestrator.config import PrivacyConfig
 from orchestrator.plan import Participant, Plan
+from orchestrator.sections import PrivacyConfig
 from storage.ledger import Ledger, SpendRow
 from strategies.base import PrivacySpend
 

@@ -6,9 +6,9 @@ import pytest
 
 from clients.evaluate import Evaluation
 from orchestrator.backends.base import Failure
-from orchestrator.config import EvaluateConfig
 from orchestrator.desk import Desk
 from orchestrator.plan import RoundInputs, plan_evaluation, plan_round
+from orchestrator.sections import EvaluateConfig
 from strategies.base import Broadcast, Update
 
 

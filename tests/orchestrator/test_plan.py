@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from clients.assignment import DataSpec, Privacy, Shard
-from orchestrator.config import EvaluateConfig
 from orchestrator.plan import (
     Plan,
     RoundInputs,
@@ -18,6 +17,7 @@ from orchestrator.plan import (
     seed_for,
     with_head_mask,
 )
+from orchestrator.sections import EvaluateConfig
 from strategies.base import Broadcast
 
 PRIVACY = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)

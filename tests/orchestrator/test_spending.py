@@ -6,8 +6,8 @@ import pytest
 
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
-from orchestrator.config import PrivacyConfig
 from orchestrator.plan import RoundInputs, plan_round
+from orchestrator.sections import PrivacyConfig
 from orchestrator.spending import calibrated, epsilon_of_lineage, reserve, spent_by_run
 from storage.ledger import ClientRecord
 from strategies.base import Broadcast, PrivacySpend

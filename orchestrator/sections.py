@@ -1,0 +1,114 @@
+"""The sections of a run's file about one thing each: model, privacy, clients, data, backend."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from orchestrator.policy import Strict
+
+
+class Model(Strict):
+    """The base model: a Hugging Face id, a local folder or ``builtin:NAME``."""
+
+    id: str = Field(min_length=1)
+    revision: str | None = None
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    max_length: int = Field(default=128, ge=1, le=1_048_576)
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    compute_dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    gradient_checkpointing: bool = False
+
+
+class PrivacyConfig(Strict):
+    """DP-SGD at every client: give ``epsilon``, or the ``noise_multiplier`` itself."""
+
+    epsilon: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_participations: int | None = Field(default=None, ge=1)
+    unit: Literal["example"] = "example"
+    accountant: Literal["prv", "rdp"] = "prv"
+    insecure_seed: int | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PrivacyConfig:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either epsilon or noise_multiplier")
+        return self
+
+
+class Simulate(Strict):
+    """Clients made by splitting one data set."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    by: Literal["iid", "dirichlet", "column"] = "iid"
+    parts: int | None = Field(default=None, ge=1, le=100_000)
+    alpha: float = Field(default=0.5, gt=0)
+    column: str | None = None
+    seed: int = 0
+    public: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> Simulate:
+        if self.by == "column" and not self.column:
+            raise ValueError("by: column needs column: NAME, the column to split by")
+        if self.by != "column" and self.parts is None:
+            raise ValueError(f"by: {self.by} needs parts: N, the number of clients")
+        return self
+
+
+class Participants(Strict):
+    """Who takes part: registered clients by label or by name, or a simulation."""
+
+    select: dict[str, str] | None = None
+    names: tuple[str, ...] | None = None
+    simulate: Simulate | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Participants:
+        given = [k for k in ("select", "names", "simulate") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of select (labels), names, simulate")
+        return self
+
+
+class EvaluateConfig(Strict):
+    """Held-back data that the coordinator may read, scored while the run goes on."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    every: int = Field(default=1, ge=1)
+
+
+class InitDataConfig(Strict):
+    """Public data from which the adapter's first tensors are made (init eva, corda, lora_ga)."""
+
+    data: str
+    fields: dict[str, str] = Field(default_factory=dict)
+    examples: int = Field(default=256, ge=1)
+    public: bool = False
+
+
+class BackendConfig(Strict):
+    """Where clients are trained. Nothing here changes a result."""
+
+    name: Literal["ray", "inline"] = "ray"
+    workers: Annotated[
+        int | None, Field(ge=1), BeforeValidator(lambda v: None if v == "auto" else v)
+    ] = None
+    address: str | None = None
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    heartbeat_s: float = Field(default=600.0, gt=0)
+    grace_s: float = Field(default=30.0, ge=0)
+    checkpoint_s: float | None = Field(default=None, ge=0)
+    recycle_above_mb: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_workers(self) -> BackendConfig:
+        if self.name == "inline" and self.address is not None:
+            raise ValueError("address: inline runs in this process; use name: ray with an address")
+        return self
