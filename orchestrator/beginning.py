@@ -14,8 +14,6 @@ from orchestrator.recipes import offset_recipe, start_recipe
 from storage.store import AdapterStore
 from strategies.base import Strategy, Tensors, Update
 
-_EDGES = {"fresh": "init", "continue": "continue", "stack": "stack"}
-
 
 def begin(
     plan: Plan, store: AdapterStore, strategy: Strategy, make: Callable[[Tensors], Update]
@@ -37,7 +35,8 @@ def begin(
         made, offset, read = _split(plan, store, make(memory))
         adapter = initialised(plan, {**made, **kept}, memory)
     state = strategy.init(adapter)
-    parents = {start.version: _EDGES[start.mode]} if start.version else {}
+    edge = "init" if start.mode == "fresh" else start.mode
+    parents = {start.version: edge} if start.version else {}
     version = store.commit(
         state.adapter,
         auxiliary=state.auxiliary,
