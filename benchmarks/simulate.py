@@ -277,7 +277,8 @@ def private_shares(
     job: Job, workspace: service.Workspace, version: str, backend: RayBackend
 ) -> list[float]:
     """Return which share of the base model's weights each of weft's workers has alone."""
-    plan = replace(Plan.from_json(workspace.ledger.runs()[0].plan), run=WEIGHED)
+    [record] = workspace.ledger.runs(1)
+    plan = replace(Plan.from_json(workspace.ledger.plan(record.id)), run=WEIGHED)
     inputs = RoundInputs(1, version, {}, {}, str(workspace.home / "sites"))
     sent = Broadcast(workspace.store.tensors(version))
     asked = plan_round(plan, inputs, lambda client: sent, plan.participants[: 4 * job.workers])

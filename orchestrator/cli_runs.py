@@ -184,7 +184,8 @@ def runs_show(ref: str, as_json: JsonFlag = False) -> None:
     record = ledger.run(ref)
     barred = quarantined_in(ledger, record.id)
     if as_json:
-        print_json({**views.run_json(record), "quarantined": barred})
+        plan = ledger.plan(record.id)
+        print_json({**views.run_json(record), "plan": plan, "quarantined": barred})
         return
     out.print(report.runs_table([record]))
     if barred:

@@ -80,9 +80,9 @@ class Serving:
     poll_s: float = 1.0
 
 
-def planned(record: RunRecord) -> Plan:
+def planned(ledger: Ledger, record: RunRecord) -> Plan:
     """Return a run's plan with as many rounds as it has by now: it may have been extended."""
-    plan = Plan.from_json(record.plan)
+    plan = Plan.from_json(ledger.plan(record.id))
     return replace(plan, config=plan.config.model_copy(update={"rounds": record.rounds}))
 
 
@@ -158,7 +158,7 @@ def _check_claims(ledger: Ledger, run: str, most: int | None) -> None:
 
 def _watched(workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving) -> str:
     """Drive a run; who watches it is told if it fails."""
-    plan = planned(record)
+    plan = planned(workspace.ledger, record)
     with watched(plan, workspace.ledger, workspace.home, observe) as watching:
         try:
             seen = _stoppable(watching, driving.stop)

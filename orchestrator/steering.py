@@ -259,7 +259,7 @@ def _refuse_own_memory(workspace: Workspace, record: RunRecord) -> None:
 
 def _refuse_more_privacy(ledger: Ledger, record: RunRecord, total: int) -> None:
     """Refuse rounds for which the noise was not calibrated."""
-    plan = Plan.from_json(record.plan)
+    plan = Plan.from_json(ledger.plan(record.id))
     config, privacy = plan.config, plan.config.privacy
     if privacy is None or privacy.epsilon is None:
         return

@@ -104,14 +104,13 @@ class Queueing:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run.
+    """A run, but for its plan, which is long where clients are many: :meth:`RunLog.plan` has it.
 
     Attributes:
         id: unique.
         name: what people call it; several runs may share it.
         status: where it stands.
         config: the resolved config, JSON.
-        plan: what was planned from it, JSON.
         version: id of the last committed version, or None.
         round: the last committed round, 0 before the first.
         rounds: how many there will be; 0 where that is not known.
@@ -133,7 +132,6 @@ class RunRecord:
     name: str
     status: Status
     config: dict[str, Any]
-    plan: dict[str, Any]
     version: str | None
     round: int
     rounds: int

@@ -144,6 +144,19 @@ class RunLog:
             raise AmbiguousRun(f"{ref!r} begins {listed}; give more of the id")
         return _run(rows[0])
 
+    def plan(self, run: str) -> dict[str, Any]:
+        """Return what was planned for a run (by its id), JSON; megabytes for 10,000 clients.
+
+        Raises:
+            UnknownRun: if there is no such run.
+        """
+        with self._engine.connect() as connection:
+            text = connection.scalar(select(runs.c.plan).where(runs.c.id == run))
+        if text is None:
+            raise _no_run(run)
+        document: dict[str, Any] = json.loads(text)
+        return document
+
     def runs(
         self, limit: int = 100, before: str | None = None, status: Status | None = None
     ) -> list[RunRecord]:
@@ -340,11 +353,11 @@ def take(connection: Connection, run: str, owner: str, lease_s: float) -> RunRec
 
 
 def _runs() -> Select[Any]:
-    return select(*(column for column in runs.columns if column.name != "number"))
+    return select(*(column for column in runs.columns if column.name not in ("number", "plan")))
 
 
 def _run(row: Row[Any]) -> RunRecord:
-    documents = {name: json.loads(getattr(row, name)) for name in ("config", "plan", "labels")}
+    documents = {name: json.loads(getattr(row, name)) for name in ("config", "labels")}
     return RunRecord(**row._asdict() | documents)
 
 

@@ -29,7 +29,7 @@ def simulated(tiny, notes):
 
 def client_names(workspace):
     [record] = workspace.ledger.runs()
-    return [p["name"] for p in record.plan["participants"]]
+    return [p["name"] for p in workspace.ledger.plan(record.id)["participants"]]
 
 
 def events(workspace, kind):

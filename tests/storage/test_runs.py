@@ -33,7 +33,7 @@ def run(ledger: Ledger) -> str:
 def test_a_new_run_is_queued_and_comes_back(ledger, run):
     record = ledger.run(run)
     assert (record.id, record.name, record.status) == ("r-1234", "task-2", "queued")
-    assert (record.config, record.plan) == (CONFIG, {"cohort": ["a", "b"]})
+    assert (record.config, ledger.plan(run)) == (CONFIG, {"cohort": ["a", "b"]})
     assert (record.version, record.round, record.rounds, record.error) == (None, 0, 20, None)
     assert record.started_at is record.finished_at is None
     assert record.created_at.utcoffset() is not None
@@ -110,6 +110,7 @@ def test_what_is_not_there_is_not_changed(ledger):
     for call in (
         lambda: ledger.record("nothing", "started", {}),
         lambda: ledger.events("nothing"),
+        lambda: ledger.plan("nothing"),
         lambda: ledger.runs(before="nothing"),
     ):
         with pytest.raises(UnknownRun, match="no run has the id 'nothing'"):
