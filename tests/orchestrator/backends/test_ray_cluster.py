@@ -57,6 +57,15 @@ def test_a_loopback_address_needs_no_token(no_ray, address):
     assert no_ray == [address]
 
 
+def test_a_ray_of_our_own_is_started_whatever_cluster_the_environment_names(no_ray, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # set already, so that nothing is set for good
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray_cluster.start_ray(1)
+
+    assert no_ray == ["local"]
+
+
 def test_a_token_in_a_file_is_a_token(no_ray, monkeypatch, tmp_path):
     token = tmp_path / "token"
     token.write_text("t" * 32)
