@@ -49,6 +49,8 @@ from orchestrator.backends.base import Backend, Result, Started, Stepped, unhear
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import parse_config
 from orchestrator.launch import make_plan
+from orchestrator.quarantine import quarantined_in
+from orchestrator.views import run_json
 from storage.ledger import ClientRecord
 from strategies.base import Update
 
@@ -250,12 +252,19 @@ def registered(size: Size, folder: Path, model: Path) -> list[Figure]:
     """Return what planning and looking cost with many registered nodes."""
     uri = write_rows(folder / "registered.jsonl", EXAMPLES)
     workspace = service.open_workspace(folder / "nodes", f"sqlite:///{folder / 'nodes.db'}")
+    records = [
+        ClientRecord(
+            name=f"node-{n:05}",
+            data=uri,
+            population=f"people-{n:05}",
+            labels={"site": f"site-{n % 10}"} if n % 1000 else {"site": "rare"},
+            public=True,
+        )
+        for n in range(size.nodes)
+    ]
     start = time.perf_counter()
-    for n in range(size.nodes):
-        labels = {"site": f"site-{n % 10}"}
-        record = ClientRecord(f"node-{n:05}", f"people-{n:05}", uri, labels=labels, public=True)
-        workspace.ledger.add_client(record)
-    each = 1e3 * (time.perf_counter() - start) / size.nodes
+    workspace.ledger.add_clients(records)
+    registering = time.perf_counter() - start
     backend, committed = Immediate(), []
 
     def observe(kind: str, data: Mapping[str, Any]) -> None:
@@ -273,7 +282,7 @@ def registered(size: Size, folder: Path, model: Path) -> list[Figure]:
     where = f"{size.nodes} nodes, {size.cohort} a round"
     spread = f"{where}, {len(planning)} rounds; {min(planning):.1f}..{max(planning):.1f}"
     found = [
-        figure("registered.register", each, "ms/node", f"{size.nodes} nodes, one by one"),
+        figure("registered.register", registering, "s", f"{size.nodes} nodes, at once"),
         figure("registered.make-plan", planned, "s", f"{where}; once a run"),
         figure("registered.planning", statistics.median(planning), "ms", spread, PLANNING_MS),
         figure("registered.planning-last", planning[-1], "ms", where, PLANNING_MS),
@@ -291,14 +300,30 @@ def queries(workspace: service.Workspace, size: Size) -> list[tuple[str, float, 
     ledger = workspace.ledger
     run = ledger.runs(1)[0].id
     last = ledger.events(run)[-1].seq
+    middle = f"node-{size.nodes // 2:05}"
     asked: list[tuple[str, Callable[[], Any], str]] = [
-        ("run", lambda: ledger.run(run), "one run's record"),
-        ("runs", lambda: ledger.runs(20), "the last runs' records; there is one"),
+        ("runs-show", lambda: shown_run(workspace, run), "a run's record, and who is quarantined"),
+        ("runs-list", lambda: ledger.runs(50), "the last 50 runs' records; there is one"),
         ("news", lambda: ledger.events(run, last - 50), f"the last 50 of {last} events"),
-        ("clients", ledger.clients, "all nodes"),
-        ("site", lambda: ledger.clients({"site": "site-3"}), "a tenth of the nodes, by a label"),
+        ("clients-list", lambda: ledger.clients(limit=50), "the first 50 nodes"),
+        ("clients-page", lambda: ledger.clients(limit=50, after=middle), "50 from the middle"),
+        ("label", lambda: ledger.clients({"site": "site-3"}, 50), "50 of a tenth, by a label"),
+        ("rare-label", lambda: ledger.clients({"site": "rare"}, 50), "one in 1,000, by a label"),
+        ("clients-show", lambda: shown_client(workspace, middle), "a node, what its people spent"),
     ]
     return [(what, middle_ms(call), note) for what, call, note in asked]
+
+
+def shown_run(workspace: service.Workspace, run: str) -> None:
+    """Read what ``weft runs show`` does."""
+    run_json(workspace.ledger.run(run))
+    quarantined_in(workspace.ledger, run)
+
+
+def shown_client(workspace: service.Workspace, name: str) -> None:
+    """Read what ``weft clients show`` does."""
+    record = workspace.ledger.client(name)
+    service.spent_by_population(workspace, record.population)
 
 
 def middle_ms(call: Callable[[], Any], times: int = 7) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +14,10 @@ clients_app = typer.Typer(help="Register clients and look at them.", no_args_is_
 
 @clients_app.command("add")
 def clients_add(  # noqa: PLR0913  (one option each)
-    name: str,
-    data: Annotated[str, typer.Option("--data", help="Data set: jsonl:/path, csv:, hf:, …")],
+    name: Annotated[str | None, typer.Argument(help="Of the client; with --from, none.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Data set: jsonl:/path, csv:, hf:, …")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget, for good.")] = None,
     delta: Annotated[float | None, typer.Option(help="δ of the budget.")] = None,
     label: Annotated[list[str], typer.Option("--label", help="key=value")] = [],  # noqa: B006
@@ -23,11 +26,27 @@ def clients_add(  # noqa: PLR0913  (one option each)
     population: Annotated[str | None, typer.Option(help="Whose data it is.")] = None,
     public: Annotated[bool, typer.Option("--public", help="The data are public.")] = False,
     check: Annotated[bool, typer.Option(help="Look at the data set now.")] = True,
+    file: Annotated[
+        Path | None,
+        typer.Option("--from", help="Register all clients that a .csv or .jsonl file lists."),
+    ] = None,
 ) -> None:
-    """Register a client: a data set that takes part."""
+    """Register a client, a data set that takes part, or all that a file lists."""
     from orchestrator import service
+    from orchestrator.config import BadConfig
     from storage.ledger import ClientRecord
 
+    described = (data, epsilon, delta, label, fields, examples, population, public)
+    if file is not None:
+        if name is not None or any(described):
+            raise BadConfig(
+                "--from FILE describes its clients itself; only --no-check goes with it"
+            )
+        made = service.register_clients(workspace_here(), file, check)
+        out.print(f"registered {len(made)} clients of {file}", highlight=False, markup=False)
+        return
+    if name is None or data is None:
+        raise BadConfig("give a client's NAME and --data, or --from FILE for many")
     record = ClientRecord(
         name=name,
         data=data,
@@ -39,10 +58,10 @@ def clients_add(  # noqa: PLR0913  (one option each)
         labels=pairs(label, "--label"),
         public=public,
     )
-    made = service.register_client(workspace_here(), record, check)
-    budget = f"ε {made.epsilon:g} (δ {made.delta:g})" if made.epsilon is not None else "none"
+    record = service.register_client(workspace_here(), record, check)
+    budget = f"ε {record.epsilon:g} (δ {record.delta:g})" if record.epsilon is not None else "none"
     out.print(
-        f"registered {made.name}: {made.num_examples} examples, budget {budget}",
+        f"registered {record.name}: {record.num_examples} examples, budget {budget}",
         highlight=False,
         markup=False,
     )
@@ -51,16 +70,22 @@ def clients_add(  # noqa: PLR0913  (one option each)
 @clients_app.command("list")
 def clients_list(
     label: Annotated[list[str], typer.Option("--label", help="key=value")] = [],  # noqa: B006
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    after: Annotated[
+        str, typer.Option("--after", help="Only names that come after this: the next page.")
+    ] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """List registered clients, all or those with these labels."""
+    """List registered clients by name, all or those with these labels."""
     from orchestrator import report, views
 
-    records = workspace_here().ledger.clients(pairs(label, "--label"))
+    records = workspace_here().ledger.clients(pairs(label, "--label"), limit, after)
     if as_json:
         print_json([views.client_json(r) for r in records])
-    else:
-        out.print(report.clients_table(records))
+        return
+    out.print(report.clients_table(records))
+    if len(records) == limit:
+        out.print(f"more: --after {records[-1].name}", style="dim")
 
 
 @clients_app.command("show")

@@ -140,7 +140,13 @@ class Federation:
             parents={done.version: "init" if opened.round == 1 else "round"},
             recipe=round_recipe(self.plan, opened.round, [a.leaf for a in accepted], done.offset),
         )
-        facts = {"round": opened.round, "version": version, "updates": len(accepted)}
+        faults = {client: list(fault) for client, fault in self._history().faults.items()}
+        facts = {
+            "round": opened.round,
+            "version": version,
+            "updates": len(accepted),
+            "faults": faults,
+        }
         self._log("committed", facts, version=version, round=opened.round)
         done = Committed(opened.round, version, state, memory, done.offset)
         return self._commits.add(done, self._awaited())
@@ -284,7 +290,7 @@ class Federation:
             return set()
         there = set(self.available(self._roster.names))
         if config.clients.simulate is None:
-            there &= {client.name for client in self.ledger.clients()}
+            there &= self.ledger.client_names()
         return set(self._roster.names) - there
 
     def _heed(self) -> None:

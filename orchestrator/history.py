@@ -132,6 +132,13 @@ class History:
     judged: int = 0
     stopped: str | None = None
 
+    @staticmethod
+    def at_commit(event: Event) -> History:
+        """Return the history as a ``committed`` event alone tells it: no more than the faults."""
+        faults = {client: Faults(*fault) for client, fault in event.data["faults"].items()}
+        data = event.data
+        return History(event.seq, round=data["round"], version=data["version"], faults=faults)
+
     def after(self, event: Event) -> History:
         """Return the history with one more event; one that it knows already changes nothing.
 

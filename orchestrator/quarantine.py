@@ -19,7 +19,7 @@ def quarantined_in(ledger: Ledger, run: str) -> tuple[str, ...]:
         UnknownRun: if there is no such run.
     """
     config = RunConfig.model_validate(ledger.run(run).config)
-    return quarantined(config, History().after_all(ledger.events(run)))
+    return quarantined(config, _recent(ledger, run))
 
 
 def release(ledger: Ledger, run: str, client: str) -> None:
@@ -31,8 +31,20 @@ def release(ledger: Ledger, run: str, client: str) -> None:
         UnknownRun: if there is no such run.
         NotAtFault: if there is nothing to forget.
     """
-    faults = History().after_all(ledger.events(run)).faults
+    faults = _recent(ledger, run).faults
     if client not in faults:
         known = f"; these have: {', '.join(sorted(faults))}" if faults else ""
         raise NotAtFault(f"{client!r} has no faults in run {run}{known}")
     ledger.record(run, "forgiven", {"client": client})
+
+
+def _recent(ledger: Ledger, run: str) -> History:
+    """Return a run's faults; reads only what happened since its last committed round.
+
+    Raises:
+        UnknownRun: if there is no such run.
+    """
+    last = ledger.last_event(run, "committed")
+    # an older weft's commits say nothing of faults: its logs are read whole
+    known = History.at_commit(last) if last and "faults" in last.data else History()
+    return known.after_all(ledger.events(run, after=known.seq))

@@ -32,6 +32,7 @@ from orchestrator.merging import (
 )
 from orchestrator.observers.of_run import observers_of
 from orchestrator.recipes import merge_recipe
+from orchestrator.registering import register_client, register_clients
 from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
     RunRefused,
@@ -54,7 +55,7 @@ from orchestrator.versions import (
     use,
 )
 from orchestrator.workspace import Workspace, open_workspace, remember_base
-from storage.ledger import ClientRecord, Queueing, RunRecord
+from storage.ledger import Queueing, RunRecord
 
 __all__ = [
     "Ancestry",
@@ -82,6 +83,7 @@ __all__ = [
     "pause",
     "promote",
     "register_client",
+    "register_clients",
     "requeue",
     "resume",
     "serve",
@@ -176,39 +178,6 @@ def resume(
 
 
 # --- clients ----------------------------------------------------------------------------------
-
-
-def register_client(workspace: Workspace, record: ClientRecord, check: bool = True) -> ClientRecord:
-    """Register a client node; without a declared size, it is counted and rounded.
-
-    Args:
-        workspace: where.
-        record: the client.
-        check: whether to look at its data set; a client elsewhere cannot be looked at from here.
-
-    Raises:
-        ClientExists: if the name is taken.
-        data.DataNotFound: if its data set is not there.
-        BadConfig: if its data set holds no readable record.
-    """
-    record = replace(record, data=data.absolute(record.data))
-    if check:
-        report = data.check(DataSpec(record.data, dict(record.fields)), None, None)
-        if report.total == report.num_bad:
-            why = f" ({report.problems[0]})" if report.problems else ""
-            raise BadConfig(f"{record.data} holds no readable record{why}")
-        if record.num_examples is None:
-            record = replace(record, num_examples=_rounded(report.total))
-    if data.is_public(record.data):
-        record = replace(record, public=True)
-    workspace.ledger.add_client(record)
-    return record
-
-
-def _rounded(count: int) -> int:
-    """Return a count to two significant digits: an exact size tells that a record was added."""
-    scale = int(10 ** max(0, len(str(count)) - 2))
-    return max(1, round(count / scale) * scale)
 
 
 def spent_by_population(workspace: Workspace, population: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from orchestrator.config import FAMILIES
@@ -42,7 +42,7 @@ def plugin_table(kind: str | None = None) -> Iterator[dict[str, Any]]:
 
 def run_json(record: RunRecord) -> dict[str, Any]:
     """Return a run's record as JSON."""
-    document = asdict(record)
+    document = {f.name: getattr(record, f.name) for f in fields(RunRecord)}
     return {k: v.isoformat() if hasattr(v, "isoformat") else v for k, v in document.items()}
 
 

@@ -12,6 +12,10 @@ class NotJson(ValueError):
     """A value that should be JSON is not."""
 
 
+class RecordCorrupt(RuntimeError):
+    """What the database has of something cannot be read: it was changed from outside."""
+
+
 def canonical_json(value: Any, what: str) -> str:
     """Return ``value`` as JSON text: sorted keys, no spaces, UTF-8 as it is, no NaN.
 
@@ -26,6 +30,28 @@ def canonical_json(value: Any, what: str) -> str:
     """
     plain = _plain(value, what)
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def read_json(text: str, what: str) -> dict[str, Any]:
+    """Return the JSON object that was stored as ``text``.
+
+    Args:
+        text: as :func:`canonical_json` wrote it.
+        what: what it belongs to, for the error message.
+
+    Raises:
+        RecordCorrupt: if it is no JSON object any more.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RecordCorrupt(
+            f"the database's record of {what} is damaged: it holds something other than a JSON "
+            "object; restore the database from a backup"
+        )
+    return found
 
 
 def _plain(value: Any, where: str) -> Any:

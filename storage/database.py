@@ -12,12 +12,16 @@ from typing import Any
 
 from sqlalchemy import (
     URL,
+    Column,
+    ColumnElement,
     Connection,
     Engine,
     ExceptionContext,
     Table,
+    cast,
     create_engine,
     event,
+    exists,
     func,
     inspect,
     make_url,
@@ -150,6 +154,21 @@ def insert_or_update(
         others = {c.name: insert.excluded[c.name] for c in table.columns if c.name not in keys}
         upsert = insert.on_conflict_do_update(index_elements=keys, set_=others)
         connection.execute(upsert, [dict(row) for row in rows])
+
+
+def in_byte_order(connection: Connection, column: Column[str]) -> ColumnElement[str]:
+    """Return a text column that sorts and compares as Python's ``sorted`` does, on any server."""
+    return column.collate("C" if connection.dialect.name == "postgresql" else "BINARY")
+
+
+def has_member(
+    connection: Connection, column: Column[str], key: str, value: str
+) -> ColumnElement[bool]:
+    """Return whether the JSON object that is stored as text in ``column`` has this member."""
+    if connection.dialect.name == "postgresql":
+        return cast(column, postgresql.JSONB).contains({key: value})
+    member = func.json_each(column).table_valued("key", "value")
+    return exists().where(member.c.key == key, member.c.value == value)
 
 
 def _insert(connection: Connection) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, Select, func, literal, select
 
-from storage.canonical import canonical_json
+from storage.canonical import canonical_json, read_json
 from storage.schema import metrics, named_versions, parents, promotions, versions
 
 PARENT_KINDS = (
@@ -188,7 +188,7 @@ def load_versions(connection: Connection, ids: Select[str] | Sequence[str]) -> d
                 auxiliary=row.auxiliary,
                 memory=row.memory,
                 parents=tuple(Parent(*pair) for pair in came_from[row.id]),
-                recipe=json.loads(row.recipe),
+                recipe=read_json(row.recipe, f"version {row.id[:12]}"),
                 metrics=dict(measured[row.id]),
                 created_at=row.created_at,
                 names=tuple(f"{name}:v{number}" for name, number in named[row.id]),

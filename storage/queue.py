@@ -8,7 +8,6 @@ is refused, or it waits longer than it must. Two drivers never both write.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -16,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, func, or_, select, update
 
+from storage.canonical import read_json
 from storage.database import lock, writing
 from storage.records import RunRecord, Wish
 from storage.runs import append, clock, lost, standing, take
@@ -143,7 +143,7 @@ def _full_labels(
 
 
 def _labels(text: str) -> frozenset[str]:
-    return frozenset(f"{key}={value}" for key, value in json.loads(text).items())
+    return frozenset(f"{key}={value}" for key, value in read_json(text, "a run's labels").items())
 
 
 def _best(connection: Connection, moment: datetime, full: frozenset[str]) -> str | None:

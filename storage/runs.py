@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
 
-from storage.canonical import canonical_json
+from storage.canonical import canonical_json, read_json
 from storage.database import lock, writing
 from storage.projection import PROJECTED, applied
-from storage.records import STATUSES, WISHES, Event, Queueing, RunRecord, Status, Wish, now
+from storage.records import (
+    STATUSES,
+    WISHES,
+    Event,
+    Queueing,
+    RunRecord,
+    Status,
+    Wish,
+    now,
+)
 from storage.refs import did_you_mean
 from storage.schema import Timestamp, events, runs
 
@@ -154,8 +162,7 @@ class RunLog:
             text = connection.scalar(select(runs.c.plan).where(runs.c.id == run))
         if text is None:
             raise _no_run(run)
-        document: dict[str, Any] = json.loads(text)
-        return document
+        return read_json(text, f"the plan of run {run}")
 
     def runs(
         self, limit: int = 100, before: str | None = None, status: Status | None = None
@@ -240,6 +247,18 @@ class RunLog:
                 changes["token"] = row.token + 1
             return append(connection, run, kind, data, changes)
 
+    def last_event(self, run: str, kind: str) -> Event | None:
+        """Return the last event of a kind of a run (by its id), or None."""
+        query = (
+            select(events)
+            .where(events.c.run == run, events.c.kind == kind)
+            .order_by(events.c.seq.desc())
+            .limit(1)
+        )
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else _event(row)
+
     def events(
         self,
         run: str,
@@ -265,12 +284,7 @@ class RunLog:
             query = query.where(events.c.kind.in_(kinds))
         with self._engine.connect() as connection:
             _require_run(connection, run)
-            return [
-                Event(
-                    row.seq, row.kind, json.loads(row.data), row.created_at, json.loads(row.changes)
-                )
-                for row in connection.execute(query.limit(limit))
-            ]
+            return [_event(row) for row in connection.execute(query.limit(limit))]
 
 
 def standing(connection: Connection, run: str, locked: bool = True) -> Row[Any]:
@@ -321,7 +335,7 @@ def append(
         "changes": canonical_json(changes, "changes"),
     }
     before = {name: getattr(row, name) for name in PROJECTED}
-    after = applied(before | {"labels": json.loads(row.labels)}, changes, at)
+    after = applied(before | {"labels": read_json(row.labels, f"run {run}")}, changes, at)
     values = after | {"labels": canonical_json(after["labels"], "labels"), "seq": row.seq + 1}
     if after["owner"] is None:
         values["lease_until"] = None
@@ -357,8 +371,16 @@ def _runs() -> Select[Any]:
 
 
 def _run(row: Row[Any]) -> RunRecord:
-    documents = {name: json.loads(getattr(row, name)) for name in ("config", "labels")}
+    documents = {
+        name: read_json(getattr(row, name), f"run {row.id}") for name in ("config", "labels")
+    }
     return RunRecord(**row._asdict() | documents)
+
+
+def _event(row: Row[Any]) -> Event:
+    what = f"event {row.seq} of run {row.run}"
+    data, changes = read_json(row.data, what), read_json(row.changes, what)
+    return Event(row.seq, row.kind, data, row.created_at, changes)
 
 
 def _check(fields: RunFields) -> None:

@@ -26,6 +26,8 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+from storage.canonical import RecordCorrupt
+
 HEAD = "0002"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
@@ -39,6 +41,26 @@ class Timestamp(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Return what is stored."""
         return None if value is None else value.astimezone(UTC)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        """Return what reads a value.
+
+        Raises:
+            RecordCorrupt: when it reads one that is no time any more.
+        """
+        process = super().result_processor(dialect, coltype)
+
+        def read(value: Any) -> datetime | None:
+            try:
+                moment: datetime | None = process(value) if process else value
+            except (ValueError, TypeError):
+                raise RecordCorrupt(
+                    f"the database holds the time {value!r}, which is none: it is damaged; "
+                    "restore it from a backup"
+                ) from None
+            return moment
+
+        return read
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         """Return what is read."""

@@ -97,7 +97,7 @@ def test_a_crowd_with_a_tenth_of_it_faulty_ends_where_the_honest_ones_alone_do(
     finally:
         ray.close()
     [record] = honest.ledger.runs()
-    names = [p["name"] for p in record.plan["participants"]]
+    names = [p["name"] for p in honest.ledger.plan(record.id)["participants"]]
     lost = [name for name in names if is_faulty(probe, name)]
     kept = [name for name in names if name not in lost]
     assert len(lost) > 2

@@ -76,6 +76,25 @@ def test_clients_are_registered_listed_shown_and_removed(ok, read, notes):
     assert [c["name"] for c in read("clients", "list")] == ["clinic-8"]
 
 
+def test_clients_of_a_file_are_registered_at_once_and_listed_by_page(ok, refused, notes, tmp_path):
+    file = tmp_path / "nodes.csv"
+    rows = [f"node-{n},{notes('all')},{n % 2}" for n in range(5)]
+    file.write_text("\n".join(["name,data,labels.half", *rows]))
+    assert ok("clients", "add", "--from", file) == f"registered 5 clients of {file}\n"
+
+    first = ok("clients", "list", "--limit", 3)
+    assert "node-2" in first
+    assert "node-3" not in first
+    assert "more: --after node-2" in first
+    last = ok("clients", "list", "--limit", 3, "--after", "node-2")
+    assert "node-4" in last
+    assert "more" not in last
+    assert "node-3" in ok("clients", "list", "--label", "half=1")
+    assert "--from FILE describes" in refused("clients", "add", "x", "--from", file)
+    assert "give a client's NAME and --data" in refused("clients", "add", "x")
+    assert "line 2: a client called 'node-0' is" in refused("clients", "add", "--from", file)
+
+
 def test_a_client_s_own_columns_are_read(ok, tmp_path):
     path = tmp_path / "notes.csv"
     path.write_text("note,dx\nfever,flu\ncough,cold\n")

@@ -1,6 +1,7 @@
 """A run's log, folded event by event, says where the run stands."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -174,6 +175,19 @@ def test_however_a_log_is_read_in_portions_the_history_is_the_same(events, data)
         portions = portions.after_all(events[start:stop])
 
     assert portions == whole
+
+
+@given(logs())
+def test_the_faults_in_a_commit_stand_for_all_events_before_it(events):
+    whole = History().after_all(events)
+    for number, event in enumerate(events):
+        if event.kind == "committed":
+            before = History().after_all(events[:number])
+            faults = {client: list(fault) for client, fault in before.faults.items()}
+            told = replace(event, data={**event.data, "faults": faults})
+            recent = History.at_commit(told).after_all(events[number + 1 :])
+
+            assert (recent.faults, recent.round) == (whole.faults, whole.round)
 
 
 @given(logs())

@@ -14,7 +14,7 @@ from orchestrator.config import BadConfig
 from orchestrator.federation import RoundFailed
 from orchestrator.loggers import LOGGERS
 from orchestrator.observers.webhook import BadWebhook
-from storage.ledger import ClientExists, ClientRecord, UnknownRun
+from storage.ledger import UnknownRun
 from strategies.plugins import Plugin, UnknownPlugin
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
@@ -257,39 +257,6 @@ def test_weights_and_number_of_versions_must_agree(home):
 def test_an_unknown_merge_says_what_the_name_is(home):
     with pytest.raises(UnknownPlugin, match="'fedsvd' is a strategy"):
         service.merge(home, ["a", "b"], PluginChoice("fedsvd"), "both")
-
-
-@pytest.mark.parametrize(("count", "declared"), [(7, 7), (99, 99), (101, 100), (12345, 12000)])
-def test_a_counted_size_is_declared_to_two_digits(workspace, tmp_path, count, declared):
-    path = tmp_path / "many.jsonl"
-    path.write_text('{"text": "x"}\n' * count)
-
-    made = service.register_client(workspace, ClientRecord("a", f"jsonl:{path}", "a"))
-
-    assert made.num_examples == declared
-
-
-def test_a_client_without_a_readable_record_is_refused(workspace, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text("{oh\n[]\n")
-
-    with pytest.raises(BadConfig, match=r"holds no readable record \(.*bad\.jsonl, line 1"):
-        service.register_client(workspace, ClientRecord("a", f"jsonl:{path}", "a"))
-    assert workspace.ledger.clients() == []
-
-
-def test_a_client_elsewhere_is_registered_without_a_look(workspace):
-    record = ClientRecord("a", "jsonl:/not/here.jsonl", "a", num_examples=5)
-
-    assert service.register_client(workspace, record, check=False) == record
-    with pytest.raises(ClientExists):
-        service.register_client(workspace, record, check=False)
-
-
-def test_builtin_data_are_public_by_themselves(workspace):
-    record = ClientRecord("a", "builtin:parameter-types", "a", num_examples=5)
-
-    assert service.register_client(workspace, record, check=False).public
 
 
 def test_what_a_population_spent_is_said_in_words(home, tiny):

@@ -2,22 +2,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from storage.canonical import NotJson
 from storage.database import open_database
 from storage.ledger import (
-    BadBudget,
-    BadClient,
-    ClientExists,
     ClientRecord,
     Ledger,
     SpendConflict,
     SpendRow,
-    UnknownClient,
-    UnknownPopulation,
     UnknownSpend,
 )
 
@@ -56,50 +50,7 @@ def allow(population, existing, new):
     pass
 
 
-# ---- clients
-
-
-def test_a_registered_client_comes_back(ledger):
-    ledger.add_client(clinic())
-    found = ledger.client("clinic-7")
-    assert found == clinic()
-    assert abs(found.created_at - datetime.now(UTC)) < timedelta(minutes=5)
-
-
-def test_a_client_without_size_budget_or_labels_comes_back(ledger):
-    bare = ClientRecord(name="c", data="builtin:parameter-types", population="c", public=True)
-    ledger.add_client(bare)
-    assert ledger.client("c") == bare
-
-
-def test_a_name_is_registered_once(ledger):
-    ledger.add_client(clinic())
-    with pytest.raises(ClientExists, match="'clinic-7' is registered already; choose another"):
-        ledger.add_client(clinic(data="jsonl:/other"))
-    assert ledger.client("clinic-7").data == "jsonl:/data/notes.jsonl"
-
-
-def test_threads_that_register_one_name_leave_one_client(ledger):
-    def register(number: int) -> bool:
-        try:
-            ledger.add_client(clinic(data=f"jsonl:/{number}"))
-        except ClientExists:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(register, range(8))) == 1
-    assert len(ledger.clients()) == 1
-
-
-def test_clients_are_chosen_by_all_labels_and_sorted_by_name(ledger):
-    ledger.add_client(clinic("b", labels={"gpu": "a100", "site": "north"}))
-    ledger.add_client(clinic("a", labels={"gpu": "a100"}))
-    ledger.add_client(clinic("B", labels={}))
-    assert [c.name for c in ledger.clients()] == ["B", "a", "b"]
-    assert [c.name for c in ledger.clients({"gpu": "a100"})] == ["a", "b"]
-    assert [c.name for c in ledger.clients({"gpu": "a100", "site": "north"})] == ["b"]
-    assert ledger.clients({"gpu": "h200"}) == []
+# ---- spends
 
 
 def test_a_removed_client_is_gone_and_its_spends_stay(ledger):
@@ -108,80 +59,6 @@ def test_a_removed_client_is_gone_and_its_spends_stay(ledger):
     ledger.remove_client("clinic-7")
     assert ledger.clients() == []
     assert ledger.spends("patients") == [spend()]
-
-
-def test_an_unknown_client_is_refused_with_the_nearest(ledger):
-    ledger.add_client(clinic())
-    for call in (ledger.client, ledger.remove_client):
-        with pytest.raises(UnknownClient, match="'clinic-77'; did you mean 'clinic-7'"):
-            call("clinic-77")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": "a/b"}, "client name 'a/b' must be"),
-        ({"name": ""}, "client name '' must be"),
-        ({"num_examples": -1}, "num_examples of 'clinic-7' must be >= 0, got -1"),
-    ],
-)
-def test_a_client_that_cannot_be_is_refused(ledger, changes, message):
-    with pytest.raises(BadClient, match=message):
-        ledger.add_client(clinic(**changes))
-
-
-# ---- budgets
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "delta"),
-    [
-        (0.0, 1e-5),
-        (float("inf"), 1e-5),
-        (float("nan"), 1e-5),
-        (8.0, 0.0),
-        (8.0, 1.0),
-        (8.0, None),
-        (None, 1e-5),
-    ],
-)
-def test_a_budget_out_of_range_is_refused(ledger, epsilon, delta):
-    with pytest.raises(BadBudget, match="epsilon"):
-        ledger.add_client(clinic(epsilon=epsilon, delta=delta))
-    ledger.add_client(clinic())
-    with pytest.raises(BadBudget, match="epsilon"):
-        ledger.set_budget("patients", epsilon, delta)
-
-
-def test_clients_of_one_population_share_its_budget(ledger):
-    ledger.add_client(clinic("a"))
-    ledger.add_client(clinic("b"))
-    ledger.set_budget("patients", 9.0, 1e-6)
-    assert [(c.epsilon, c.delta) for c in ledger.clients()] == [(9.0, 1e-6)] * 2
-
-
-@pytest.mark.parametrize("budget", [{"epsilon": 9.0}, {"epsilon": None, "delta": None}])
-def test_another_budget_for_a_population_is_refused(ledger, budget):
-    ledger.add_client(clinic("a"))
-    with pytest.raises(BadBudget, match=r"'patients' has the budget ε = 8 \(δ = 1e-05\), got"):
-        ledger.add_client(clinic("b", **budget))
-    assert [c.name for c in ledger.clients()] == ["a"]
-
-
-def test_removing_and_adding_a_client_does_not_raise_its_budget(ledger):
-    ledger.add_client(clinic())
-    ledger.remove_client("clinic-7")
-    with pytest.raises(BadBudget, match="'patients' has the budget"):
-        ledger.add_client(clinic(epsilon=100.0))
-
-
-def test_a_budget_of_an_unknown_population_is_refused(ledger):
-    ledger.add_client(clinic())
-    with pytest.raises(UnknownPopulation, match="did you mean 'patients'"):
-        ledger.set_budget("patient", 9.0, 1e-5)
-
-
-# ---- spends
 
 
 def test_a_spend_is_recorded_once(ledger):
