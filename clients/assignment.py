@@ -228,5 +228,5 @@ def _hashed(tensor: torch.Tensor) -> str:
     data = tensor.detach().contiguous().cpu()
     head = f"{data.dtype}{tuple(data.shape)}".encode()
     total = hashlib.sha256(head)
-    total.update(data.reshape(-1).view(torch.uint8).numpy())
+    total.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
