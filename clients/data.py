@@ -38,6 +38,7 @@ from clients.sources import (
     MissingExtra,
     absolute,
     is_public,
+    is_there,
     parse_uri,
     source_state,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "examples",
     "fingerprint",
     "is_public",
+    "is_there",
     "padding_id",
     "parse_uri",
     "partition_specs",

@@ -160,6 +160,16 @@ def is_public(uri: str) -> bool:
     return parse_uri(uri).scheme == "builtin"
 
 
+def is_there(uri: str) -> bool:
+    """Return whether the file of a URI is there; of data that are no file, always True.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+    """
+    scheme, path, _ = parse_uri(uri)
+    return scheme in ("hf", "builtin") or Path(path).expanduser().is_file()
+
+
 def source_state(uri: str) -> tuple[str | int, ...] | None:
     """Return what changes when the records behind a URI change; None where only reading tells.
 

@@ -28,6 +28,7 @@ from orchestrator.sections import (
     Participants,
     PrivacyConfig,
 )
+from storage.canonical import NotJson, canonical_json
 from strategies import STRATEGIES
 from strategies.merges import MERGES
 from strategies.plugins import BadOptions, Family, UnknownPlugin
@@ -273,6 +274,10 @@ def parse_config(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> 
     except ValidationError as error:
         raise BadConfig("\n".join(_sentence(e) for e in error.errors())) from None
     config.checked_plugins()
+    try:
+        canonical_json(merged, "the config")  # as which it is recorded
+    except NotJson as error:
+        raise BadConfig(str(error)) from None
     return config
 
 

@@ -14,10 +14,11 @@ from typing import Literal, TypeAlias, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ClientFault: TypeAlias = Literal[
-    "crash", "hang", "slow", "nan", "wrong-shape", "duplicate", "replay", "drop"
+    "crash", "hang", "slow", "nan", "wrong-shape", "duplicate", "replay", "drop", "away"
 ]
 """What a client does: its worker dies; it never answers; it answers late; its update holds a value
-that is not finite; or a tensor of another shape; comes twice; is an earlier round's; is lost."""
+that is not finite; or a tensor of another shape; comes twice; is an earlier round's; is lost; or it
+is not there in that round: then it is not asked where a cohort is ``available_only``."""
 
 HostFault: TypeAlias = Literal["corrupt-blob", "full-disk", "database-outage", "clock-jump"]
 """What the coordinator meets, once in a round: a blob changes on the disk after it was written; one

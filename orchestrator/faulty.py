@@ -28,6 +28,7 @@ from clients.evaluate import Evaluation
 from orchestrator.backends.base import (
     TICK_S,
     Backend,
+    Failure,
     Perform,
     Result,
     Started,
@@ -189,6 +190,7 @@ class FaultyBackend:
     note: Note
     _known: dict[str, dict[int, Update]] = field(default_factory=dict, init=False)
     """Of those who replay: by round, the last two updates."""
+    _away: list[Result] = field(default_factory=list, init=False)
 
     def run(
         self,
@@ -196,10 +198,11 @@ class FaultyBackend:
         started: Started,
         stepped: Stepped = unheard,
     ) -> Generator[Result | None]:
-        """Yield results; of a lost one nothing comes but ticks."""
+        """Yield results; of a lost one nothing comes but ticks, and who is away fails at once."""
         lost = False
         with closing(self.backend.run(self._noted(assignments), started, stepped)) as results:
             for result in results:
+                yield from self._of_the_away()
                 if not isinstance(result, Update):
                     yield result
                     continue
@@ -208,6 +211,7 @@ class FaultyBackend:
                 yield None if kind == "drop" else self._sent(result, kind)
                 if kind == "duplicate":
                     yield result
+        yield from self._of_the_away()
         while lost:  # nobody has answered for it yet
             time.sleep(TICK_S)
             yield None
@@ -224,7 +228,15 @@ class FaultyBackend:
                 if kind is not None:
                     facts = {"round": assignment.round, "client": assignment.client, "kind": kind}
                     self.note("fault", facts)
+                if kind == "away":
+                    reason = f"{assignment.client} is not there in round {assignment.round}"
+                    self._away.append(Failure(assignment.client, assignment.round, reason))
+                    continue
             yield assignment
+
+    def _of_the_away(self) -> Generator[Result]:
+        while self._away:
+            yield self._away.pop(0)
 
     def _sent(self, update: Update, kind: str | None) -> Update:
         """Return what arrives: the update, or for ``replay`` the one before, if it is known."""

@@ -6,7 +6,7 @@ same as running it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,6 +14,7 @@ from typing import Any, Unpack
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
 from orchestrator.acceptance import lazily, moved
+from orchestrator.availability import absent
 from orchestrator.backends.base import Backend, Failure
 from orchestrator.beginning import begin
 from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
@@ -63,8 +64,6 @@ class Federation:
         observe: called with each event, for progress; the same events are in the ledger.
         token: of who drives the run: events are refused when it is not the newest any more.
         wanted: returns what people want of the run: ``run``, ``pause`` or ``cancel``.
-        available: returns which of the named clients are there; those that are registered no more
-            are not, whatever it says. Asked where the cohort is ``available_only``.
     """
 
     plan: Plan
@@ -75,7 +74,6 @@ class Federation:
     observe: Observe = lambda kind, data: None
     token: int | None = None
     wanted: Callable[[], str] = lambda: "run"
-    available: Callable[[Sequence[str]], Collection[str]] = lambda names: names
     strategy: Strategy = field(init=False)
     underlay: Tensors = field(init=False)
     _roster: Roster = field(init=False)
@@ -83,6 +81,7 @@ class Federation:
     _collector: Collector = field(init=False)
     _known: History = field(default_factory=History, init=False)
     _commits: Commits = field(init=False)
+    _absent: tuple[int, set[str]] = field(default=(0, set()), init=False)
 
     def __post_init__(self) -> None:
         choice, plan = self.plan.strategy, self.plan
@@ -284,14 +283,12 @@ class Federation:
             self.observe("step", {"client": assignment.client, "step": step, "steps": steps})
 
     def _unreachable(self) -> set[str]:
-        """Return who cannot be asked now, where the cohort is of those who can."""
-        config = self.plan.config
-        if not config.cohort.available_only:
-            return set()
-        there = set(self.available(self._roster.names))
-        if config.clients.simulate is None:
-            there &= self.ledger.client_names()
-        return set(self._roster.names) - there
+        """Return who cannot be asked in the round that is open or comes next; looked for once."""
+        history = self._history()
+        round_ = history.open.round if history.open else history.round + 1
+        if self._absent[0] != round_:
+            self._absent = round_, absent(self.plan, round_, self.ledger)
+        return self._absent[1]
 
     def _heed(self) -> None:
         """Stop where people want the run to stop."""

@@ -142,7 +142,7 @@ def test_every_round_completes_while_workers_are_killed_at_random(
 
     def kill_at_random() -> None:
         while not over.wait(10):
-            if workers := _descendants("ray::_Worker"):
+            if workers := _descendants("ray::Worker"):
                 os.kill(victim := draw.choice(workers), signal.SIGKILL)
                 killed.append(victim)
 

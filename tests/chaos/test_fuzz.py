@@ -173,9 +173,9 @@ def changed_document(draw: st.DrawFn, document: dict[str, Any]) -> dict[str, Any
         if how == "remove":
             del owner[path[-1]]
         elif how == "add" and isinstance(owner, dict):
-            owner[draw(words)] = draw(values)
+            owner[draw(words)] = deepcopy(draw(values))
         else:
-            owner[path[-1]] = draw(values)
+            owner[path[-1]] = deepcopy(draw(values))  # what is drawn is changed later
     return made
 
 

@@ -182,6 +182,14 @@ def test_what_makes_no_sense_together_is_refused(document, changes, message):
         ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: give either epsilon or"),
         ({"privacy": {"epsilon": float("inf")}}, "privacy.epsilon: input should be a finite num"),
         ({"privacy": {"epsilon": 1, "max_grad_norm": float("nan")}}, "privacy.max_grad_norm: inp"),
+        (
+            {"regularizers": [{"name": "proximal", "mu": float("inf")}]},
+            "the config.regularizers[0].mu must be a finite number, got inf",
+        ),
+        (
+            {"start_from": "\ud800"},
+            "the config.start_from must be text that UTF-8 can write, got '\\ud800'",
+        ),
         ({"cohort": "half"}, "cohort: must be a number of clients (8), a share of them (0.25), or"),
         ({"cohort": True}, "cohort: must be a number of clients (8), a share of them (0.25), or"),
         ({"cohort": 1.5}, "cohort.fraction: input should be less than or equal to 1, got 1.5"),

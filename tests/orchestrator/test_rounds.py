@@ -10,7 +10,6 @@ from orchestrator.federation import Cancelled, Federation, Paused, RoundFailed
 from orchestrator.history import History
 from orchestrator.quarantine import NotAtFault, quarantined_in, release
 from orchestrator.service import open_workspace
-from storage.ledger import ClientRecord
 
 FOUR = ("a", "b", "c", "d")
 KEEP = {
@@ -438,26 +437,6 @@ def test_a_pause_is_heeded_while_a_version_is_evaluated(federation, imagined):
         run.run()
     assert backend.now == 21
     assert federation(rounds=1, evaluate=HELD_BACK).run() == run._history().version
-
-
-def test_only_those_that_are_there_are_asked(federation):
-    run = federation(
-        rounds=1,
-        cohort={"available_only": True},
-    )
-    for name in FOUR:
-        run.ledger.add_client(ClientRecord(name, "jsonl:/x", name))
-    run.available = lambda names: [n for n in names if n != "c"]
-    run.run()
-
-    assert events(run, "round")[0]["cohort"] == ["a", "b", "d"]
-
-
-def test_who_is_registered_no_more_is_not_there(federation):
-    run = federation(rounds=1, cohort={"available_only": True})
-
-    with pytest.raises(RoundFailed, match="no client was left to ask"):
-        run.run()
 
 
 def test_the_log_is_json_without_anybody_s_data(federation, imagined):

@@ -5,9 +5,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from storage.canonical import NotJson
+from storage.canonical import NotJson, RecordCorrupt
+from storage.database import open_database, writing
 from storage.ledger import (
     AmbiguousRun,
     BadLabels,
@@ -235,3 +237,31 @@ def test_a_run_s_row_is_what_its_events_amount_to(ledger, steps, priority, label
     assert {name: getattr(record, name) for name in PROJECTED} == project(events)
     assert record.seq == len(events)
     assert (record.owner is None) or record.status == "running"
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE runs SET config = '{'", "record of run r is damaged"),
+        ("UPDATE runs SET labels = '[]'", "record of run r is damaged"),
+        ("UPDATE events SET data = 'null'", "record of event 1 of run r is damaged"),
+        ("UPDATE runs SET plan = '[[[['", "record of run r is damaged"),
+    ],
+)
+def test_a_record_that_was_changed_from_outside_is_refused(ledger, engine, statement, message):
+    ledger.create_run("r", "task-1", config=CONFIG, plan={})
+    with writing(engine) as connection:
+        connection.execute(text(statement))
+    with pytest.raises(RecordCorrupt, match=f"{message}.*restore the database from a backup"):
+        assert ledger.run("r").plan or ledger.events("r")
+
+
+def test_a_time_that_was_changed_from_outside_is_refused(tmp_path):
+    engine = open_database(f"sqlite:///{tmp_path}/weft.db")
+    ledger = Ledger(engine)
+    ledger.create_run("r", "task-1", config=CONFIG, plan={})
+    with writing(engine) as connection:
+        connection.execute(text("UPDATE runs SET created_at = '2O26-11-22 07:52:14.021077'"))
+    with pytest.raises(RecordCorrupt, match=r"the time '2O26-.*is damaged"):
+        ledger.runs()
+    engine.dispose()
