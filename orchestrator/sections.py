@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -93,15 +93,18 @@ class InitDataConfig(Strict):
     public: bool = False
 
 
+def _measured(value: Any) -> Any:
+    """Accept ``auto`` for None: what is measured."""
+    return None if value == "auto" else value
+
+
 class BackendConfig(Strict):
     """Where clients are trained. Nothing here changes a result."""
 
     name: Literal["ray", "inline"] = "ray"
-    workers: Annotated[
-        int | None, Field(ge=1), BeforeValidator(lambda v: None if v == "auto" else v)
-    ] = None
+    workers: Annotated[int | None, Field(ge=1), BeforeValidator(_measured)] = None
     address: str | None = None
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    gpus_per_worker: Annotated[float | None, Field(ge=0), BeforeValidator(_measured)] = 0.0
     heartbeat_s: float = Field(default=600.0, gt=0)
     grace_s: float = Field(default=30.0, ge=0)
     checkpoint_s: float | None = Field(default=None, ge=0)

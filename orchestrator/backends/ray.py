@@ -11,6 +11,7 @@ costs nobody anything.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -197,7 +198,8 @@ class RayBackend:
         workers: number of worker processes, >= 1, or None for as many as CPUs, GPUs, clients and
             memory allow: one works alone until its peak is known.
         threads: intra-op threads a worker, >= 1.
-        gpus: GPUs a worker, may be a fraction.
+        gpus: GPUs a worker, may be a fraction; None measures it: one works alone on a GPU for two
+            steps, and its peak says how many share one.
         address: of a Ray cluster to join, or None for a local one.
         perform: what a worker does with an assignment; importable at the workers.
         heartbeat_s: a worker without progress for so many seconds is taken to hang; longer than the
@@ -213,7 +215,7 @@ class RayBackend:
 
     workers: int | None
     threads: int = 1
-    gpus: float = 0.0
+    gpus: float | None = 0.0
     address: str | None = None
     perform: Perform = perform
     heartbeat_s: float = 600.0
@@ -230,13 +232,14 @@ class RayBackend:
             else:
                 join_ray(self.address)
             self._mine = True
-        places = room(self.threads, self.gpus)
+        gpus = 1.0 if self.gpus is None else self.gpus
+        places = room(self.threads, gpus)
         wanted = self.workers or min(places, self.clients or places)
-        if places < wanted:
+        if places < wanted and self.gpus is not None:
             logging.getLogger(__name__).warning(
                 "Ray has room for %d of the %d workers asked for (each takes %d CPUs and %g GPUs); "
                 "the run goes on with %d",
-                *(places, wanted, self.threads, self.gpus, places),
+                *(places, wanted, self.threads, gpus, places),
             )
         self._pool = Pool(
             min(places, wanted),
@@ -245,7 +248,8 @@ class RayBackend:
             self.perform,
             grace_s=self.grace_s,
             recycle_above_mb=self.recycle_above_mb,
-            measured=self.workers is not None,
+            measured=self.workers is not None and self.gpus is not None,
+            most=self.workers or self.clients or sys.maxsize,
         )
         self._pool.fill()
 

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from orchestrator.backends.base import Perform
-from orchestrator.backends.ray_cluster import RayUnavailable
+from orchestrator.backends.ray_cluster import RayUnavailable, room
 from orchestrator.backends.ray_worker import Look, Worker
 
 _FAILED_STARTS = 3
@@ -30,11 +30,13 @@ class Seat:
 
     Attributes:
         actor: the process.
+        gpus: that it takes.
         calls: how many it has had; numbers them.
         baseline: bytes of its own after its second assignment: model and libraries are there.
     """
 
     actor: Any
+    gpus: float = 0.0
     calls: int = 0
     baseline: int = 0
 
@@ -59,21 +61,23 @@ class Pool:
     Args:
         size: number of workers, >= 1.
         threads: of each; the CPUs it takes.
-        gpus: each takes.
+        gpus: each takes, or None for what the first shows that it needs of the one it has.
         perform: what they do.
         grace_s: seconds to heed the word to give up.
         recycle_above_mb: as :class:`orchestrator.backends.ray.RayBackend` says.
         measured: whether the size is final. If not, one worker at a time gets work until it is
-            known how much memory that takes.
+            known how much memory that takes. With ``gpus`` None it is not.
+        most: workers that are of use, however small they are.
     """
 
     size: int
     threads: int
-    gpus: float
+    gpus: float | None
     perform: Perform
     grace_s: float
     recycle_above_mb: float | None
     measured: bool = True
+    most: int = sys.maxsize
     _idle: deque[Seat] = field(default_factory=deque, init=False)
     _busy: set[Seat] = field(default_factory=set, init=False)
     _starting: dict[Any, Seat] = field(default_factory=dict, init=False)
@@ -84,11 +88,12 @@ class Pool:
     def fill(self) -> None:
         """Start as many workers as are missing."""
         known = len(self._idle) + len(self._busy) + len(self._starting) + len(self._leaving)
+        gpus = 1.0 if self.gpus is None else self.gpus
         for _ in range(self.size - known):
-            options = {"num_cpus": self.threads, "num_gpus": self.gpus, "max_restarts": 0}
+            options = {"num_cpus": self.threads, "num_gpus": gpus, "max_restarts": 0}
             kind = ray.remote(concurrency_groups={"aside": 1}, **options)(Worker)
             actor = kind.remote(self.threads, self.perform)
-            self._starting[actor.ping.remote()] = Seat(actor)
+            self._starting[actor.ping.remote()] = Seat(actor, gpus)
 
     @property
     def idle(self) -> bool:
@@ -117,13 +122,22 @@ class Pool:
             )
             _kill([seat])
         else:
+            self._seat(seat)
+
+    def _seat(self, seat: Seat) -> None:
+        """Have a worker wait for work, or replace one that holds more of a GPU than it needs."""
+        if self.gpus is not None and seat.gpus > self.gpus:
+            _kill([seat])
+        else:
             self._idle.append(seat)
 
     def measure(self, look: Look) -> None:
-        """Let as many workers work as the memory of a machine holds, going by one that does."""
+        """Let as many workers work as the memory of machine and GPU holds, by one that does."""
         if self.measured:
             return
         self.measured = True
+        if self.gpus is None:
+            self._share_gpus(gpu_share(look.gpu_peak, look.gpu_total))
         machines = sum(node["Alive"] for node in ray.nodes() if node["Resources"].get("CPU"))
         fits = machines * fitting(look.peak, look.private, look.available)
         if fits < self.size:
@@ -135,6 +149,17 @@ class Pool:
             spare = [self._idle.popleft() for _ in range(min(len(self._idle), self.size - fits))]
             _kill(spare)
             self.size = fits
+
+    def _share_gpus(self, share: float) -> None:
+        """Have workers take so much of a GPU each, and replace those that have one alone."""
+        self.gpus = share
+        self.size = min(self.most, room(self.threads, share))
+        waiting, self._idle = self._idle, deque()
+        for seat in waiting:
+            self._seat(seat)
+        logging.getLogger(__name__).info(
+            "%d workers take %g of a GPU each, going by the first one's peak", self.size, share
+        )
 
     def drop(self, seat: Seat) -> None:
         """Be done with a worker that has died, or is to."""
@@ -185,7 +210,7 @@ class Pool:
                 raise RayUnavailable(f"no worker process can start: {reason}") from error
         else:
             self._failed_starts = 0
-            self._idle.append(seat)
+            self._seat(seat)
 
     def watch(self) -> None:
         """Kill workers that did not heed the word to give up; complain if none starts."""
@@ -204,7 +229,8 @@ class Pool:
             logging.getLogger(__name__).warning(
                 "no worker has started for %.0f s; each takes %d CPUs and %g GPUs, and Ray has %g "
                 "CPUs and %g GPUs free: others may be using them",
-                *(_PATIENCE_S, self.threads, self.gpus, free.get("CPU", 0), free.get("GPU", 0)),
+                *(_PATIENCE_S, self.threads, 1.0 if self.gpus is None else self.gpus),
+                *(free.get("CPU", 0), free.get("GPU", 0)),
             )
 
     def close(self) -> None:
@@ -226,6 +252,22 @@ def fitting(peak: int, private: int, available: int) -> int:
     if not peak or not available:
         return sys.maxsize
     return 1 + max(0, int(0.9 * (available - (peak - private)) // peak))
+
+
+def gpu_share(peak: int, total: int) -> float:
+    """Return which part of a GPU a worker takes, so that as many as fit share it alike.
+
+    Args:
+        peak: the most bytes of it that one had; 0 for one that uses none, and needs no share.
+        total: bytes that the GPU has, of which each worker gets a tenth more than its peak.
+
+    >>> gpu_share(peak=10, total=80), gpu_share(peak=60, total=80), gpu_share(peak=0, total=80)
+    (0.1428, 1.0, 0.0)
+    """
+    if not peak or not total:
+        return 0.0
+    fits = max(1, int(total // (1.1 * peak)))
+    return int(10_000 / fits) / 10_000  # Ray counts in ten-thousandths
 
 
 def answered(ref: Any) -> bool:

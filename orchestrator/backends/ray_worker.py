@@ -36,6 +36,8 @@ class Look:
         private: bytes of memory that are its own; see :func:`private_bytes`.
         peak: the most bytes that were.
         available: bytes of memory that its machine could still give away; 0 for not known.
+        gpu_peak: the most bytes of its GPU that it had, with what CUDA itself takes; 0 for none.
+        gpu_total: bytes that its GPU has.
     """
 
     number: int
@@ -45,6 +47,8 @@ class Look:
     private: int = 0
     peak: int = 0
     available: int = 0
+    gpu_peak: int = 0
+    gpu_total: int = 0
 
 
 class Worker:
@@ -93,8 +97,14 @@ class Worker:
         """Return how far the process is; answered while it works."""
         private = private_bytes()
         above = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - _resident_bytes()
+        gpu_peak, gpu_total = _gpu_memory()
         return replace(
-            self._look, private=private, peak=private + max(0, above), available=_available()
+            self._look,
+            private=private,
+            peak=private + max(0, above),
+            available=_available(),
+            gpu_peak=gpu_peak,
+            gpu_total=gpu_total,
         )
 
     @ray.method(concurrency_group="aside")  # type: ignore[untyped-decorator]  # Ray's
@@ -138,3 +148,16 @@ def _available() -> int:
         return 0
     [line] = [line for line in lines if line.startswith("MemAvailable:")] or ["MemAvailable: 0 kB"]
     return int(line.split()[1]) * 1024
+
+
+def _gpu_memory() -> tuple[int, int]:
+    """Return this process' peak on its GPU and what that GPU has; zeros where it uses none.
+
+    What its tensors do not explain (CUDA's context, kernels, and whoever else is on the GPU, which
+    is nobody while it has one alone) counts as its own.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
+        return 0, 0
+    free, total = torch.cuda.mem_get_info()
+    besides = max(0, total - free - torch.cuda.memory_reserved())
+    return torch.cuda.max_memory_reserved() + besides, total

@@ -416,6 +416,59 @@ def test_a_worker_looks_at_its_own_memory():
 
 
 @pytest.mark.parametrize(
+    ("peak", "total", "workers"), [(10, 80, 7), (72, 80, 1), (73, 80, 1), (90, 80, 1), (1, 80, 72)]
+)
+def test_workers_share_a_gpu_with_a_tenth_of_each_one_s_peak_to_spare(peak, total, workers):
+    share = ray_pool.gpu_share(peak, total)
+
+    assert int(1 / share + 1e-9) == workers
+    assert workers == 1 or workers * 1.1 * peak <= total
+
+
+@pytest.mark.parametrize(("peak", "total"), [(0, 80), (0, 0)])
+def test_a_worker_that_uses_no_gpu_takes_none(peak, total):
+    assert ray_pool.gpu_share(peak, total) == 0.0
+
+
+def test_the_first_worker_s_peak_says_what_part_of_a_gpu_each_takes(monkeypatch):
+    """The first, which has a GPU alone, makes room for the others when it has answered."""
+    killed = []
+    monkeypatch.setattr(ray_pool, "_kill", killed.extend)
+    monkeypatch.setattr(ray_pool, "room", lambda threads, gpus: int(1 / gpus))
+    monkeypatch.setattr(ray_pool, "fitting", lambda peak, private, available: 100)
+    monkeypatch.setattr(ray_pool.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8}}])
+    pool = ray_pool.Pool(1, 1, None, act_nothing, 30.0, None, measured=False, most=3)
+    first, waiting = ray_pool.Seat("first", 1.0), ray_pool.Seat("waiting", 1.0)
+    pool._idle.extend([first, waiting])
+
+    pool.take()
+    pool.measure(ray_worker.Look(1, 2, 2, 9, gpu_peak=10, gpu_total=80))
+    assert (pool.measured, pool.gpus, pool.size) == (True, 0.1428, 3)
+    assert killed == [waiting]
+    pool.keep(first, None)
+    assert killed == [waiting, first]
+    pool.keep(small := ray_pool.Seat("small", 0.1428), None)
+    assert list(pool._idle) == [small]
+
+
+@pytest.mark.gpu
+def test_a_worker_looks_at_what_it_takes_of_its_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    worker = ray_worker.Worker(1, lambda assignment, stepped: None)
+    torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
+
+    look = worker.look()
+
+    assert 1 << 28 <= look.gpu_peak <= look.gpu_total
+    assert look.gpu_total == torch.cuda.get_device_properties(0).total_memory
+
+
+def act_nothing(assignment, stepped):
+    raise AssertionError("no worker of this test performs anything")
+
+
+@pytest.mark.parametrize(
     ("peak", "private", "available", "fits"),
     [(10, 10, 0, None), (0, 0, 100, None), (10, 10, 100, 10), (10, 10, 9, 1), (10, 5, 100, 9)],
 )
