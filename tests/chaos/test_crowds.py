@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from orchestrator.backends.base import Failure
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import parse_config
 from orchestrator.faults import is_faulty
-from orchestrator.federation import RoundFailed
-from orchestrator.workspace import Workspace
 
 pytestmark = [
     pytest.mark.chaos,
@@ -102,7 +99,8 @@ def test_a_crowd_with_a_tenth_of_it_faulty_ends_where_the_honest_ones_alone_do(
     kept = [name for name in names if name not in lost]
     assert len(lost) > 2
 
-    # one that hangs holds a worker, and one that is lost holds the round, until the deadline
+    # one that hangs holds a worker, and one that is lost holds the round, until the deadline; by
+    # then one that crashes has cost six workers, one after another
     spent = [e.at for e in honest.ledger.events(record.id) if e.kind in ("round", "committed")]
     longest = max((b - a).total_seconds() for a, b in zip(spent[::2], spent[1::2], strict=True))
     at = [{"kind": "crash", "client": lost[0], "round": r + 1} for r in range(ROUNDS)]
@@ -115,7 +113,7 @@ def test_a_crowd_with_a_tenth_of_it_faulty_ends_where_the_honest_ones_alone_do(
         {"kind": "corrupt-blob", "round": 1},
     ]
     faults = {**share, "at": at}
-    settings = {"backend": {"name": "ray", "workers": 2}, "deadline_s": 60 + 4 * longest}
+    settings = {"backend": {"name": "ray", "workers": 2}, "deadline_s": 180 + 4 * longest}
     memory: list[int] = []
 
     def observe(kind: str, data: Any) -> None:
@@ -126,13 +124,15 @@ def test_a_crowd_with_a_tenth_of_it_faulty_ends_where_the_honest_ones_alone_do(
     config = parse_config({**base, "faults": faults, **settings})
     assert service.launch(workspace, config, observe) == wanted
     [faulty] = workspace.ledger.runs()
-    refused = [e.data for e in workspace.ledger.events(faulty.id) if e.kind == "refused"]
-    assert {r["client"] for r in refused} == set(lost)
-    assert len(refused) == ROUNDS * len(lost)
+    log = workspace.ledger.events(faulty.id)
+    failed = {e.data["client"] for e in log if e.kind == "refused"}
+    failed |= {client for e in log if e.kind == "closed" for client in e.data["missed"]}
+    assert failed == set(lost)
+    assert failed.isdisjoint(e.data["client"] for e in log if e.kind == "accepted")
     assert max(memory) < 24 * GIB
 
 
-def test_every_round_completes_while_workers_are_killed_at_random(
+def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
     document, private_run, tmp_path
 ) -> None:
     whole = service.open_workspace(tmp_path / "whole")
@@ -154,29 +154,14 @@ def test_every_round_completes_while_workers_are_killed_at_random(
         while time.monotonic() < end:
             number += 1
             workspace = service.open_workspace(tmp_path / f"home-{number}")
-            version = _driven(workspace, private_run, backend)
-            [record] = workspace.ledger.runs()
-            events = workspace.ledger.events(record.id)
-            assert [e.data["round"] for e in events if e.kind == "committed"] == [1, 2, 3]
-            if not any(e.kind == "refused" for e in events):  # nobody was hit twice in a row
-                assert version == wanted
+            config = parse_config(private_run)
+            assert service.launch(workspace, config, backend=backend) == wanted
             workspace.close()
     finally:
         over.set()
         killer.join()
         backend.close()
     assert len(killed) >= int(SECONDS / 10) - 2
-
-
-def _driven(workspace: Workspace, document: dict[str, Any], backend: RayBackend) -> str:
-    """Run to the end; a round in which every worker was killed twice is asked for once more."""
-    try:
-        return service.launch(workspace, parse_config(document), backend=backend)
-    except RoundFailed:
-        for _ in range(20):
-            with suppress(RoundFailed):
-                return service.resume(workspace, document["name"], backend=backend)
-        raise
 
 
 def _descendants(title: str = "") -> list[int]:
