@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 
@@ -136,6 +136,18 @@ promotions = Table(
     Column("why", Text, nullable=False),
     Column("created_at", Timestamp, nullable=False),
 )
+
+# No foreign key: what is signed may be the move of an alias, by its content.
+signatures = Table(
+    "signatures",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("subject", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("signature", String, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
 
 populations = Table(
     "populations",

@@ -1,0 +1,27 @@
+"""Signatures over versions and alias moves."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "signatures",
+        sa.Column("kind", sa.String, nullable=False),
+        sa.Column("subject", sa.String, nullable=False),
+        sa.Column("key", sa.String, nullable=False),
+        sa.Column("signature", sa.String, nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("kind", "subject", "key", name="pk_signatures"),
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("signatures")
