@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 
 from clients import placement
 from clients.assignment import ModelSpec
+from clients.card import front_matter, model_card
 from clients.models import skeleton
 from clients.task_model import pooling
-from clients.weights import MINILM, locate
+from clients.weights import MINILM, hub_revision, locate
 from strategies.base import Tensors
 
 if TYPE_CHECKING:  # peft takes seconds to import
@@ -30,12 +31,10 @@ _TENSOR = re.compile(
     r"(?P<part>lora_[AB]\.(weight|blocks)|lora_magnitude_vector|scaling|invocation)"
 )
 _TRAINING_ONLY = ".lora_monteclora_sampler."  # MonteCLoRA is used by its mean, which is A
-_PEFT_PREFIX = "base_model.model."
-_TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
-
-
-class FolderTaken(FileExistsError):
-    """The folder to export to holds something already."""
+PEFT_PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEAD, FACTS = "head.safetensors", "weft.json"
+TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
 
 
 class NotExportable(ValueError):
@@ -43,76 +42,116 @@ class NotExportable(ValueError):
 
 
 def export_peft(
-    folder: Path,
-    *,
-    tensors: Tensors,
-    spec: ModelSpec,
-    base_revision: str | None,
-    card: str,
-    extra: Mapping[str, Any],
-) -> list[Path]:
-    """Write an adapter as a PEFT folder, whole or not at all.
+    folder: Path, *, tensors: Tensors, spec: ModelSpec, card: str, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fill an empty folder with an adapter as PEFT has it.
 
     The folder computes what weft's own model computes: every layer keeps its own rank and scaling.
     Beside PEFT's two files it holds the tokenizer, ``weft.json``, for classification the head
     (``head.safetensors``), and a ``README.md`` with the code that loads it.
 
     Args:
-        folder: where to; it must not exist or be empty.
+        folder: where to; empty (:func:`clients.folders.whole_folder` makes it appear at once).
         tensors: adapter (and head) by weft's names, of any ranks and scalings.
-        spec: the base model and the task.
-        base_revision: the Hub's revision of the base model that the adapter was trained on.
+        spec: the base model, with its revision, and the task.
         card: what the model card says of the adapter, in Markdown.
         extra: further facts for ``weft.json``, such as the version's id; JSON types.
 
     Returns:
-        The files, sorted.
+        What ``weft.json`` says.
 
     Raises:
-        FileExistsError: if ``folder`` has something in it.
         NotExportable: if ``tensors`` are not an adapter of PEFT's LoRA family with the head that
             the task needs.
         clients.models.ModelNotFound: if the base model is not here: its tokenizer is needed.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FolderTaken(f"{folder} is not empty; give a folder that is, or that is not there")
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
     _check_head(head, spec)
     layers = _layers({name: tensor for name, tensor in tensors.items() if name not in head})
     base = skeleton(spec, whole=True)
-    config = _peft_config(layers, spec, base_revision, placement.linear_layers(base))
+    revision = hub_revision(spec)
+    config = _peft_config(layers, spec, revision, placement.linear_layers(base))
+    save_file(_peft_tensors(layers), folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, config.to_dict())
+    if head:
+        save_file(_plain(head), folder / HEAD, {"format": "pt"})
     facts = {
         "kind": spec.kind,
         "labels": list(spec.labels),
         "pooling": pooling(spec, base.config) if head else None,
         "max_length": spec.max_length,
-        "base": {"id": _public_id(spec), "revision": base_revision, "hash": spec.hash},
+        **base_facts(folder, spec),
         **extra,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        made = Path(scratch) / "export"  # not scratch itself, which only its owner may read
-        made.mkdir()
-        save_file(_peft_tensors(layers), made / "adapter_model.safetensors", {"format": "pt"})
-        _write_json(made / "adapter_config.json", config.to_dict())
-        _write_json(made / "weft.json", facts)
-        if head:
-            save_file(_plain(head), made / "head.safetensors", {"format": "pt"})
-        tokenizer = AutoTokenizer.from_pretrained(locate(spec.id, spec.revision))
-        tokenizer.save_pretrained(made)
-        (made / "README.md").write_text(_model_card(spec, facts, card), encoding="utf-8")
-        made.replace(folder)  # one rename, which an empty folder gives way to
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / FACTS, facts)
+    (folder / "README.md").write_text(model_card(spec, facts, card), encoding="utf-8")
+    return facts
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def export_kept(
+    folder: Path,
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    spec: ModelSpec,
+    card: str,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Fill an empty folder with an adapter that was kept in PEFT's own format.
+
+    Args:
+        folder: where to; empty.
+        tensors: by PEFT's names.
+        config: PEFT's, without the base model's place.
+        spec: the base model.
+        card: what the model card says of the adapter, in Markdown.
+        extra: further facts for ``weft.json``; JSON types.
+
+    Returns:
+        What ``weft.json`` says.
+
+    Raises:
+        clients.models.ModelNotFound: if the base model is not here: its tokenizer is needed.
+    """
+    facts = {"kind": spec.kind, "labels": [], **base_facts(folder, spec), **extra}
+    place = {"base_model_name_or_path": public_id(spec), "revision": hub_revision(spec)}
+    save_file(_plain(tensors), folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, {**config, **place})
+    write_json(folder / FACTS, facts)
+    front = front_matter(facts, spec.kind, str(config["peft_type"]).lower())
+    (folder / "README.md").write_text(f"{front}{card.strip()}\n", encoding="utf-8")
+    return facts
+
+
+def base_facts(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Write the base model's tokenizer into ``folder``; return both as ``weft.json`` names them.
+
+    Raises:
+        clients.models.ModelNotFound: if the base model is not here.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(locate(spec.id, spec.revision))
+    written = sorted(Path(name) for name in tokenizer.save_pretrained(folder))
+    total = hashlib.sha256()
+    for path in written:
+        if path.is_file():  # some tokenizers name files that they do not write
+            total.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    base = {
+        "id": public_id(spec),
+        "revision": hub_revision(spec),
+        "hash": spec.hash,
+        "quantization": spec.quantization,
+        "compute_dtype": spec.compute_dtype,
+    }
+    return {"base": base, "tokenizer": total.hexdigest()}
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write ``document`` so that equal documents give equal bytes."""
     # Sets (PEFT's target_modules) in order: the same adapter exports to the same bytes.
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, default=sorted)
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _public_id(spec: ModelSpec) -> str:
+def public_id(spec: ModelSpec) -> str:
     """Return what others call the base model: a Hub id, or an absolute path."""
     if spec.id in ("builtin:minilm", "all-MiniLM-L6-v2"):
         return MINILM
@@ -159,7 +198,7 @@ def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 def _peft_tensors(layers: Mapping[str, Tensors]) -> dict[str, Tensor]:
     return _plain(
         {
-            f"{_PEFT_PREFIX}{layer}.{part.replace('.blocks', '.weight')}": tensor
+            f"{PEFT_PREFIX}{layer}.{part.replace('.blocks', '.weight')}": tensor
             for layer, parts in layers.items()
             for part, tensor in parts.items()
             if part not in ("scaling", "invocation")
@@ -190,8 +229,8 @@ def _peft_config(
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
-        task_type=_TASK_TYPE[spec.kind],
-        base_model_name_or_path=_public_id(spec),
+        task_type=TASK_TYPE[spec.kind],
+        base_model_name_or_path=public_id(spec),
         revision=base_revision,
         inference_mode=True,
         r=rank,
@@ -270,98 +309,3 @@ def _target_modules(layers: Mapping[str, Tensors], linear: Mapping[str, nn.Modul
     endings = {layer.rpartition(".")[2] for layer in layers}
     reached = {name for name in linear if name.rpartition(".")[2] in endings}
     return sorted(endings if reached == set(layers) else layers)
-
-
-_POOLING = {
-    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
-    "cls": "hidden[:, 0]",
-    "last": "hidden[torch.arange(len(hidden)), mask.squeeze(-1).sum(1).long() - 1]",
-}
-_LOAD = """\
-import torch
-from peft import PeftConfig, PeftModel
-from transformers import {auto}, AutoTokenizer{imports}
-
-folder = "."  # this folder
-config = PeftConfig.from_pretrained(folder)
-base = {auto}.from_pretrained(
-    config.base_model_name_or_path, revision=config.revision{options}
-)
-model = PeftModel.from_pretrained(base, folder).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
-_CLASSIFY = """\
-import json
-from pathlib import Path
-
-from safetensors.torch import load_file
-
-labels = json.loads(Path(folder, "weft.json").read_text(encoding="utf-8"))["labels"]
-head = load_file(f"{{folder}}/head.safetensors")
-
-texts = ["a first text", "another, rather longer text"]
-batch = tokenizer(
-    texts, padding=True, padding_side="right", truncation=True, max_length={max_length},
-    return_tensors="pt",
-)
-with torch.no_grad():
-    hidden = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    pooled = {pooling}
-    logits = pooled @ head["head.weight"].T + head["head.bias"]
-print([labels[i] for i in logits.argmax(-1)])
-"""
-_GENERATE = """\
-batch = tokenizer(["Once upon a time"], return_tensors="pt")
-with torch.no_grad():
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits
-    tokens = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=40
-    )
-print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-"""
-_QUANTIZED = {
-    "none": "",
-    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
-    "nf4": (
-        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-        "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype={dtype})"
-    ),
-}
-_DTYPE = {"float32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-
-
-def _model_card(spec: ModelSpec, facts: Mapping[str, Any], card: str) -> str:
-    """Return the folder's README: what the Hub indexes, ``card``, and code that runs as it is."""
-    dtype = _DTYPE[spec.compute_dtype]
-    quantized = _QUANTIZED[spec.quantization].format(dtype=dtype)
-    options = f",\n    dtype={dtype}" + (
-        f",\n    quantization_config={quantized}" if quantized else ""
-    )
-    code = _LOAD.format(
-        auto="AutoModelForCausalLM" if spec.kind == "causal-lm" else "AutoModel",
-        imports=", BitsAndBytesConfig" if quantized else "",
-        options=options,
-    )
-    if spec.kind == "causal-lm":
-        code += "\n" + _GENERATE
-    else:
-        code += "\n" + _CLASSIFY.format(
-            pooling=_POOLING[facts["pooling"]], max_length=spec.max_length
-        )
-    base = facts["base"]["id"]
-    on_hub = not Path(base).is_absolute()  # the Hub refuses a card that names a path
-    front = [
-        "library_name: peft",
-        *([f"base_model: {base}"] if on_hub else []),
-        "tags: [weft, lora]",
-    ]
-    header = "\n".join(front)
-    return (
-        f"---\n{header}\n---\n\n{card.strip()}\n\n## Use\n\n"
-        f"The adapter belongs to the base model `{base}`.\n\n```python\n{code}```\n"
-    )

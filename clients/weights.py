@@ -52,6 +52,12 @@ def locate(id: str, revision: str | None = None) -> Path:
     return folder
 
 
+def hub_revision(spec: ModelSpec) -> str | None:
+    """Return the Hub's commit of a base model that lies in its cache, else what ``spec`` says."""
+    folder = locate(spec.id, spec.revision)
+    return folder.name if folder.parent.name == "snapshots" else spec.revision
+
+
 def _is_builtin(id: str) -> bool:
     if id.startswith("builtin:") and id not in _MINILM_ALIASES:
         raise ModelNotFound(f"no built-in model is called {id!r}; there is 'builtin:minilm'")

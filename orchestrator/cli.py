@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_clients import clients_app
+from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.terminal import (
     Fields,
@@ -42,6 +43,11 @@ app.command()(coordinator)
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
+app.command("import")(import_)
+app.command()(export)
+app.command()(verify)
+app.command()(sign)
 
 
 def main() -> None:
@@ -179,19 +185,6 @@ def promote(
     owner = name or service.name_of(workspace, ref)
     service.promote(workspace, owner, to, ref, why)
     out.print(f"{owner}@{to}  {workspace.store.resolve(ref)}")
-
-
-@app.command()
-def export(ref: str, folder: Path, model: ModelOption = None, as_json: JsonFlag = False) -> None:
-    """Write a version as a PEFT folder."""
-    from orchestrator import service
-
-    files = service.export(workspace_here(), ref, folder, model)
-    if as_json:
-        print_json([str(f) for f in files])
-    else:
-        for file in files:
-            out.print(str(file), highlight=False)
 
 
 @app.command(name="eval")

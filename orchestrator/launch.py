@@ -15,7 +15,7 @@ from clients.accounting import BudgetSpent
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, Privacy
 from orchestrator.config import BadConfig, RunConfig
-from orchestrator.merging import refuse_offset
+from orchestrator.merging import refuse_kept, refuse_offset
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.sections import Simulate
@@ -89,6 +89,7 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
         return Start()
     version = store.version(config.start_from)
     refuse_offset(version)
+    refuse_kept(version)
     recipe = version.recipe
     theirs = recipe["model"]
     if theirs["hash"] != model.hash:

@@ -19,7 +19,7 @@ class BadMerge(ValueError):
 
 
 class NotAModel(ValueError):
-    """This version is only a part of others."""
+    """This version is no model by itself that weft can use."""
 
 
 def split_head(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -69,9 +69,10 @@ def adapter_of(version: Version) -> Adapter:
     """Return the adapter method that a version was trained with.
 
     Raises:
-        NotAModel: if the version is the offset of others.
+        NotAModel: if the version is the offset of others, or stays in PEFT's own format.
     """
     refuse_offset(version)
+    refuse_kept(version)
     choice = version.recipe["adapter"]
     adapter: Adapter = ADAPTERS.get(choice["name"]).build(**choice["options"])
     return adapter
@@ -87,6 +88,21 @@ def refuse_offset(version: Version) -> None:
         raise NotAModel(
             f"{version.id[:12]} is the offset that other versions took out of the base model, and "
             "no adapter by itself; name one of those"
+        )
+
+
+def refuse_kept(version: Version) -> None:
+    """Refuse an imported adapter that weft keeps as PEFT wrote it.
+
+    Raises:
+        NotAModel: if it is one.
+    """
+    if version.recipe.get("peft") is not None:
+        raise NotAModel(
+            f"{version.id[:12]} is a {version.recipe['adapter']['name']} adapter that weft keeps "
+            "in PEFT's own format; it can be named, promoted, signed and exported, and only LoRA, "
+            "rsLoRA, DoRA, aLoRA and BD-LoRA on linear layers can also be trained on, merged and "
+            "scored"
         )
 
 

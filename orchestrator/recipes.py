@@ -104,6 +104,39 @@ def merge_recipe(
     }
 
 
+def import_recipe(
+    model: ModelSpec,
+    adapter: PluginChoice,
+    seen_labels: Sequence[str],
+    source: Mapping[str, Any],
+    peft: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the recipe of an imported adapter.
+
+    Args:
+        model: the base model, with its hash.
+        adapter: the method.
+        seen_labels: what its head can tell apart.
+        source: digests of the files it was read from, and the version that these say they are.
+        peft: PEFT's config, where the adapter stays in PEFT's own format, else None.
+    """
+    return {
+        "format": FORMAT,
+        "kind": "import",
+        "model": model_json(model),
+        "adapter": _choice(adapter),
+        "source": dict(source),
+        "peft": peft and dict(peft),
+        "stack": [],
+        "task_labels": list(seen_labels),
+        "seen_labels": list(seen_labels),
+        "reproducible": "bitwise",
+        "private": False,
+        "libraries": _libraries(),
+        "updates": [],
+    }
+
+
 def model_json(model: ModelSpec) -> dict[str, Any]:
     """Return the base model as a recipe names it: by hash; a local folder's path is left out."""
     document = asdict(model)

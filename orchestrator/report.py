@@ -107,10 +107,11 @@ def _version_line(version: Version) -> str:
         "start": f"start of {_method(recipe['adapter'])} ({recipe.get('start')})",
         "merge": f"merge by {recipe.get('merge', {}).get('name')}",
         "offset": f"offset of {_method(recipe['adapter'])}",
+        "import": f"import of {_method(recipe['adapter'])}",
     }.get(recipe["kind"], recipe["kind"])
     base = recipe["model"]
     place = f"{base['id'] or 'local folder'} {base['hash'][:12]}"
-    extra = f"  [dim]base {place}[/]" if recipe["kind"] in ("start", "merge") else ""
+    extra = f"  [dim]base {place}[/]" if recipe["kind"] in ("start", "merge", "import") else ""
     insecure = (recipe.get("privacy") or {}).get("insecure_seed") is not None
     warning = "  [red]insecure seed: not private[/]" if insecure else ""
     scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])

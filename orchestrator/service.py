@@ -20,7 +20,9 @@ from orchestrator.coordinator import (
     make_backend,
     serve,
 )
+from orchestrator.exporting import export
 from orchestrator.federation import Observe
+from orchestrator.importing import import_adapter
 from orchestrator.launch import make_plan
 from orchestrator.lease import driver_name
 from orchestrator.merging import (
@@ -33,6 +35,7 @@ from orchestrator.merging import (
 from orchestrator.observers.of_run import observers_of
 from orchestrator.recipes import merge_recipe
 from orchestrator.registering import register_client, register_clients
+from orchestrator.signing import admitted
 from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
     RunRefused,
@@ -50,7 +53,6 @@ from orchestrator.versions import (
     EvaluationFailed,
     evaluate,
     evaluate_many,
-    export,
     lineage,
     use,
 )
@@ -73,6 +75,7 @@ __all__ = [
     "evaluate_many",
     "export",
     "extend",
+    "import_adapter",
     "launch",
     "lineage",
     "log",
@@ -139,6 +142,8 @@ def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = 
 
 
 def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
+    if config.start_from is not None:
+        admitted(workspace, config.start_from)
     plan = make_plan(config, workspace.store, workspace.ledger)
     observers_of(plan, workspace.home)  # what they need is missed before there is a run
     remember_base(workspace, plan.model)
@@ -229,6 +234,7 @@ def merge(
 
     Raises:
         BadMerge: if they do not belong together.
+        Unsigned: if the signature policy does not let one be loaded.
         UnknownPlugin, BadOptions: if the merge is unknown or wrongly set.
     """
     store = workspace.store
@@ -239,7 +245,7 @@ def merge(
         raise BadConfig(f"give one weight per version: {len(refs)} versions, {len(chosen)} weights")
     plugin = find_plugin("merge", method.name)
     options = plugin.check(method.options)
-    versions = [store.version(ref) for ref in refs]
+    versions = [admitted(workspace, ref) for ref in refs]
     check_alike(versions, refs)
     stack = common_stack(versions)
     adapter = plugin.build([task_vector(store, v) for v in versions], chosen, **options)

@@ -1,18 +1,17 @@
-"""What people do with a version: trace it, score it, use it, export it."""
+"""What people do with a version: trace it, score it, use it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from clients.assignment import Assignment, DataSpec, PluginChoice
 from clients.evaluate import Evaluation
-from clients.export import export_peft
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
-from orchestrator.merging import adapter_of, effective, refuse_offset
+from orchestrator.merging import adapter_of, effective, refuse_kept, refuse_offset
+from orchestrator.signing import admitted
 from orchestrator.spending import Epsilon, epsilon_of_lineage
 from orchestrator.workspace import Workspace, base_of
 from storage.lineage import Lineage, Version
@@ -66,9 +65,10 @@ def evaluate(
     Raises:
         UnknownVersion, models.ModelNotFound, data.DataNotFound: if one is not there.
         EvaluationFailed: if a worker failed, with its reason.
+        Unsigned: if the signature policy does not let it be loaded.
     """
-    version = workspace.store.version(ref)
-    return evaluate_many(workspace, [(version, dataset)], model, backend)[0]
+    version = admitted(workspace, ref)
+    return _scored(workspace, [(version, dataset)], model, backend)[0]
 
 
 def evaluate_many(
@@ -81,7 +81,19 @@ def evaluate_many(
 
     Raises:
         EvaluationFailed: if one could not be scored.
+        Unsigned: if the signature policy does not let one be loaded.
     """
+    for version, _ in wanted:
+        admitted(workspace, version.id)
+    return _scored(workspace, wanted, model, backend)
+
+
+def _scored(
+    workspace: Workspace,
+    wanted: Sequence[tuple[Version, DataSpec]],
+    model: str | None,
+    backend: Backend | None,
+) -> list[Evaluation]:
     assignments = [
         replace(use(workspace, version, dataset, model), client=str(number))
         for number, (version, dataset) in enumerate(wanted)
@@ -106,7 +118,7 @@ def use(
         NotAModel: if it is only part of others.
         models.ModelNotFound: if nobody says where its base model is.
     """
-    _refuse_unusable(version)
+    refuse_unusable(version)
     tensors = effective(workspace.store, version)
     return Assignment(
         action="evaluate",
@@ -125,8 +137,15 @@ def use(
     )
 
 
-def _refuse_unusable(version: Version) -> None:
+def refuse_unusable(version: Version) -> None:
+    """Refuse a version that computes nothing by itself.
+
+    Raises:
+        NotAModel: if it is only part of others, or stays in PEFT's own format.
+        EvaluationFailed: if its heads are personal.
+    """
     refuse_offset(version)
+    refuse_kept(version)
     if version.recipe.get("training", {}).get("head") == "personal":
         raise EvaluationFailed(
             f"{version.id[:12]} has personal heads, which stay at the clients that trained them; "
@@ -148,45 +167,3 @@ def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
         "alpha_pattern": {},
     }
     return PluginChoice(choice["name"], {**choice["options"], **reset, "target_modules": layers})
-
-
-def export(
-    workspace: Workspace, ref: str, folder: str | Path, model: str | None = None
-) -> list[Path]:
-    """Write a version as a PEFT folder that peft, vLLM and the Hub load as is.
-
-    A stacked version is exported whole: its factors and those underneath, concatenated.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-        FileExistsError: if the folder is not empty.
-    """
-    version = workspace.store.version(ref)
-    _refuse_unusable(version)
-    spec = base_of(workspace, version, model)
-    ancestry = lineage(workspace, version.id)
-    return export_peft(
-        Path(folder),
-        tensors=effective(workspace.store, version),
-        spec=spec,
-        base_revision=spec.revision,
-        card=_card(version, ancestry),
-        extra={
-            "version": version.id,
-            "seen_labels": version.recipe["seen_labels"],
-            "base_hash": spec.hash,
-        },
-    )
-
-
-def _card(version: Version, ancestry: Ancestry) -> str:
-    lines = [f"Version `{version.id}`.", ""]
-    kinds = version.recipe["kind"]
-    lines.append(f"Made by: {kinds}; {len(ancestry.lineage.nodes)} versions in its history.")
-    clients = sorted(
-        {leaf["client"] for v in ancestry.lineage.nodes.values() for leaf in v.recipe["updates"]}
-    )
-    lines.append(f"Trained at: {', '.join(clients) or 'nowhere'}.")
-    for spent in ancestry.epsilons:
-        lines.append(f"- {spent.population}: {spent}{', public data' if spent.public else ''}")
-    return "\n".join(lines)

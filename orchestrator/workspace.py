@@ -50,12 +50,17 @@ def open_workspace(home: str | Path | None = None, database: str | None = None) 
     Raises:
         storage.database.NewerSchema: if a newer weft wrote the database.
     """
-    folder = Path(home or os.environ.get("WEFT_HOME") or ".weft").absolute()
+    folder = home_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
     engine = open_database(url)
     store = AdapterStore(engine, BlobStore(folder / "blobs"))
     return Workspace(folder, store, Ledger(engine), engine)
+
+
+def home_folder(home: str | Path | None = None) -> Path:
+    """Return where the workspace is: ``home``, else ``$WEFT_HOME``, else ``.weft``."""
+    return Path(home or os.environ.get("WEFT_HOME") or ".weft").absolute()
 
 
 def remember_base(workspace: Workspace, model: ModelSpec) -> None:

@@ -18,6 +18,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec
 from clients.data import Batch
 from clients.export import NotExportable, export_peft
+from clients.folders import whole_folder
 
 # PEFT 0.21's PeftModel asks transformers 5.23 for an attribute that is about to be renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -53,8 +54,10 @@ def trained(spec: ModelSpec, name: str = "lora", **options):
 
 
 def export(folder, tensors, spec, **changes):
-    given = {"base_revision": None, "card": "An adapter.", "extra": {}, **changes}
-    return export_peft(folder, tensors=tensors, spec=spec, **given)
+    given = {"card": "An adapter.", "extra": {}, **changes}
+    with whole_folder(folder) as made:
+        export_peft(made, tensors=tensors, spec=spec, **given)
+    return sorted(folder.iterdir())
 
 
 def plain_logits(folder, spec: ModelSpec) -> torch.Tensor:
@@ -151,10 +154,8 @@ def test_the_code_in_a_decoders_card_runs_as_it_is(decoder, tmp_path, monkeypatc
 
 def test_the_folder_holds_what_a_reader_needs_and_says_so(encoder, tmp_path):
     tensors, _ = trained(encoder, r=2)
-    files = export(
-        tmp_path / "out", tensors, encoder, base_revision="abc", extra={"version": "733e1d2d"}
-    )
-    assert files == sorted((tmp_path / "out").iterdir())
+    revised = replace(encoder, revision="abc")
+    files = export(tmp_path / "out", tensors, revised, extra={"version": "733e1d2d"})
     names = {path.name for path in files}
     assert names >= {
         "README.md",
@@ -169,6 +170,7 @@ def test_the_folder_holds_what_a_reader_needs_and_says_so(encoder, tmp_path):
     assert facts["pooling"] == "mean"
     assert facts["version"] == "733e1d2d"
     assert facts["base"]["revision"] == "abc"
+    assert re.fullmatch("[0-9a-f]{64}", facts["tokenizer"])
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["revision"] == "abc"
     assert config["task_type"] == "FEATURE_EXTRACTION"
@@ -263,7 +265,7 @@ def test_a_failed_export_leaves_nothing_behind(encoder, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("clients.export._model_card", full)
+    monkeypatch.setattr("clients.export.model_card", full)
     with pytest.raises(OSError, match="no space"):
         export(tmp_path / "deep" / "out", tensors, encoder)
     assert list((tmp_path / "deep").iterdir()) == []

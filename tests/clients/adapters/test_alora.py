@@ -222,7 +222,8 @@ def test_neither_stacks_on_the_other(attach):
 
 def test_an_export_keeps_the_invocation(attach, spec, tmp_path):
     _, _, tensors = attach(invocation=[11, 12])
-    given = {"spec": spec, "base_revision": None, "card": "An adapter.", "extra": {}}
+    given = {"spec": spec, "card": "An adapter.", "extra": {}}
+    (tmp_path / "out").mkdir()
     export_peft(tmp_path / "out", tensors=tensors, **given)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["alora_invocation_tokens"] == [11, 12]

@@ -1,0 +1,120 @@
+"""The README of an exported folder: what the Hub indexes, what there is to say, code that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clients.assignment import ModelSpec
+
+_POOLING = {
+    "mean": "(hidden * mask).sum(1) / mask.sum(1)",
+    "cls": "hidden[:, 0]",
+    "last": "hidden[torch.arange(len(hidden)), mask.squeeze(-1).sum(1).long() - 1]",
+}
+_LOAD = """\
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import {auto}, AutoTokenizer{imports}
+
+folder = "."  # this folder
+config = PeftConfig.from_pretrained(folder)
+base = {auto}.from_pretrained(
+    config.base_model_name_or_path, revision=config.revision{options}
+)
+model = PeftModel.from_pretrained(base, folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
+_CLASSIFY = """\
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+labels = json.loads(Path(folder, "weft.json").read_text(encoding="utf-8"))["labels"]
+head = load_file(f"{{folder}}/head.safetensors")
+
+texts = ["a first text", "another, rather longer text"]
+batch = tokenizer(
+    texts, padding=True, padding_side="right", truncation=True, max_length={max_length},
+    return_tensors="pt",
+)
+with torch.no_grad():
+    hidden = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    pooled = {pooling}
+    logits = pooled @ head["head.weight"].T + head["head.bias"]
+print([labels[i] for i in logits.argmax(-1)])
+"""
+_GENERATE = """\
+batch = tokenizer(["Once upon a time"], return_tensors="pt")
+with torch.no_grad():
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits
+    tokens = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=40
+    )
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+"""
+_QUANTIZED = {
+    "none": "",
+    "int8": "BitsAndBytesConfig(load_in_8bit=True)",
+    "nf4": (
+        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype={dtype})"
+    ),
+}
+_DTYPE = {"float32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+
+
+def model_card(spec: ModelSpec, facts: Mapping[str, Any], card: str) -> str:
+    """Return the README of an adapter that weft trains: ``card``, and code that runs as it is.
+
+    Args:
+        spec: the base model and the task.
+        facts: what ``weft.json`` says.
+        card: what there is to say of the adapter, in Markdown.
+    """
+    dtype = _DTYPE[spec.compute_dtype]
+    quantized = _QUANTIZED[spec.quantization].format(dtype=dtype)
+    options = f",\n    dtype={dtype}" + (
+        f",\n    quantization_config={quantized}" if quantized else ""
+    )
+    code = _LOAD.format(
+        auto="AutoModelForCausalLM" if spec.kind == "causal-lm" else "AutoModel",
+        imports=", BitsAndBytesConfig" if quantized else "",
+        options=options,
+    )
+    if spec.kind == "causal-lm":
+        code += "\n" + _GENERATE
+    else:
+        code += "\n" + _CLASSIFY.format(
+            pooling=_POOLING[facts["pooling"]], max_length=spec.max_length
+        )
+    return front_matter(facts, spec.kind) + (
+        f"{card.strip()}\n\n## Use\n\nThe adapter belongs to the base model "
+        f"`{facts['base']['id']}`.\n\n```python\n{code}```\n"
+    )
+
+
+def front_matter(facts: Mapping[str, Any], kind: str, method: str = "lora") -> str:
+    """Return the YAML that the Hub reads of a card.
+
+    Args:
+        facts: what ``weft.json`` says.
+        kind: ``classification`` or ``causal-lm``.
+        method: PEFT's name of it, in lower case.
+    """
+    base = facts["base"]["id"]
+    on_hub = not Path(base).is_absolute()  # the Hub refuses a card that names a path
+    lines = [
+        "library_name: peft",
+        *([f"base_model: {base}", "base_model_relation: adapter"] if on_hub else []),
+        f"pipeline_tag: {'text-generation' if kind == 'causal-lm' else 'text-classification'}",
+        f"tags: [weft, {method}]",
+    ]
+    return "---\n" + "\n".join(lines) + "\n---\n\n"
