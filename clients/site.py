@@ -47,6 +47,10 @@ class Site:
             return insecure_key(insecure_seed, "data fingerprints")
         return self._once(self._folder / "data.key")
 
+    def share_data_key(self, other: Site) -> None:
+        """Fingerprint data as ``other`` does; for training again what was trained there."""
+        write_durably(self._folder / "data.key", other.data_key())
+
     def stored_update(self, run: str, client: str, assignment: str) -> bytes | None:
         """Return the bytes of the update already made for this assignment digest, or None.
 

@@ -16,15 +16,20 @@ from strategies.base import Strategy, Tensors, Update
 
 
 def begin(
-    plan: Plan, store: AdapterStore, strategy: Strategy, make: Callable[[Tensors], Update]
+    plan: Plan,
+    store: AdapterStore,
+    strategy: Strategy,
+    make: Callable[[Tensors], Update],
+    commit: Callable[..., str],
 ) -> Committed:
     """Commit the version that round 1 starts from, after the offset that it lies on.
 
     Args:
         plan: the run's plan.
-        store: where versions are committed.
+        store: where the version is that the run starts from.
         strategy: the run's strategy.
         make: returns the adapter's first tensors, made where the base model is, from the memory.
+        commit: :meth:`AdapterStore.commit`, or what only says the id.
     """
     start = plan.start
     memory = store.memory(start.version) if start.version else {}
@@ -32,12 +37,12 @@ def begin(
     offset, read = start.offset, None
     if start.mode != "continue":
         kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks
-        made, offset, read = _split(plan, store, make(memory))
+        made, offset, read = _split(plan, commit, make(memory))
         adapter = initialised(plan, {**made, **kept}, memory)
     state = strategy.init(adapter)
     edge = "init" if start.mode == "fresh" else start.mode
     parents = {start.version: edge} if start.version else {}
-    version = store.commit(
+    version = commit(
         state.adapter,
         auxiliary=state.auxiliary,
         memory=memory,
@@ -48,7 +53,7 @@ def begin(
 
 
 def _split(
-    plan: Plan, store: AdapterStore, made: Update
+    plan: Plan, commit: Callable[..., str], made: Update
 ) -> tuple[Tensors, str | None, Mapping[str, Any] | None]:
     """Return the adapter's own tensors, its offset's id, and which data they come from."""
     offset = recall(made.tensors, OFFSET.removesuffix("/"))
@@ -57,4 +62,4 @@ def _split(
     chosen = read if made.fingerprint else None
     if not offset:
         return own, None, chosen
-    return own, store.commit(offset, parents={}, recipe=offset_recipe(plan, chosen)), chosen
+    return own, commit(offset, parents={}, recipe=offset_recipe(plan, chosen)), chosen

@@ -11,6 +11,7 @@ import typer
 
 from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
+from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.terminal import (
     Fields,
@@ -48,6 +49,7 @@ app.command("import")(import_)
 app.command()(export)
 app.command()(verify)
 app.command()(sign)
+app.command()(replay)
 
 
 def main() -> None:

@@ -122,3 +122,27 @@ def clients_remove(name: str) -> None:
     """Forget a client; what its population has spent stays for ever."""
     workspace_here().ledger.remove_client(name)
     out.print(f"removed {name}", highlight=False)
+
+
+@clients_app.command("withdraw")
+def clients_withdraw(
+    name: str,
+    why: Annotated[str, typer.Option(help="For the record.")] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Stop using a client for good, bury its stored updates, and list where it is deployed."""
+    from dataclasses import asdict
+
+    from orchestrator import service
+
+    done = service.withdraw(workspace_here(), name, why)
+    if as_json:
+        record = {**asdict(done.record), "created_at": done.record.created_at.isoformat()}
+        print_json({**asdict(done), "record": record})
+        return
+    out.print(f"{name} withdrew; {done.buried} stored updates are buried", highlight=False)
+    for run in done.later:
+        out.print(f"run {run} buries what it holds after its round", highlight=False)
+    for alias, version in done.deployed:
+        out.print(f"deployed with it: {alias}  {version}", highlight=False, markup=False)
+    out.print("nothing is unlearned: these versions stay as they are", style="dim")

@@ -26,6 +26,7 @@ from storage.ledger import Ledger
 from strategies.base import Update
 
 End: TypeAlias = Literal["enough", "nobody left", "deadline"]
+_WITHDREW = "the client withdrew; its updates are used no more"
 _DIFFERS = "the update is not the one that was accepted before; it cannot be taken in its place"
 
 
@@ -79,7 +80,9 @@ class Collector:
         """
         history = self.history()
         self._reasons.clear()
-        self._recover(opened.closed or tuple(history.taken.values()))
+        gone = self.ledger.withdrawals.all()
+        taken = [one for one in history.taken.values() if one.client not in gone]
+        self._recover(opened.closed or taken)
         self._ask(self._lost.values())
         if opened.closed is None:
             self._drop_stale(opened, history)
@@ -117,7 +120,9 @@ class Collector:
 
     def _ask(self, wanted: Iterable[Asked | Taken]) -> None:
         """Send assignments to those who have none, their spends on the ledger first."""
-        open_ = [one for one in wanted if (one.client, one.round) not in self._sent]
+        gone = self.ledger.withdrawals.all()
+        missing = [one for one in wanted if (one.client, one.round) not in self._sent]
+        open_ = [one for one in missing if one.client not in gone]
         open_.sort(key=lambda one: (one.round, one.base, one.client))
         for (round_, base), group in groupby(open_, key=lambda one: (one.round, one.base)):
             assignments = self.assign(round_, base, [self.people[one.client] for one in group])
@@ -165,6 +170,10 @@ class Collector:
             result = misplaced
         key = (result.client, result.round)
         assignment = self._sent[key]
+        if result.client in self.ledger.withdrawals.all():
+            del self._sent[key]
+            self._refuse(*key, _WITHDREW)
+            return
         if isinstance(result, Failure):
             self._tries[key] = self._tries.get(key, 0) + 1
             if self._tries[key] <= self.plan.config.retries:
@@ -225,7 +234,12 @@ class Collector:
     def _close(self, opened: Open, end: End) -> list[Accepted]:
         """Decide what is aggregated and what becomes of the others, and write it down."""
         stale, waiting = self.plan.config.stale, sorted(client for client, _ in self._sent)
+        gone = self.ledger.withdrawals.all()
         missed = waiting if end == "deadline" else []
+        for client, _ in list(self._taken):
+            if client in gone:
+                self._reasons[client] = _WITHDREW
+        self._taken = {key: one for key, one in self._taken.items() if key[0] not in gone}
         if self._count(opened) < max(opened.quorum, 1):
             raise self._failed(opened, missed)
         updates = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from clients.assignment import PluginChoice
 from clients.regularizers import REGULARIZERS, namespaced, recall
 from orchestrator.plan import Plan
 from storage.store import AdapterStore
@@ -67,10 +68,12 @@ def initialised(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
     return adapter
 
 
-def consolidated(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
+def consolidated(
+    regularizers: Sequence[PluginChoice], adapter: Tensors, memory: Tensors
+) -> Tensors:
     """Return the memory after the task, from the final adapter alone."""
     result = dict(memory)
-    for choice in plan.regularizers:
+    for choice in regularizers:
         method = REGULARIZERS.get(choice.name).build(**choice.options)
         own = method.consolidate(adapter, recall(memory, choice.name))
         result |= namespaced(own, choice.name)

@@ -23,6 +23,7 @@ from orchestrator.federation import Cancelled, Federation, Observe, Paused, Roun
 from orchestrator.lease import Lease, driver_name, is_dead
 from orchestrator.observers.of_run import watched
 from orchestrator.plan import Plan
+from orchestrator.retention import drop_after_close, folder_of
 from orchestrator.workspace import Workspace
 from storage.ledger import LeaseLost, Ledger, RunRecord
 
@@ -134,7 +135,7 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
             with suppress(LeaseLost):
-                _record_end(ledger, record, Stopped() if interrupted else error)
+                _record_end(workspace, record, Stopped() if interrupted else error)
             raise
 
 
@@ -280,13 +281,13 @@ def _stoppable(observe: Observe, stop: threading.Event) -> Observe:
     return seen
 
 
-def _record_end(ledger: Ledger, record: RunRecord, error: BaseException) -> None:
+def _record_end(workspace: Workspace, record: RunRecord, error: BaseException) -> None:
     """Record how a run stopped short of its end.
 
     Raises:
         LeaseLost: if somebody else drives it by now.
     """
-    run, token = record.id, record.token
+    run, token, ledger, home = record.id, record.token, workspace.ledger, workspace.home
     if isinstance(error, LeaseLost):
         return
     if isinstance(error, Stopped):
@@ -294,6 +295,8 @@ def _record_end(ledger: Ledger, record: RunRecord, error: BaseException) -> None
     elif isinstance(error, Paused):
         ledger.record(run, "paused", {}, token=token, status="paused")
     elif isinstance(error, Cancelled):
+        withdrawn = ledger.withdrawals.all().values()
+        drop_after_close(folder_of(home, run), record.config, withdrawn)
         ledger.record(run, "cancelled", {}, token=token, status="cancelled")
     else:
         reason = str(error) or type(error).__name__

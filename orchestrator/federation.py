@@ -32,6 +32,7 @@ from orchestrator.plan import (
     plan_round,
 )
 from orchestrator.recipes import final_recipe, round_recipe
+from orchestrator.retention import bury, drop_after_close, drop_after_round, folder_of
 from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
@@ -94,7 +95,7 @@ class Federation:
             plan=plan,
             people={p.name: p for p in plan.participants},
             roster=self._roster,
-            folder=self.home / "runs" / plan.run,
+            folder=folder_of(self.home, plan.run),
             desk=self._desk,
             ledger=self.ledger,
             log=self._log,
@@ -131,7 +132,9 @@ class Federation:
         state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
         self.observe("aggregated", {"round": opened.round})
         last = opened.round == self.plan.config.rounds and not self._chooses
-        memory = consolidated(self.plan, state.adapter, done.memory) if last else done.memory
+        memory = done.memory
+        if last:
+            memory = consolidated(self.plan.regularizers, state.adapter, memory)
         version = self.store.commit(
             state.adapter,
             auxiliary=state.auxiliary,
@@ -148,6 +151,7 @@ class Federation:
         }
         self._log("committed", facts, version=version, round=opened.round)
         done = Committed(opened.round, version, state, memory, done.offset)
+        self._forget(opened.round)
         return self._commits.add(done, self._awaited())
 
     def _opened(self, done: Committed) -> Open:
@@ -211,10 +215,18 @@ class Federation:
             top = best(self._history().scores, self.plan.config.judge)
             result = self._commits.of(top.version) if top else done
         version = self._settled(result)
+        document = self.plan.config.model_dump(mode="json")
+        drop_after_close(self._collector.folder, document, self.ledger.withdrawals.all().values())
         name = self.store.name(self.plan.config.name, version)
         facts = {"version": version, "name": name}
         self._log("completed", facts, status="completed", version=version)
         return version
+
+    def _forget(self, round_: int) -> None:
+        """Delete the updates that are not kept after a round, and bury those withdrawn by now."""
+        folder, config = self._collector.folder, self.plan.config
+        drop_after_round(folder, config.retention, round_, config.stale)
+        bury(folder, self.ledger.withdrawals.all().values())
 
     @property
     def _chooses(self) -> bool:
@@ -228,7 +240,7 @@ class Federation:
         return self.store.commit(
             result.state.adapter,
             auxiliary=result.state.auxiliary,
-            memory=consolidated(self.plan, result.state.adapter, result.memory),
+            memory=consolidated(self.plan.regularizers, result.state.adapter, result.memory),
             parents={result.version: "round"},
             recipe=final_recipe(self.store.version(result.version).recipe),
         )
@@ -242,7 +254,7 @@ class Federation:
 
     def _begin(self) -> Committed:
         """Commit the version that round 1 starts from."""
-        done = begin(self.plan, self.store, self.strategy, self._initial)
+        done = begin(self.plan, self.store, self.strategy, self._initial, self.store.commit)
         self._log("started", {"version": done.version})
         return self._commits.add(done, ())
 
@@ -283,12 +295,15 @@ class Federation:
             self.observe("step", {"client": assignment.client, "step": step, "steps": steps})
 
     def _unreachable(self) -> set[str]:
-        """Return who cannot be asked in the round that is open or comes next; looked for once."""
+        """Return who withdrew, or cannot be asked in the round that is open or comes next.
+
+        Who is not there is looked for once a round; who withdraws, each time.
+        """
         history = self._history()
         round_ = history.open.round if history.open else history.round + 1
         if self._absent[0] != round_:
             self._absent = round_, absent(self.plan, round_, self.ledger)
-        return self._absent[1]
+        return self._absent[1] | self.ledger.withdrawals.all().keys()
 
     def _heed(self) -> None:
         """Stop where people want the run to stop."""

@@ -82,6 +82,23 @@ class Stop(Strict):
         return (self.mode or ("min" if self.metric in LOWER_IS_BETTER else "max")) == "max"
 
 
+class Retention(Strict):
+    """How long the bytes of accepted updates are kept; their digests are kept for ever.
+
+    ``until-closed`` is until the run is completed or cancelled, ``none`` until their round is
+    committed, ``last`` those of the last rounds.
+    """
+
+    keep: Literal["until-closed", "all", "last", "none"] = "until-closed"
+    last: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Retention:
+        if (self.keep == "last") != (self.last is not None):
+            raise ValueError("give until-closed, all, none, or {last: K}, the last K rounds")
+        return self
+
+
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "loss"),
@@ -102,6 +119,13 @@ def _short_cohort(value: Any) -> Any:
             f"{{size: 8, weight: examples}}, got {value!r}"
         )
     return {"size" if isinstance(value, int) else "fraction": value}
+
+
+def _short_retention(value: Any) -> Any:
+    """Accept ``retention: all`` and ``retention: {last: 5}``."""
+    if isinstance(value, Mapping) and "keep" not in value and "last" in value:
+        return {"keep": "last", **value}
+    return {"keep": value} if isinstance(value, str) else value
 
 
 def _quorum(value: Any) -> Any:
@@ -128,6 +152,7 @@ class Rounds(Strict):
     quarantine_after: int | None = Field(default=5, ge=1)
     stop: Stop | None = None
     select: Literal["last", "best"] = "last"
+    retention: Annotated[Retention, BeforeValidator(_short_retention)] = Retention()
 
     @property
     def stale(self) -> Staleness | None:

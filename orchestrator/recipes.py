@@ -52,7 +52,7 @@ def offset_recipe(plan: Plan, read: Mapping[str, Any] | None) -> dict[str, Any]:
         "training": {"device": config.device, "threads": config.threads},
         "private": False,
         "reproducible": _reproducible(plan),
-        "libraries": _libraries(),
+        "libraries": libraries(),
         "updates": [],
     }
 
@@ -99,7 +99,7 @@ def merge_recipe(
         "seen_labels": [label for label in labels if label in seen],
         "reproducible": _weakest(recipe["reproducible"] for recipe in parts.values()),
         "private": all(recipe["private"] for recipe in parts.values()),
-        "libraries": _libraries(),
+        "libraries": libraries(),
         "updates": [],
     }
 
@@ -132,7 +132,7 @@ def import_recipe(
         "seen_labels": list(seen_labels),
         "reproducible": "bitwise",
         "private": False,
-        "libraries": _libraries(),
+        "libraries": libraries(),
         "updates": [],
     }
 
@@ -182,7 +182,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "cohort": config.cohort.model_dump(mode="json"),
         "seed": config.seed,
         "reproducible": _reproducible(plan),
-        "libraries": _libraries(),
+        "libraries": libraries(),
     }
 
 
@@ -199,6 +199,7 @@ def _weakest(claims: Any) -> str:
 
 
 @cache
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """Return the versions of what determines bytes, here and now."""
     found = {name: version(name) for name in _LIBRARIES}
     return {**found, "python": platform.python_version(), "machine": platform.machine()}

@@ -17,13 +17,17 @@ from orchestrator.config import BadConfig
 from orchestrator.policy import Strict
 from orchestrator.workspace import Workspace
 from storage.ledger import ClientRecord
+from storage.withdrawals import Withdrawal
 
 _GROUPS = ("labels", "fields")
-_OF_DATA = (BadConfig, data.DataNotFound, data.BadDataURI, data.BadRecord, data.MissingExtra)
 
 
 class BadClientFile(BadConfig):
     """A file of clients that cannot be read, or a line of it that is none."""
+
+
+class ClientWithdrew(ValueError):
+    """A client of this name withdrew, and cannot be registered again."""
 
 
 class Line(Strict):
@@ -62,6 +66,16 @@ class Line(Strict):
         return ClientRecord(**given)
 
 
+_OF_ONE = (
+    BadConfig,
+    ClientWithdrew,
+    data.DataNotFound,
+    data.BadDataURI,
+    data.BadRecord,
+    data.MissingExtra,
+)
+
+
 def register_client(workspace: Workspace, record: ClientRecord, check: bool = True) -> ClientRecord:
     """Register a client node; without a declared size, it is counted and rounded.
 
@@ -72,10 +86,11 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
 
     Raises:
         ClientExists: if the name is taken.
+        ClientWithdrew: if a client of this name withdrew.
         data.DataNotFound: if its data set is not there.
         BadConfig: if its data set holds no readable record.
     """
-    record = _checked(record, check)
+    record = _checked(record, check, workspace.ledger.withdrawals.all())
     workspace.ledger.add_client(record)
     return record
 
@@ -97,13 +112,14 @@ def register_clients(workspace: Workspace, file: Path, check: bool = True) -> li
         ClientExists, BadClient, BadBudget: if the ledger refuses one; likewise.
     """
     records, places = [], []
+    withdrawn = workspace.ledger.withdrawals.all()
     for number, content in _lines(file):
         place = f"{file} line {number}"
         try:
-            records.append(_checked(Line.model_validate(content).record(), check))
+            records.append(_checked(Line.model_validate(content).record(), check, withdrawn))
         except ValidationError as error:
             raise BadClientFile(f"{place}: {_sentence(error)}") from None
-        except _OF_DATA as error:
+        except _OF_ONE as error:
             raise BadClientFile(f"{place}: {error}") from error
         places.append(place)
     if not records:
@@ -170,8 +186,16 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
             yield number, content
 
 
-def _checked(record: ClientRecord, check: bool) -> ClientRecord:
+def _checked(
+    record: ClientRecord, check: bool, withdrawn: Mapping[str, Withdrawal]
+) -> ClientRecord:
     """Return the client with its data's place made absolute, their size counted, if it was not."""
+    if record.name in withdrawn:
+        raise ClientWithdrew(
+            f"a client called {record.name!r} withdrew on "
+            f"{withdrawn[record.name].created_at:%Y-%m-%d}, and is used no more; register another "
+            "under another name"
+        )
     record = replace(record, data=data.absolute(record.data))
     if check:
         report = data.check(DataSpec(record.data, dict(record.fields)), None, None)

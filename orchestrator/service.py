@@ -35,6 +35,8 @@ from orchestrator.merging import (
 from orchestrator.observers.of_run import observers_of
 from orchestrator.recipes import merge_recipe
 from orchestrator.registering import register_client, register_clients
+from orchestrator.replay import replay
+from orchestrator.retraining import retrain
 from orchestrator.signing import admitted
 from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
@@ -56,6 +58,7 @@ from orchestrator.versions import (
     lineage,
     use,
 )
+from orchestrator.withdrawing import withdraw
 from orchestrator.workspace import Workspace, open_workspace, remember_base
 from storage.ledger import Queueing, RunRecord
 
@@ -87,13 +90,16 @@ __all__ = [
     "promote",
     "register_client",
     "register_clients",
+    "replay",
     "requeue",
     "resume",
+    "retrain",
     "serve",
     "spent_by_population",
     "submit",
     "use",
     "wait",
+    "withdraw",
 ]
 
 _DELTA = 1e-5

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.plan import Plan, seed_for
+from orchestrator.retention import drop_after_close, folder_of
 from orchestrator.workspace import Workspace
 from storage.ledger import Event, Ledger, RunChanged, RunFields, RunRecord
 from storage.records import FINAL
@@ -52,7 +53,11 @@ def cancel(workspace: Workspace, ref: str) -> RunRecord:
         UnknownRun: if there is no such run.
         RunRefused: if it has ended.
     """
-    return _steer(workspace, ref, _cancel)
+    record = _steer(workspace, ref, _cancel)
+    if record.status == "cancelled":
+        withdrawn = workspace.ledger.withdrawals.all().values()
+        drop_after_close(folder_of(workspace.home, record.id), record.config, withdrawn)
+    return record
 
 
 def requeue(workspace: Workspace, ref: str) -> RunRecord:

@@ -45,6 +45,7 @@ from storage.runs import (
     UnknownRun,
 )
 from storage.schema import spends
+from storage.withdrawals import Withdrawals
 
 __all__ = [
     "AmbiguousRun",
@@ -93,11 +94,13 @@ class Ledger(RunLog, Registry):
 
     Attributes:
         queue: claims of the runs that wait.
+        withdrawals: clients that withdrew.
     """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.queue = RunQueue(engine)
+        self.withdrawals = Withdrawals(engine)
 
     def record_spend(self, spend: SpendRow) -> bool:
         """Record one spend, whatever was spent before; False if it is recorded already.

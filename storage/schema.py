@@ -148,6 +148,15 @@ signatures = Table(
     Column("created_at", Timestamp, nullable=False),
 )
 
+# A client that withdrew is no row of `clients` any more.
+withdrawals = Table(
+    "withdrawals",
+    metadata,
+    Column("client", String, primary_key=True),
+    Column("who", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
 
 populations = Table(
     "populations",

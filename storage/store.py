@@ -148,6 +148,27 @@ class AdapterStore:
             _write_metrics(connection, content, measured)
         return content
 
+    def identify(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        auxiliary: Mapping[str, Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
+        parents: Mapping[str, str] | Sequence[Parent],
+        recipe: Mapping[str, object],
+    ) -> str:
+        """Return the id that :meth:`commit` would, without writing.
+
+        Raises:
+            BadParents, BadTensor, NotJson: as :meth:`commit`.
+        """
+        blobs = (
+            self._blobs.digest(tensors),
+            self._blobs.digest(auxiliary) if auxiliary else None,
+            self._blobs.digest(memory) if memory else None,
+        )
+        return version_id(*blobs, _parents(parents), recipe)
+
     def resolve(self, ref: str) -> str:
         """Return the id of the version that ``ref`` names.
 

@@ -90,6 +90,7 @@ def private_run(document: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         privacy={"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7},
         steps=1,
         batch_size=4,
+        retention="all",
     )
 
 

@@ -345,7 +345,7 @@ def test_an_aggregation_is_shown_between_the_last_answer_and_the_commit(home, ti
 
 
 def test_an_accepted_update_says_its_size(home, tiny):
-    service.launch(home, tiny())
+    service.launch(home, tiny(retention="all"))
 
     run = home.ledger.runs()[0].id
     sizes = {

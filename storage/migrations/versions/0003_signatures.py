@@ -1,4 +1,4 @@
-"""Signatures over versions and alias moves."""
+"""Signatures over versions and alias moves, and clients that withdrew."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("kind", "subject", "key", name="pk_signatures"),
     )
+    op.create_table(
+        "withdrawals",
+        sa.Column("client", sa.String, nullable=False),
+        sa.Column("who", sa.String, nullable=False),
+        sa.Column("why", sa.Text, nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("client", name="pk_withdrawals"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("withdrawals")
     op.drop_table("signatures")

@@ -1,0 +1,151 @@
+"""Replay: a version aggregated again from its stored updates, to the same id or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clients.assignment import PluginChoice
+from clients.wire import unpack
+from orchestrator.acceptance import moved
+from orchestrator.committed import consolidated
+from orchestrator.recipes import libraries
+from orchestrator.retention import is_buried, kept_update
+from orchestrator.workspace import Workspace
+from storage.lineage import Version
+from strategies import STRATEGIES
+from strategies.base import ServerState, Strategy, Update
+
+_AGGREGATED = ("round", "final")
+
+
+class NotReplayable(ValueError):
+    """What is asked for was not made of client updates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What became of a version when it was made again.
+
+    Attributes:
+        version: its id.
+        round: of its run.
+        outcome: ``same``, ``differs``, or ``gone`` where an update is not kept any more.
+        why: what differs, or is gone; "" where it is the same.
+    """
+
+    version: str
+    round: int
+    outcome: Literal["same", "differs", "gone"]
+    why: str = ""
+
+
+class _Gone(Exception):
+    """An update is not kept any more."""
+
+
+def replay(workspace: Workspace, ref: str, whole: bool = False) -> list[Replayed]:
+    """Aggregate a version again from its stored updates, and compare ids.
+
+    Args:
+        workspace: where.
+        ref: a round's version, or a run's result.
+        whole: whether to go on with every version behind it that was made of updates.
+
+    Returns:
+        What became of each, newest first; of ``ref`` alone unless ``whole``.
+
+    Raises:
+        UnknownVersion: if there is no such version.
+        NotReplayable: if it is not made of updates, and nothing else was asked for.
+    """
+    root = workspace.store.version(ref)
+    if not whole and root.recipe["kind"] not in _AGGREGATED:
+        raise NotReplayable(
+            f"{root.id[:12]} is of kind {root.recipe['kind']!r}, which is not made of client "
+            "updates; name a round's version, or replay all behind it with --all"
+        )
+    found = workspace.store.lineage(root.id).nodes.values() if whole else [root]
+    return [_replayed(workspace, v) for v in found if v.recipe["kind"] in _AGGREGATED]
+
+
+def _replayed(workspace: Workspace, version: Version) -> Replayed:
+    recipe = version.recipe
+    try:
+        updates = list(_updates(workspace, recipe["updates"]))
+    except _Gone as gone:
+        return Replayed(version.id, recipe["round"], "gone", str(gone))
+    if version.id in reached(workspace, version, updates):
+        return Replayed(version.id, recipe["round"], "same")
+    here = libraries()
+    other = [f"{k} {v}, here {here.get(k)}" for k, v in recipe["libraries"].items() if here[k] != v]
+    why = f"it was made with {'; '.join(other)}" if other else "the same updates give other bytes"
+    return Replayed(version.id, recipe["round"], "differs", why)
+
+
+def reached(workspace: Workspace, version: Version, updates: Sequence[Update]) -> set[str]:
+    """Return the ids that aggregating ``updates``, for all they say, can lead to.
+
+    There are two, because only a run's end puts its task into the memory.
+
+    Args:
+        workspace: where the version's parent is.
+        version: of kind ``round`` or ``final``; its recipe says how.
+        updates: in its recipe's order.
+    """
+    store, recipe = workspace.store, version.recipe
+    [parent] = [one.id for one in version.parents]
+    before = ServerState(store.tensors(parent), store.auxiliary(parent))
+    after = before
+    if recipe["kind"] == "round":
+        strategy: Strategy = STRATEGIES.get(recipe["strategy"]["name"]).build(
+            **recipe["strategy"]["options"]
+        )
+        after = strategy.aggregate(before, _onto(workspace, parent, before, recipe, updates))
+    memory = store.memory(parent)
+    choices = [PluginChoice(one["name"], one["options"]) for one in recipe["regularizers"]]
+    return {
+        store.identify(
+            after.adapter,
+            auxiliary=after.auxiliary,
+            memory=kept,
+            parents=version.parents,
+            recipe=recipe,
+        )
+        for kept in (memory, consolidated(choices, after.adapter, memory))
+    }
+
+
+def _onto(
+    workspace: Workspace,
+    parent: str,
+    before: ServerState,
+    recipe: Mapping[str, Any],
+    updates: Sequence[Update],
+) -> Iterator[Update]:
+    """Yield the updates, those of older versions as ones of the version that is aggregated."""
+    for leaf, update in zip(recipe["updates"], updates, strict=True):
+        if update.base == parent:
+            yield update
+        else:
+            base = workspace.store.tensors(update.base)
+            yield moved(update, base, before.adapter, leaf["weight"])
+
+
+def _updates(workspace: Workspace, leaves: Sequence[Mapping[str, Any]]) -> Iterator[Update]:
+    for leaf in leaves:
+        client, sha256 = leaf["client"], leaf["digest"]
+        asked_in = asked_round(workspace, leaf)
+        data = kept_update(workspace.home, client, asked_in, sha256)
+        if data is None:
+            buried = is_buried(workspace.home, client, sha256)
+            why = "was withdrawn" if buried else "is not kept (see retention)"
+            raise _Gone(f"the update {sha256[:12]} of {client} in round {asked_in} {why}")
+        yield unpack(data)
+
+
+def asked_round(workspace: Workspace, leaf: Mapping[str, Any]) -> int:
+    """Return the round in which an update was asked for: the one after that of its base."""
+    round_: int = workspace.store.version(leaf["base"]).recipe["round"]
+    return round_ + 1

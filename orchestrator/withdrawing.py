@@ -1,0 +1,96 @@
+"""A client withdraws: it is used no more, what it sent is buried, and who has it by now is told.
+
+Nothing is unlearned: versions that were made with its updates stay what they are, and their ids and
+lineages stay true.
+"""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.history import History
+from orchestrator.retention import bury, folder_of
+from orchestrator.workspace import Workspace
+from storage.ledger import RunRecord, UnknownClient
+from storage.records import FINAL
+from storage.withdrawals import Withdrawal
+
+_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """What a withdrawal did.
+
+    Attributes:
+        record: what is on record.
+        buried: how many of its updates were replaced by tombstones.
+        later: runs that still need one of its updates for the round they are in, or are being
+            driven; they bury what is left when that round is committed.
+        deployed: aliases that point at versions with its updates in their history, and these
+            versions' ids.
+    """
+
+    record: Withdrawal
+    buried: int
+    later: tuple[str, ...]
+    deployed: tuple[tuple[str, str], ...]
+
+
+def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
+    """Stop using a client, for good. Doing it again reports how things stand now.
+
+    Raises:
+        UnknownClient: if no client is registered under the name, none withdrew, and no run had
+            one.
+    """
+    ledger = workspace.ledger
+    runs = [run for run in _all_runs(workspace) if _took_part(ledger.plan(run.id), name)]
+    registered = name in ledger.client_names()
+    if not (registered or runs or name in ledger.withdrawals.all()):
+        ledger.client(name)  # raises, with what was perhaps meant
+    record = ledger.withdrawals.add(name, getpass.getuser(), why)  # first: it stops the rest
+    if registered:
+        with suppress(UnknownClient):  # somebody was faster
+            ledger.remove_client(name)
+    later = tuple(run.id for run in runs if _needs_updates(workspace, run))
+    buried = sum(
+        bury(folder_of(workspace.home, run.id), [record]) for run in runs if run.id not in later
+    )
+    return Withdrawn(record, buried, later, deployed_with(workspace, name))
+
+
+def deployed_with(workspace: Workspace, client: str) -> tuple[tuple[str, str], ...]:
+    """Return the aliases whose versions have a client's updates in their history, with the ids."""
+    found = []
+    for row in workspace.store.names():
+        for alias, version in sorted(row.aliases.items()):
+            history = workspace.store.lineage(version).nodes.values()
+            if any(leaf["client"] == client for v in history for leaf in v.recipe["updates"]):
+                found.append((f"{row.name}@{alias}", version))
+    return tuple(found)
+
+
+def _all_runs(workspace: Workspace) -> list[RunRecord]:
+    page = runs = workspace.ledger.runs(limit=_PAGE)
+    while len(page) == _PAGE:
+        page = workspace.ledger.runs(limit=_PAGE, before=page[-1].id)
+        runs = [*runs, *page]
+    return runs
+
+
+def _took_part(plan: Mapping[str, Any], name: str) -> bool:
+    return any(one["name"] == name for one in plan.get("participants", ()))
+
+
+def _needs_updates(workspace: Workspace, run: RunRecord) -> bool:
+    """Return whether a run may still read what it has taken: it is driven, or has decided to."""
+    if run.status in FINAL and run.status != "failed":
+        return False
+    opened = History().after_all(workspace.ledger.events(run.id)).open
+    decided = opened is not None and opened.closed is not None
+    return decided or workspace.ledger.queue.is_driven(run.id)

@@ -1,0 +1,258 @@
+"""What was made can be made again: from stored updates, and from the data."""
+
+import json
+
+import pytest
+import torch
+
+from clients.wire import pack, unpack
+from orchestrator import service
+from orchestrator.federation import Federation
+from orchestrator.replay import NotReplayable, Replayed
+from orchestrator.retraining import NoiseSecret
+from storage.refs import UnknownVersion
+
+DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
+
+
+def updates(home):
+    return sorted(home.home.glob("runs/*/round-*/*.safetensors"))
+
+
+def outcomes(found):
+    return [(one.round, one.outcome) for one in found]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsvd"])
+def test_every_version_of_a_run_is_aggregated_again_to_its_id(home, tiny, strategy):
+    service.launch(home, tiny(rounds=2, strategy=strategy, retention="all"))
+    assert outcomes(service.replay(home, "task-1")) == [(2, "same")]
+    assert outcomes(service.replay(home, "task-1", whole=True)) == [(2, "same"), (1, "same")]
+
+
+def test_the_end_of_a_task_is_reached_with_its_memory(home, tiny, notes):
+    config = tiny(
+        strategy="fedsvd",
+        retention="all",
+        rounds=2,
+        regularizers=[{"name": "o-lora", "form": "hard"}],
+    )
+    service.launch(home, config)
+    assert outcomes(service.replay(home, "task-1")) == [(2, "same")]
+
+    best = config.model_copy(update={"name": "best"}).model_dump(mode="json")
+    chosen = {"select": "best", "evaluate": {"data": notes("test")}}
+    document = {**best, **chosen, "regularizers": [{"name": "o-lora", "form": "hard"}]}
+    for kind in ("adapter", "strategy", "optimizer"):
+        document[kind] = {"name": document[kind]["name"], **document[kind]["options"]}
+    service.launch(home, tiny(**document))
+    assert home.store.version("best").recipe["kind"] == "final"
+    assert {o for _, o in outcomes(service.replay(home, "best", whole=True))} == {"same"}
+
+
+BUFFERED = {
+    "strategy": "ffa-lora",
+    "rounds": 3,
+    "asynchronous": {"buffer": 2, "concurrency": 3, "max_staleness": 2},
+}
+
+
+def stale_run(workspace, plan, backend):
+    """Drive an asynchronous run of imagined clients and return its version."""
+    config = plan.config.model_dump(mode="json")
+    workspace.ledger.create_run("run-1", "task-1", config, plan.to_json())
+    return Federation(plan, workspace.store, workspace.ledger, backend, workspace.home).run()
+
+
+@pytest.mark.parametrize(("retention", "rounds"), [("all", {1, 2, 3}), ({"last": 1}, {3})])
+def test_stale_updates_are_aggregated_again_as_they_were(
+    workspace, make_plan, imagined, retention, rounds
+):
+    plan = make_plan(clients=("a", "b", "c", "d"), **BUFFERED, retention=retention)
+    slow = {(client, r): 1 + ord(client) % 3 for client in "abcd" for r in range(1, 5)}
+    version = stale_run(workspace, plan, imagined(slow))
+
+    history = workspace.store.lineage(version).nodes.values()
+    assert [leaf for v in history for leaf in v.recipe["updates"] if leaf["weight"] < 1]
+    same = {
+        one.round for one in service.replay(workspace, version, whole=True) if one.outcome == "same"
+    }
+    assert rounds <= same
+
+
+def test_an_altered_update_is_not_taken_for_the_one_in_the_lineage(home, tiny):
+    service.launch(home, tiny(retention="all"))
+    path = updates(home)[0]
+    update = unpack(path.read_bytes())
+    name = next(iter(update.tensors))
+    tensors = {**update.tensors, name: update.tensors[name] + 1}
+    path.write_bytes(pack(type(update)(**{**fields(update), "tensors": tensors})))
+
+    [found] = service.replay(home, "task-1")
+    assert (found.outcome, path.stem in found.why) == ("gone", True)
+
+
+def fields(update):
+    return {name: getattr(update, name) for name in update.__slots__}
+
+
+def test_an_aggregate_that_is_another_is_found(home, tiny, monkeypatch):
+    service.launch(home, tiny(retention="all"))
+    from strategies.fedavg import FedAvg
+
+    honest = FedAvg.aggregate
+
+    def tampered(self, state, given):
+        after = honest(self, state, given)
+        moved = {n: t + torch.tensor(1e-7) if t.dim() else t for n, t in after.adapter.items()}
+        return type(after)(moved, after.auxiliary)
+
+    monkeypatch.setattr(FedAvg, "aggregate", tampered)
+    [found] = service.replay(home, "task-1")
+    assert (found.outcome, found.why) == ("differs", "the same updates give other bytes")
+    assert service.retrain(home, "task-1").differs == (
+        "round 1: the same updates aggregate to another version"
+    )
+
+
+def test_what_is_not_made_of_updates_is_refused(home, tiny):
+    version = service.launch(home, tiny())
+    start = home.store.version(version).parents[0].id
+    with pytest.raises(NotReplayable, match="is of kind 'start', which is not made of client"):
+        service.replay(home, start)
+    assert service.replay(home, start, whole=True) == []
+    with pytest.raises(UnknownVersion):
+        service.replay(home, "nothing")
+
+
+# --- retention --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (None, set()),
+        ("until-closed", set()),
+        ("none", set()),
+        ("all", {1, 2, 3}),
+        ({"last": 2}, {2, 3}),
+        ({"last": 9}, {1, 2, 3}),
+    ],
+)
+def test_updates_are_kept_as_the_run_says(home, tiny, retention, kept):
+    changes = {} if retention is None else {"retention": retention}
+    service.launch(home, tiny(rounds=3, steps=1, **changes))
+
+    assert {path.parent.name for path in updates(home)} == {f"round-{n}" for n in kept}
+    wanted = {1: "same", 0: "gone"}
+    found = outcomes(service.replay(home, "task-1", whole=True))
+    assert found == [(n, wanted[n in kept]) for n in (3, 2, 1)]
+
+
+def test_retention_changes_no_id(home, tiny):
+    ids = {service.launch(home, tiny(retention=one)) for one in ("all", "none", {"last": 1})}
+    assert len(ids) == 1
+
+
+def test_updates_are_there_until_a_run_is_closed(home, tiny):
+    seen = {}
+
+    def observe(kind, data):
+        seen.setdefault(kind, []).append(len(updates(home)))
+
+    service.launch(home, tiny(rounds=2), observe)
+    assert seen["committed"] == [2, 4]
+    assert seen["completed"] == [0]
+
+
+def test_a_run_keeps_its_updates_while_it_can_go_on_and_not_when_it_is_cancelled(home, tiny):
+    def observe(kind, data):
+        if kind == "committed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        service.launch(home, tiny(rounds=2), observe)
+    run = home.ledger.runs()[0].id
+    service.requeue(home, run)
+    assert len(updates(home)) == 2
+
+    service.cancel(home, run)
+    assert updates(home) == []
+
+
+def test_a_run_that_is_cancelled_while_it_is_driven_keeps_no_updates(home, tiny):
+    def observe(kind, data):
+        if kind == "committed":
+            service.cancel(home, home.ledger.runs()[0].id)
+
+    with pytest.raises(RuntimeError, match="is cancelled"):
+        service.launch(home, tiny(rounds=2), observe)
+    assert home.ledger.runs()[0].status == "cancelled"
+    assert updates(home) == []
+
+
+@pytest.mark.parametrize("value", ["some", {"last": 0}, {"last": "many"}, {"keep": "last"}, 3])
+def test_a_retention_that_is_none_is_refused(tiny, value):
+    with pytest.raises(ValueError, match="retention"):
+        tiny(retention=value)
+
+
+# --- from data --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 2, "strategy": "fedsvd"},
+        {"privacy": DP},
+        {"head": "personal", "rounds": 2},
+    ],
+    ids=["two rounds", "insecure DP", "personal heads"],
+)
+def test_a_run_is_trained_again_to_the_same_versions(home, tiny, changes):
+    service.launch(home, tiny(**changes))
+    before = {path: path.stat().st_mtime_ns for path in home.home.rglob("*") if path.is_file()}
+    found = service.retrain(home, "task-1")
+
+    rounds = changes.get("rounds", 1)
+    assert (found.versions, found.updates, found.differs) == (rounds + 1, 2 * rounds, "")
+    kept = {p: t for p, t in before.items() if "weft.db" not in p.name}
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+def test_data_that_changed_are_found_where_they_were_used(home, tiny, notes):
+    service.launch(home, tiny(rounds=2))
+    notes("b", size=12, shift=5)
+    found = service.retrain(home, "task-1")
+    assert (found.versions, found.updates) == (1, 1)
+    assert found.differs == (
+        "round 1, b: its data are not those that it was trained on (another fingerprint)"
+    )
+
+
+def test_a_run_whose_noise_is_secret_is_not_trained_again(home, tiny):
+    service.launch(home, tiny(privacy={"noise_multiplier": 1.0, "delta": 1e-3}))
+    with pytest.raises(NoiseSecret, match="its noise is keyed by secrets that stay at its clients"):
+        service.retrain(home, "task-1")
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def test_the_commands_replay_a_version_and_a_run(ok, read, refused, weft, run_yaml, tmp_path):
+    ok("run", run_yaml(retention={"last": 1}))
+    assert "round 2  same" in ok("replay", "task-1", "--verify")
+    [one] = read("replay", "task-1", "--verify")
+    assert one.keys() == Replayed.__dataclass_fields__.keys()
+    code, said, error = weft("replay", "task-1", "--verify", "--all")
+    assert (code, "round 1  gone  the update " in said) == (2, True)
+    assert "not every version of task-1 was reached again" in error
+
+    assert "4 updates and 3 versions are the same" in ok("replay", "task-1", "--from-data")
+    data = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("\n".join(json.dumps({**row, "text": row["text"] + " x"}) for row in rows))
+    code, said, error = weft("replay", "task-1", "--from-data", "--json")
+    assert (code, json.loads(said)["updates"]) == (2, 0)
+    assert "it differs first at round 1, w0: its data are not those" in error
+    assert "give --verify for a version" in refused("replay", "task-1")
