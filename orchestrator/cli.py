@@ -13,6 +13,7 @@ from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
+from orchestrator.cli_store import fsck, gc
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
@@ -41,6 +42,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.command()(run)
 app.command()(coordinator)
+app.command()(fsck)
+app.command()(gc)
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")

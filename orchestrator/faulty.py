@@ -38,7 +38,7 @@ from orchestrator.backends.base import (
 from orchestrator.faults import Faults, HostFault, client_fault, host_fault, is_faulty
 from orchestrator.plan import Plan
 from orchestrator.workspace import Workspace
-from storage.blobs import BlobStore
+from storage.blobs import BlobStore, name_of
 from storage.database import DatabaseUnavailable
 from storage.ledger import Ledger
 from storage.store import AdapterStore
@@ -69,7 +69,7 @@ def faulted(
     host = Host(faults, workspace.home / "runs" / plan.run / "faults", note)
     engine = workspace.engine.execution_options()  # the same connections, listeners of its own
     event.listen(engine, "before_cursor_execute", host.on_statement, retval=True)
-    store = AdapterStore(engine, FaultyBlobs(workspace.home / "blobs", host))
+    store = AdapterStore(engine, FaultyBlobs(workspace.blobs, host))
     troubled = replace(workspace, store=store, ledger=Ledger(engine), engine=engine)
     return troubled, FaultyBackend(backend, faults, host, note)
 
@@ -151,8 +151,8 @@ class Host:
 class FaultyBlobs(BlobStore):
     """Blobs on a disk that is full, or that does not keep what it was given."""
 
-    def __init__(self, root: Path, host: Host) -> None:
-        super().__init__(root)
+    def __init__(self, blobs: BlobStore, host: Host) -> None:
+        super().__init__(blobs.place, blobs.cache)
         self._host = host
 
     def put(self, tensors: Mapping[str, Tensor]) -> str:
@@ -162,14 +162,13 @@ class FaultyBlobs(BlobStore):
             OSError: if the disk is full.
         """
         if self._host.due("full-disk"):
-            path = self._path(self.digest(tensors))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            where = self.place.where(name_of(self.digest(tensors)))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
         digest = super().put(tensors)
         if self._host.due("corrupt-blob"):
-            path = self._path(digest)
-            data = bytearray(path.read_bytes())
+            data = bytearray(self.fetch(digest))
             data[-1] ^= 1
-            path.write_bytes(data)
+            self.place.write(name_of(digest), bytes(data))
         return digest
 
 

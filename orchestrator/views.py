@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import FAMILIES
 from orchestrator.service import Ancestry
+from orchestrator.upkeep import HomeCheckup
+from storage.garbage import Collection
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from strategies.plugins import UnknownPlugin
@@ -82,3 +85,49 @@ def lineage_json(ancestry: Ancestry) -> dict[str, Any]:
 def client_json(record: ClientRecord) -> dict[str, Any]:
     """Return a registered client as JSON."""
     return {**asdict(record), "created_at": record.created_at.isoformat()}
+
+
+def checkup_json(found: HomeCheckup) -> dict[str, Any]:
+    """Return what ``fsck`` found as JSON."""
+    document = asdict(found.store)
+    document["drafts"] = [entry.name for entry in found.store.drafts]
+    return {
+        **document,
+        "sound": found.store.is_sound,
+        "home_drafts": [str(path) for path in found.drafts],
+    }
+
+
+def checkup_line(found: HomeCheckup) -> str:
+    """Return what ``fsck`` found in one line."""
+    store = found.store
+    wrong = sum(1 for problem in store.problems if not problem.repaired)
+    mended = len(store.problems) - wrong
+    parts = [f"{store.num_blobs} blobs, {store.num_bytes / 2**20:.1f} MiB"]
+    parts.append(f"{wrong} problems" if wrong else "sound")
+    parts += [f"{mended} repaired"] if mended else []
+    garbage = len(store.orphans) + len(store.drafts) + len(found.drafts)
+    parts += [f"{garbage} leftovers (weft gc)"] if garbage else []
+    return "; ".join(parts)
+
+
+def collection_json(found: Collection, drafts: Sequence[Path], deleted: bool) -> dict[str, Any]:
+    """Return what ``gc`` found as JSON; ``deleted`` says whether it removed anything."""
+    rows = {
+        kind: [{**asdict(one), "since": one.since.isoformat()} for one in blobs]
+        for kind, blobs in (("removed", found.removed), ("waiting", found.waiting))
+    }
+    unfinished = [entry.name for entry in found.drafts] + [str(path) for path in drafts]
+    return {**rows, "drafts": unfinished, "num_reached": found.num_reached, "deleted": deleted}
+
+
+def collection_line(found: Collection, drafts: Sequence[Path], deleted: bool) -> str:
+    """Return what ``gc`` found in one line."""
+    verb = "removed" if deleted else "would remove"
+    size = found.removed_bytes / 2**20
+    count = len(found.drafts) + len(drafts)
+    return (
+        f"{verb} {len(found.removed)} blobs and {count} drafts ({size:.1f} MiB); "
+        f"{len(found.waiting)} condemned; {found.num_reached} in use"
+        + ("" if deleted else "; --delete does it")
+    )

@@ -28,12 +28,14 @@ class Workspace:
         store: versions.
         ledger: runs, clients and privacy spends.
         engine: the database under both.
+        blobs: the tensors under the store.
     """
 
     home: Path
     store: AdapterStore
     ledger: Ledger
     engine: Engine
+    blobs: BlobStore
 
     def close(self) -> None:
         """Give the database's connections back."""
@@ -54,8 +56,13 @@ def open_workspace(home: str | Path | None = None, database: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
     engine = open_database(url)
-    store = AdapterStore(engine, BlobStore(folder / "blobs"))
-    return Workspace(folder, store, Ledger(engine), engine)
+    blobs = BlobStore(folder / "blobs")
+    return Workspace(folder, AdapterStore(engine, blobs), Ledger(engine), engine, blobs)
+
+
+def open_blobs(url: str) -> BlobStore:
+    """Return the blobs at a folder or url."""
+    return BlobStore(url)
 
 
 def home_folder(home: str | Path | None = None) -> Path:

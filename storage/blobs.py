@@ -7,15 +7,16 @@ the names, the strides or the device, so that a digest names values and nothing 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+
+from storage.places import Folder, Place
 
 _DTYPES = frozenset(
     {
@@ -47,29 +48,36 @@ class BadTensor(ValueError):
 
 
 class BlobStore:
-    """A folder of blobs, ``root/ab/cdef...``; safe with any number of writers.
+    """Blobs in a place, ``ab/cdef...`` by digest; safe with any number of writers.
 
     Args:
-        root: the folder; made by the first :meth:`put`.
+        place: where they lie; a path is a folder, made by the first :meth:`put`.
+        cache: a nearer place for what was read or written; any of it may be removed at any time.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = Path(root)
+    def __init__(self, place: str | Path | Place, cache: Place | None = None) -> None:
+        self.place: Place = Folder(place) if isinstance(place, str | Path) else place
+        self.cache = cache
 
     def put(self, tensors: Mapping[str, Tensor]) -> str:
-        """Store ``tensors`` and return their digest; they are on the disk when it returns.
+        """Store ``tensors`` and return their digest; they are durable when it returns.
 
         Costs one copy of the tensors in memory. What is stored already is not written again.
 
         Raises:
             BadTensor: if a value is not finite, or a dtype is none of float, integer and boolean.
+            OSError, BlobsUnavailable: if they cannot be written; nothing is stored.
         """
-        data = _canonical_bytes(tensors)
+        return self.put_bytes(canonical_bytes(tensors))
+
+    def put_bytes(self, data: bytes) -> str:
+        """Store bytes that are a blob's and return their digest; as :meth:`put`."""
         digest = hashlib.sha256(data).hexdigest()
-        path = self._path(digest)
+        name = name_of(digest)
         # A file of another size is the remains of a bad disk or copy: storing it again heals it.
-        if not path.exists() or path.stat().st_size != len(data):
-            _write_atomically(path, data)
+        if self.place.size(name) != len(data):
+            self.place.write(name, data)
+        self._remember(name, data)
         return digest
 
     def get(self, digest: str) -> dict[str, Tensor]:
@@ -78,22 +86,59 @@ class BlobStore:
         Raises:
             BlobMissing: if there are none.
             BlobCorrupt: if the file was changed or cut short.
+            BlobsUnavailable: if their place cannot be reached.
         """
-        path = self._path(digest)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+        return dict(sorted(load(self.get_bytes(digest)).items()))
+
+    def get_bytes(self, digest: str) -> bytes:
+        """Return the bytes called ``digest``, verified. Raises as :meth:`get`."""
+        name = name_of(digest)
+        near = self.cache.read(name) if self.cache else None
+        if near is not None and hashlib.sha256(near).hexdigest() == digest:
+            return near
+        data = self.fetch(digest)
+        self._remember(name, data)
+        return data
+
+    def fetch(self, digest: str) -> bytes:
+        """Return the bytes called ``digest``, verified, past the cache. Raises as :meth:`get`."""
+        name = name_of(digest)
+        data = self.place.read(name)
+        if data is None:
             raise BlobMissing(
-                f"no blob {digest[:12]} in {self._root}; restore it from a backup, or "
-                "point weft at the folder that belongs to this database"
-            ) from None
+                f"no blob {digest[:12]} in {self.place.where()}; get it from a backup with weft "
+                "fsck --repair --mirror PLACE, or point weft at the place that belongs to this "
+                "database"
+            )
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
             raise BlobCorrupt(
-                f"blob {digest[:12]} is corrupt: {path} has {len(data)} bytes that hash to "
-                f"{found[:12]}; restore the file from a backup"
+                f"blob {digest[:12]} is corrupt: {self.place.where(name)} has {len(data)} bytes "
+                f"that hash to {found[:12]}; get it from a backup with weft fsck --repair "
+                "--mirror PLACE"
             )
-        return dict(sorted(load(data).items()))
+        return data
+
+    def has(self, digest: str) -> bool:
+        """Return whether there is a file for ``digest``; whether it is whole, only reading tells.
+
+        Raises:
+            BlobMissing: if it is no digest.
+            BlobsUnavailable: if the place cannot be reached.
+        """
+        return self.place.size(name_of(digest)) is not None
+
+    def replace(self, data: bytes) -> str:
+        """Store bytes whatever is stored under their digest, and return that."""
+        digest = hashlib.sha256(data).hexdigest()
+        self.place.write(name_of(digest), data)
+        return digest
+
+    def remove(self, digest: str) -> None:
+        """Remove a blob, from the cache too; what is not there is no error."""
+        for place in (self.place, self.cache):
+            if place is not None:
+                place.remove(name_of(digest))
 
     def digest(self, tensors: Mapping[str, Tensor]) -> str:
         """Return the digest that :meth:`put` would, without writing.
@@ -101,15 +146,39 @@ class BlobStore:
         Raises:
             BadTensor: as :meth:`put`.
         """
-        return hashlib.sha256(_canonical_bytes(tensors)).hexdigest()
+        return hashlib.sha256(canonical_bytes(tensors)).hexdigest()
 
-    def _path(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise BlobMissing(f"a blob's digest is 64 hex digits, got {digest!r}")
-        return self._root / digest[:2] / digest[2:]
+    def _remember(self, name: str, data: bytes) -> None:
+        """Keep bytes in the cache, where there is one and it has room."""
+        if self.cache is not None:
+            with suppress(OSError):
+                if self.cache.size(name) != len(data):
+                    self.cache.write(name, data)
 
 
-def _canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def name_of(digest: str) -> str:
+    """Return the name of a blob's file in its place.
+
+    Raises:
+        BlobMissing: if it is no digest.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise BlobMissing(f"a blob's digest is 64 hex digits, got {digest!r}")
+    return f"{digest[:2]}/{digest[2:]}"
+
+
+def digest_of(name: str) -> str | None:
+    """Return which blob's file this is by its name, or None if it is none's."""
+    digest = name.replace("/", "", 1)
+    return digest if _DIGEST.fullmatch(digest) and name[2] == "/" else None
+
+
+def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what a blob of ``tensors`` holds: the same for equal tensors.
+
+    Raises:
+        BadTensor: as :meth:`BlobStore.put`.
+    """
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in sorted(tensors):
@@ -133,32 +202,3 @@ def _canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         storages.add(address)
     data: bytes = save(plain)
     return data
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Make ``path`` hold ``data``; after a crash it holds all of it or is as it was."""
-    new_folder = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        _sync_folder(path.parent)
-        if new_folder:
-            _sync_folder(path.parent.parent)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -131,10 +131,24 @@ def writing(engine: Engine) -> Iterator[Connection]:
             yield connection
 
 
-def lock(connection: Connection, what: str) -> None:
-    """Hold the lock called ``what`` until the transaction of :func:`writing` ends."""
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection that sees the database as it is now, whatever others write meanwhile."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        with connection.begin():
+            yield connection
+
+
+def lock(connection: Connection, what: str, shared: bool = False) -> None:
+    """Hold the lock called ``what`` until the transaction of :func:`writing` ends.
+
+    Any number may hold it ``shared``, while nobody holds it alone. On SQLite, who writes is alone.
+    """
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
+        take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
+        connection.execute(select(take(func.hashtextextended(what, 0))))
 
 
 def insert_missing(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:

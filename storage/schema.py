@@ -1,8 +1,9 @@
 """The tables, as SQLAlchemy sees them; ``migrations/`` creates them.
 
-Rows are only ever added, but for a run's progress, a registered client, a population's budget and
-whether a spend counts: history is not rewritten. ``number`` columns give the order of insertion,
-which no clock can disturb.
+Rows are only ever added, but for a run's progress, a registered client, a population's budget,
+whether a spend counts and which blobs are condemned: history is not rewritten. ``number`` columns
+give the order of insertion, which no clock can disturb. A column with ``info=BLOB`` holds a blob's
+digest: :mod:`storage.references` finds it by that, so that ``fsck``, ``gc`` and backups know it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     DateTime,
@@ -28,8 +30,12 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
+
+BLOB = {"blob": True}
+"""Marks a column that holds a blob's digest, or null. Who writes a row with one calls
+:func:`storage.references.claim` in the same transaction."""
 
 
 class Timestamp(TypeDecorator[datetime]):
@@ -85,9 +91,9 @@ versions = Table(
     metadata,
     Column("number", Integer, primary_key=True),
     Column("id", String, nullable=False, unique=True),
-    Column("tensors", String, nullable=False),
-    Column("auxiliary", String),
-    Column("memory", String),
+    Column("tensors", String, nullable=False, info=BLOB),
+    Column("auxiliary", String, info=BLOB),
+    Column("memory", String, info=BLOB),
     Column("recipe", Text, nullable=False),
     Column("created_at", Timestamp, nullable=False),
 )
@@ -240,4 +246,15 @@ events = Table(
     Column("data", Text, nullable=False),
     Column("created_at", Timestamp, nullable=False),
     Column("changes", Text, nullable=False, server_default="{}"),
+)
+
+# Blobs that nothing reached when `gc` looked. A row without `removed_at` may be rescued, which
+# deletes it; one with it says for ever when the blob was removed.
+condemned = Table(
+    "condemned_blobs",
+    metadata,
+    Column("digest", String, primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("condemned_at", Timestamp, nullable=False),
+    Column("removed_at", Timestamp),
 )

@@ -24,6 +24,7 @@ from storage.lineage import (
     trace,
     version_id,
 )
+from storage.references import claim
 from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
 from storage.schema import named_versions, promotions
 
@@ -128,25 +129,28 @@ class AdapterStore:
         with self._engine.connect() as connection:  # versions stay: what is there now stays there
             _require(connection, [parent.id for parent in lineage])
 
-        blobs = (
-            self._blobs.put(tensors),
-            self._blobs.put(auxiliary) if auxiliary else None,
-            self._blobs.put(memory) if memory else None,
-        )
-        content = version_id(*blobs, lineage, recipe)
-        row = {
-            "id": content,
-            "tensors": blobs[0],
-            "auxiliary": blobs[1],
-            "memory": blobs[2],
-            "recipe": recipe_text,
-            "created_at": _now(),
-        }
-        with writing(self._engine) as connection:
-            insert_missing(connection, schema.versions, [row])
-            _insert_parents(connection, content, lineage)
-            _write_metrics(connection, content, measured)
-        return content
+        while True:
+            digests = (
+                self._blobs.put(tensors),
+                self._blobs.put(auxiliary) if auxiliary else None,
+                self._blobs.put(memory) if memory else None,
+            )
+            content = version_id(*digests, lineage, recipe)
+            row = {
+                "id": content,
+                "tensors": digests[0],
+                "auxiliary": digests[1],
+                "memory": digests[2],
+                "recipe": recipe_text,
+                "created_at": _now(),
+            }
+            with writing(self._engine) as connection:
+                if claim(connection, self._blobs, digests):
+                    continue  # removed since they were put, so they are put again
+                insert_missing(connection, schema.versions, [row])
+                _insert_parents(connection, content, lineage)
+                _write_metrics(connection, content, measured)
+            return content
 
     def identify(
         self,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from clients.wire import digest, unpack
 from orchestrator.service import open_workspace
+from orchestrator.upkeep import fsck
 from orchestrator.workspace import Workspace, base_of
+from storage.blobs import digest_of
 from storage.ledger import RunRecord
 
 Spends = frozenset[tuple[str, int, str, str]]
@@ -144,22 +145,12 @@ def _left(workspace: Workspace) -> Left:
     store, home = workspace.store, workspace.home
     records = workspace.ledger.runs()
     versions = {v.id: v for v in store.versions(limit=1000)}  # reading checks ids against content
-    needed = {
-        d for v in versions.values() for d in (v.tensors, v.auxiliary, v.memory) if d is not None
-    }
-    blobs, problems = _blobs(home / "blobs")
-    problems += [f"blob {d} is missing" for d in needed - blobs]
+    problems = [problem.text for problem in fsck(workspace).store.problems]
     for version in versions.values():
-        problems += [
-            f"version {version.id} has no parent {edge.parent}"
-            for edge in store.lineage(version.id).edges
-            if edge.parent not in versions
-        ]
         try:
             base_of(workspace, version)
         except Exception as error:
             problems.append(f"version {version.id} has no base: {error!r}")
-    problems += _database_problems(workspace)
     problems += [p for record in records for p in _log_problems(workspace, record)]
     recorded = {leaf["digest"] for v in versions.values() for leaf in v.recipe["updates"]}
     spilled = {}
@@ -172,41 +163,18 @@ def _left(workspace: Workspace) -> Left:
         statuses={record.name: record.status for record in records},
         versions=frozenset(versions),
         names={name: v.id for v in versions.values() for name in v.names},
-        blobs=frozenset(blobs),
+        blobs=frozenset(
+            d for e in workspace.blobs.place.entries() if (d := digest_of(e.name)) is not None
+        ),
         spilled=spilled,
         spends=_spends(workspace),
         problems=tuple(problems),
     )
 
 
-def _blobs(folder: Path) -> tuple[set[str], list[str]]:
-    """Return the blobs and what is wrong with them; unfinished ones, ``.NAME``, are nobody's."""
-    found, problems = set(), []
-    for path in folder.rglob("*"):
-        if path.is_dir() or path.name.startswith("."):
-            continue
-        name = path.parent.name + path.name
-        found.add(name)
-        if digest(path.read_bytes()) != name:
-            problems.append(f"blob {name} hashes to something else")
-    return found, problems
-
-
-def _database_problems(workspace: Workspace) -> list[str]:
-    if workspace.engine.dialect.name != "sqlite":
-        return []
-    with workspace.engine.connect() as connection:
-        integrity = connection.execute(text("PRAGMA integrity_check")).scalars().all()
-        orphans = connection.execute(text("PRAGMA foreign_key_check")).all()
-    return [x for x in integrity if x != "ok"] + [f"row without its parent: {o}" for o in orphans]
-
-
 def _log_problems(workspace: Workspace, record: RunRecord) -> list[str]:
     events = workspace.ledger.events(record.id)
-    numbers = [event.seq for event in events]
     problems = []
-    if numbers != list(range(1, len(numbers) + 1)):
-        problems.append(f"the log of {record.id} has gaps: {numbers}")
     committed = [e.data["round"] for e in events if e.kind == "committed"]
     if record.status == "completed" and sorted(set(committed)) != list(range(1, record.rounds + 1)):
         problems.append(f"the log of {record.id} commits rounds {committed} of {record.rounds}")

@@ -156,7 +156,7 @@ def test_a_blob_that_changes_on_the_disk_is_found_when_it_is_read(workspace, sim
     wanted, _ = honest
     config = simulated(faults=[{"kind": "corrupt-blob", "round": 2}])
     assert service.launch(workspace, config) == wanted
-    with pytest.raises(BlobCorrupt, match="restore the file from a backup"):
+    with pytest.raises(BlobCorrupt, match="get it from a backup with weft fsck"):
         workspace.store.tensors(wanted)
 
 

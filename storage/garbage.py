@@ -1,0 +1,195 @@
+"""``gc``: removes the blobs that nothing reaches, in two passes, beside any number of writers.
+
+Versions are never removed: rows are history. What is removed are blobs of commits that were cut
+short, and drafts of writers that died.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Connection, Engine, delete, select, update
+
+from storage.blobs import BlobStore, digest_of
+from storage.database import insert_or_update, lock, reading, writing
+from storage.places import Entry
+from storage.references import LOCK, blob_columns, references
+from storage.schema import condemned
+
+GRACE_S = 86_400.0
+"""Seconds that a condemned blob is kept."""
+
+DRAFT_S = 3_600.0
+"""Seconds after which a draft's writer is taken for dead: writing one takes seconds."""
+
+_BATCH = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """A blob that nothing reaches.
+
+    Attributes:
+        digest: its name.
+        size_bytes: its size.
+        since: when it was first found so, UTC.
+    """
+
+    digest: str
+    size_bytes: int
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What a pass of ``gc`` found, and did unless it was a dry run.
+
+    Attributes:
+        removed: blobs whose grace was over.
+        waiting: blobs that a later pass removes, unless somebody needs them.
+        drafts: unfinished files whose writer died.
+        num_reached: digests that the database names.
+    """
+
+    removed: tuple[Condemned, ...]
+    waiting: tuple[Condemned, ...]
+    drafts: tuple[Entry, ...]
+    num_reached: int
+
+    @property
+    def removed_bytes(self) -> int:
+        """What the removed blobs and drafts held."""
+        blobs = sum(one.size_bytes for one in self.removed)
+        return blobs + sum(one.size_bytes for one in self.drafts)
+
+
+def collect(
+    engine: Engine,
+    blobs: BlobStore,
+    *,
+    delete_them: bool = False,
+    grace_s: float = GRACE_S,
+    moment: datetime | None = None,
+) -> Collection:
+    """Find the blobs that nothing reaches; condemn the new ones, remove those whose grace is over.
+
+    Args:
+        engine: the database that reaches blobs.
+        blobs: where they are.
+        delete_them: without it nothing is changed, and ``removed`` is what would be.
+        grace_s: seconds between the pass that condemns a blob and one that may remove it, >= 0.
+        moment: now; by default the clock's.
+
+    Raises:
+        ValueError: if ``grace_s`` is negative.
+        BlobsUnavailable: if the blobs cannot be listed or removed.
+    """
+    if grace_s < 0:
+        raise ValueError(f"the grace must be >= 0 seconds, got {grace_s:g}")
+    at = moment or datetime.now(UTC)
+    entries = list(blobs.place.entries())  # before the rows: what is put from now on is not listed
+    sizes = {digest: e.size_bytes for e in entries if (digest := digest_of(e.name)) is not None}
+    drafts = dead_drafts(entries, at, grace_s)
+    if delete_them:
+        with writing(engine) as connection:
+            lock(connection, LOCK)
+            reached, waiting = _condemned(connection, sizes, at)
+            _note(connection, reached, waiting)
+    else:
+        with reading(engine) as connection:
+            reached, waiting = _condemned(connection, sizes, at)
+    over = at - timedelta(seconds=grace_s)
+    due = [one for one in waiting if one.since <= over]
+    if delete_them:
+        due = list(_removed(engine, blobs, due, at))
+        for draft in drafts:
+            blobs.place.remove(draft.name)
+    kept = {one.digest for one in due}
+    return Collection(
+        tuple(due), tuple(w for w in waiting if w.digest not in kept), drafts, len(reached)
+    )
+
+
+def dead_drafts(
+    entries: Sequence[Entry], moment: datetime, grace_s: float = 0.0
+) -> tuple[Entry, ...]:
+    """Return the unfinished files among ``entries`` that nobody can be writing any more."""
+    before = moment.timestamp() - max(grace_s, DRAFT_S)
+    return tuple(
+        entry
+        for entry in entries
+        if entry.name.rpartition("/")[2].startswith(".") and entry.modified_at <= before
+    )
+
+
+def _condemned(
+    connection: Connection, sizes: dict[str, int], at: datetime
+) -> tuple[dict[str, str], list[Condemned]]:
+    """Return what is reached, and what is stored and not reached, oldest condemnation first."""
+    reached = references(connection)
+    since = {
+        row.digest: row.condemned_at
+        for row in connection.execute(select(condemned).where(condemned.c.removed_at.is_(None)))
+    }
+    found = [
+        Condemned(digest, size, since.get(digest, at))
+        for digest, size in sizes.items()
+        if digest not in reached
+    ]
+    return reached, sorted(found, key=lambda one: (one.since, one.digest))
+
+
+def _note(connection: Connection, reached: dict[str, str], waiting: Sequence[Condemned]) -> None:
+    """Write down what is condemned; what is reached all the same is rescued."""
+    rows = [
+        {
+            "digest": one.digest,
+            "size_bytes": one.size_bytes,
+            "condemned_at": one.since,
+            "removed_at": None,
+        }
+        for one in waiting
+    ]
+    insert_or_update(connection, condemned, rows)
+    for digest in connection.scalars(select(condemned.c.digest)).all():
+        if digest in reached:
+            connection.execute(delete(condemned).where(condemned.c.digest == digest))
+
+
+def _removed(
+    engine: Engine, blobs: BlobStore, due: Sequence[Condemned], at: datetime
+) -> Iterator[Condemned]:
+    """Remove what is still condemned, and yield it; writers wait for a batch at most."""
+    for start in range(0, len(due), _BATCH):
+        batch = {one.digest: one for one in due[start : start + _BATCH]}
+        with writing(engine) as connection:
+            lock(connection, LOCK)
+            still = condemned.c.digest.in_(batch) & condemned.c.removed_at.is_(None)
+            digests = connection.scalars(select(condemned.c.digest).where(still)).all()
+            for digest in digests:
+                blobs.remove(digest)
+            connection.execute(
+                update(condemned).where(condemned.c.digest.in_(digests)).values(removed_at=at)
+            )
+        yield from (batch[digest] for digest in digests)
+
+
+def discard(engine: Engine, blobs: BlobStore, digest: str) -> bool:
+    """Remove a blob at once if no row names it, and return whether that is so.
+
+    A writer that is about to name it finds it gone and puts it again.
+    """
+    with writing(engine) as connection:
+        lock(connection, LOCK)
+        if any(
+            connection.execute(select(column).where(column == digest).limit(1)).first()
+            for column in blob_columns()
+        ):
+            return False
+        at = datetime.now(UTC)
+        row = {"digest": digest, "size_bytes": 0, "condemned_at": at, "removed_at": at}
+        insert_or_update(connection, condemned, [row])
+        blobs.remove(digest)
+    return True

@@ -1,0 +1,214 @@
+"""What can be wrong with the rows of a store: read, never changed.
+
+Each check yields a sentence for each thing that is wrong. Together they see every row, every
+reference from table to table, every edge of the lineage, every id and every log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, or_, select, text
+
+from storage.lineage import Parent, version_id
+from storage.projection import PROJECTED, project
+from storage.records import Event
+from storage.schema import (
+    events,
+    metadata,
+    named_versions,
+    parents,
+    promotions,
+    runs,
+    versions,
+)
+
+_PAGE = 1_000
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a store.
+
+    Attributes:
+        kind: ``database``, ``reference``, ``version``, ``edge``, ``name``, ``alias``, ``run``,
+            ``blob-missing`` or ``blob-corrupt``.
+        subject: what it is about, such as a version's id or a blob's digest.
+        text: a sentence.
+        repaired: what was done about it, or None.
+    """
+
+    kind: str
+    subject: str
+    text: str
+    repaired: str | None = None
+
+
+def row_problems(connection: Connection) -> Iterator[Problem]:
+    """Yield what is wrong with the rows that ``connection`` sees.
+
+    Args:
+        connection: of :func:`storage.database.reading`, so that rows are of one moment.
+    """
+    yield from _damage(connection)
+    yield from _dangling(connection)
+    yield from _wrong_ids(connection)
+    yield from _backward_edges(connection)
+    yield from _gaps(connection, named_versions, ("name",), "name")
+    yield from _gaps(connection, promotions, ("name", "alias"), "alias")
+    yield from _foreign_aliases(connection)
+    yield from _wrong_runs(connection)
+
+
+def _damage(connection: Connection) -> Iterator[Problem]:
+    """What SQLite itself finds; PostgreSQL has its own tools (``amcheck``)."""
+    if connection.dialect.name == "sqlite":
+        for finding in connection.scalars(text(f"PRAGMA integrity_check({_SHOWN})")):
+            if finding != "ok":
+                yield Problem("database", "sqlite", f"the file is damaged: {finding}")
+
+
+def _dangling(connection: Connection) -> Iterator[Problem]:
+    """Rows that refer to a row that is not there, for every reference of every table."""
+    for table in metadata.sorted_tables:
+        for key in sorted(table.foreign_keys, key=lambda key: key.parent.name):
+            here, there = key.parent, key.column.table.alias("there")
+            absent = (
+                ~select(there.c[key.column.name]).where(there.c[key.column.name] == here).exists()
+            )
+            query = select(here).where(here.is_not(None), absent).distinct().limit(_SHOWN)
+            for value in connection.scalars(query):
+                yield Problem(
+                    "reference",
+                    f"{table.name}.{here.name}",
+                    f"{table.name}.{here.name} names {value!r}, which {key.column.table.name} "
+                    "does not have",
+                )
+
+
+def _wrong_ids(connection: Connection) -> Iterator[Problem]:
+    """Versions whose row and parents do not hash to their id."""
+    last = -1
+    while True:
+        page = select(versions).where(versions.c.number > last).order_by(versions.c.number)
+        rows = connection.execute(page.limit(_PAGE)).all()
+        if not rows:
+            return
+        ids = [row.id for row in rows]
+        came_from: defaultdict[str, list[Parent]] = defaultdict(list)
+        edges = select(parents.c.child, parents.c.parent, parents.c.kind)
+        for child, parent, kind in connection.execute(edges.where(parents.c.child.in_(ids))):
+            came_from[child].append(Parent(parent, kind))
+        for row in rows:
+            if _id_of(row, sorted(came_from[row.id])) != row.id:
+                yield Problem(
+                    "version",
+                    row.id,
+                    f"version {row.id[:12]} does not hash to its id: its row or its parents were "
+                    "changed outside weft",
+                )
+        last = rows[-1].number
+
+
+def _id_of(row: Row[Any], came_from: list[Parent]) -> str | None:
+    try:
+        recipe = json.loads(row.recipe)
+        return version_id(row.tensors, row.auxiliary, row.memory, came_from, recipe)
+    except (ValueError, TypeError):
+        return None
+
+
+def _backward_edges(connection: Connection) -> Iterator[Problem]:
+    """Edges to a version that was committed later: every cycle has one."""
+    child, parent = versions.alias("child"), versions.alias("parent")
+    query = (
+        select(parents.c.child, parents.c.parent)
+        .join(child, child.c.id == parents.c.child)
+        .join(parent, parent.c.id == parents.c.parent)
+        .where(parent.c.number >= child.c.number)
+        .limit(_SHOWN)
+    )
+    for one, other in connection.execute(query):
+        yield Problem(
+            "edge",
+            one,
+            f"version {one[:12]} has the parent {other[:12]}, which was committed after it: "
+            "a version cannot come from what comes from it",
+        )
+
+
+def _gaps(
+    connection: Connection, table: Table, keys: tuple[str, ...], kind: str
+) -> Iterator[Problem]:
+    """Numbers that are not 1, 2, ... without a gap."""
+    columns = [table.c[key] for key in keys]
+    count, first, last = func.count(), func.min(table.c.number), func.max(table.c.number)
+    query = select(*columns, count, first, last).group_by(*columns)
+    for *group, number, low, high in connection.execute(
+        query.having(or_(first != 1, last != count))
+    ):
+        subject = "@".join(group)
+        yield Problem(
+            kind, subject, f"{kind} {subject} has {number} numbers between {low} and {high}: a gap"
+        )
+
+
+def _foreign_aliases(connection: Connection) -> Iterator[Problem]:
+    """Aliases that point, or pointed, at a version which their name never had."""
+    belongs: ColumnElement[bool] = (
+        select(named_versions.c.number)
+        .where(
+            and_(
+                named_versions.c.name == promotions.c.name,
+                named_versions.c.version == promotions.c.version,
+            )
+        )
+        .exists()
+    )
+    query = select(promotions.c.name, promotions.c.alias, promotions.c.version).where(~belongs)
+    for name, alias, version in connection.execute(query.limit(_SHOWN)):
+        subject = f"{name}@{alias}"
+        yield Problem("alias", subject, f"{subject} points at {version[:12]}, no version of {name}")
+
+
+def _wrong_runs(connection: Connection) -> Iterator[Problem]:
+    """Runs whose log has gaps, or says that they stand elsewhere than their row does."""
+    names = (runs.c.number, runs.c.id, runs.c.seq, *(runs.c[name] for name in PROJECTED))
+    for row in connection.execute(select(*names).order_by(runs.c.number)).all():
+        try:
+            log = _log(connection, row.id)
+            told = {name: _plain(value) for name, value in project(log).items()}
+            stands = {name: _plain(getattr(row, name)) for name in PROJECTED}
+            stands["labels"] = json.loads(row.labels)
+        except (ValueError, TypeError):
+            yield Problem("run", row.id, f"run {row.id}, or its log, cannot be read")
+            continue
+        if [event.seq for event in log] != list(range(1, row.seq + 1)):
+            yield Problem("run", row.id, f"the log of run {row.id} has gaps, or ends too early")
+            continue
+        wrong = sorted(name for name in PROJECTED if stands[name] != told[name])
+        if wrong:
+            yield Problem(
+                "run",
+                row.id,
+                f"run {row.id} has {wrong[0]} = {stands[wrong[0]]!r}, and its log says "
+                f"{told[wrong[0]]!r}",
+            )
+
+
+def _log(connection: Connection, run: str) -> list[Event]:
+    query = select(events).where(events.c.run == run).order_by(events.c.seq)
+    return [
+        Event(row.seq, row.kind, {}, row.created_at, json.loads(row.changes))
+        for row in connection.execute(query)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return value.astimezone(UTC).isoformat() if isinstance(value, datetime) else value

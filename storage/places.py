@@ -1,0 +1,148 @@
+"""Where blobs lie: a folder here; :mod:`storage.buckets` has the same for a bucket elsewhere.
+
+A place keeps named bytes and knows nothing of digests. It need not list at once what was written,
+but reads must see it. A file whose last part begins with a dot is being written, or was when its
+writer died.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class BlobsUnavailable(ConnectionError):
+    """The place of the blobs cannot be reached, or refuses; nothing was written."""
+
+
+class BadBlobsUrl(ValueError):
+    """The blobs' url names no place that weft can use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a place.
+
+    Attributes:
+        name: relative to the place, parts joined by ``/``.
+        size_bytes: its size.
+        modified_at: seconds since 1970; 0 where the place does not say.
+    """
+
+    name: str
+    size_bytes: int
+    modified_at: float
+
+
+class Place(Protocol):
+    """Named bytes. Every method raises :class:`BlobsUnavailable` or ``OSError`` if it cannot."""
+
+    def where(self, name: str = "") -> str:
+        """Return how people call the place, or a file of it; without what may be a secret."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None if it is not there."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None if it is not there."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make a file hold ``data``, durably: whoever reads it meanwhile reads old or new bytes."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file; what is not there is no error."""
+        ...
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every file, in no order."""
+        ...
+
+
+class Folder:
+    """A folder of this machine; safe with any number of writers.
+
+    Args:
+        root: the folder; made by the first :meth:`write`.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = Path(root)
+
+    def where(self, name: str = "") -> str:
+        """Return the path."""
+        return str(self._root / name)
+
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None if it is not there."""
+        try:
+            return (self._root / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None if it is not there."""
+        try:
+            return (self._root / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make a file hold ``data``; after a crash it holds all of it or is as it was.
+
+        Raises:
+            OSError: naming the file, if there is no space; nothing is left of it.
+        """
+        _write_atomically(self._root / name, data)
+
+    def remove(self, name: str) -> None:
+        """Remove a file; what is not there is no error."""
+        (self._root / name).unlink(missing_ok=True)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every file; those that vanish meanwhile may be left out."""
+        for folder, _, files in os.walk(self._root):
+            for file in files:
+                path = Path(folder, file)
+                try:
+                    found = path.stat()
+                except FileNotFoundError:
+                    continue
+                name = path.relative_to(self._root).as_posix()
+                yield Entry(name, found.st_size, found.st_mtime)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Make ``path`` hold ``data``; after a crash it holds all of it or is as it was."""
+    new_folder = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+        if new_folder:
+            _sync_folder(path.parent.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
