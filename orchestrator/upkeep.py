@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.workspace import Workspace, open_blobs
+from orchestrator.workspace import Workspace
 from storage import fsck as checking
 from storage import garbage
+from storage.blobs import BlobStore
+from storage.buckets import open_place
 from storage.fsck import Checkup, Progress
 from storage.garbage import DRAFT_S, GRACE_S, Collection
 
@@ -48,7 +50,7 @@ def fsck(
     Raises:
         BadBlobsUrl, BlobsUnavailable: if a mirror cannot be read.
     """
-    others = [open_blobs(mirror) for mirror in mirrors]
+    others = [BlobStore(open_place(mirror)) for mirror in mirrors]
     drafts = tuple(_drafts(workspace.home))
     found = checking.fsck(
         workspace.engine, workspace.blobs, repair=repair, mirrors=others, progress=progress

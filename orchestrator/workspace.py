@@ -13,9 +13,11 @@ from clients import models
 from clients.assignment import ModelSpec
 from clients.site import write_durably
 from storage.blobs import BlobStore
+from storage.buckets import open_place
 from storage.database import open_database
 from storage.ledger import Ledger
 from storage.lineage import Version
+from storage.places import Folder
 from storage.store import AdapterStore
 
 
@@ -28,7 +30,7 @@ class Workspace:
         store: versions.
         ledger: runs, clients and privacy spends.
         engine: the database under both.
-        blobs: the tensors under the store.
+        blobs: the tensors under the store, in ``home`` or elsewhere.
     """
 
     home: Path
@@ -42,27 +44,38 @@ class Workspace:
         self.engine.dispose()
 
 
-def open_workspace(home: str | Path | None = None, database: str | None = None) -> Workspace:
+def open_workspace(
+    home: str | Path | None = None, database: str | None = None, blobs: str | None = None
+) -> Workspace:
     """Open the workspace, creating it where it does not exist.
 
     Args:
         home: folder; by default ``$WEFT_HOME``, else ``.weft``.
         database: SQLAlchemy URL; by default ``$WEFT_DATABASE``, else SQLite in ``home``.
+        blobs: folder or url of the tensors; by default ``$WEFT_BLOBS``, else a folder in ``home``.
+            What lies elsewhere is cached in ``home``.
 
     Raises:
         storage.database.NewerSchema: if a newer weft wrote the database.
+        BadBlobsUrl, BlobsUnavailable: if there can be no blobs there.
     """
     folder = home_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
+    stored = open_blobs(folder, blobs)
     engine = open_database(url)
-    blobs = BlobStore(folder / "blobs")
-    return Workspace(folder, AdapterStore(engine, blobs), Ledger(engine), engine, blobs)
+    return Workspace(folder, AdapterStore(engine, stored), Ledger(engine), engine, stored)
 
 
-def open_blobs(url: str) -> BlobStore:
-    """Return the blobs at a folder or url."""
-    return BlobStore(url)
+def open_blobs(home: Path, blobs: str | None = None) -> BlobStore:
+    """Return the blobs of a home; see :func:`open_workspace`.
+
+    Raises:
+        BadBlobsUrl, BlobsUnavailable: if there can be none there.
+    """
+    place = open_place(blobs or os.environ.get("WEFT_BLOBS") or home / "blobs")
+    cache = None if isinstance(place, Folder) else Folder(home / "cache" / "blobs")
+    return BlobStore(place, cache)
 
 
 def home_folder(home: str | Path | None = None) -> Path:

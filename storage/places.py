@@ -30,7 +30,7 @@ class Entry:
     Attributes:
         name: relative to the place, parts joined by ``/``.
         size_bytes: its size.
-        modified_at: seconds since 1970; 0 where the place does not say.
+        modified_at: seconds since 1970; infinity where the place does not say.
     """
 
     name: str

@@ -68,3 +68,22 @@ def test_gc_is_a_dry_run_unless_it_is_told_to_delete(ok, read, home):
     assert [b["digest"] for b in read("gc", "--delete", "--grace-s", "0")["removed"]] == [orphan]
     assert len(blob_files(home)) == 3
     assert read("gc")["num_reached"] == 2
+
+
+def test_blobs_lie_where_the_environment_says(ok, read, home, tmp_path, monkeypatch):
+    (home / "blobs").rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("WEFT_BLOBS", str(tmp_path / "elsewhere"))
+    assert ok("fsck").endswith("sound\n")
+    monkeypatch.setenv("WEFT_BLOBS", f"file://{tmp_path}/elsewhere")
+    assert ok("fsck").endswith("sound\n")
+    monkeypatch.setenv("WEFT_BLOBS", "memory://nothing")
+    workspace = open_workspace()
+    assert workspace.blobs.cache is not None
+    workspace.close()
+
+
+def test_a_blobs_url_with_a_password_is_refused_without_showing_it(refused, monkeypatch):
+    monkeypatch.setenv("WEFT_BLOBS", "s3://me:hush@bucket/weft")
+    said = refused("runs", "list")
+    assert "may hold no password" in said
+    assert "hush" not in said
