@@ -125,8 +125,7 @@ class Site:
         (self._folder / f"error-{client}.txt").write_text(text, "utf-8")
 
     def _run_folder(self, run: str, client: str) -> Path:
-        name = hashlib.sha256(f"{run}\0{client}".encode()).hexdigest()[:32]
-        folder = self._folder / name
+        folder = self._folder / _folder_name(run, client)
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
@@ -146,6 +145,15 @@ class Site:
                 draft.unlink()
             _sync_folder(path.parent)  # a key must not be lost once something was made with it
         return path.read_bytes()
+
+
+def has_key(folder: Path, run: str, client: str) -> bool:
+    """Return whether the site in ``folder`` has drawn the key of (run, client)."""
+    return (folder / _folder_name(run, client) / "key").is_file()
+
+
+def _folder_name(run: str, client: str) -> str:
+    return hashlib.sha256(f"{run}\0{client}".encode()).hexdigest()[:32]
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:

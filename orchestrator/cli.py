@@ -13,7 +13,7 @@ from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
-from orchestrator.cli_store import fsck, gc
+from orchestrator.cli_store import fsck, gc, store_app
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
@@ -53,6 +53,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(sign)
 app.command()(replay)
+app.add_typer(store_app, name="store")
 
 
 def main() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.terminal import JsonFlag, err, out, print_json, workspace_here
 
+if TYPE_CHECKING:
+    from orchestrator.upkeep import HomeCheckup
+
+store_app = typer.Typer(help="Back a store up, bring it back, upgrade it.", no_args_is_help=True)
 _SHOWN = 20
 
 
@@ -29,10 +34,7 @@ def fsck(
     if as_json:
         print_json(views.checkup_json(found))
     else:
-        for problem in found.store.problems:
-            done = f"  [{problem.repaired}]" if problem.repaired else ""
-            out.print(f"{problem.text}{done}", highlight=False, markup=False)
-        out.print(views.checkup_line(found), highlight=False, markup=False)
+        _print_checkup(found)
     if not found.store.is_sound:
         raise typer.Exit(1)
 
@@ -60,6 +62,81 @@ def gc(
         if len(blobs) > _SHOWN:
             out.print(f"{title:10s} and {len(blobs) - _SHOWN} more", highlight=False)
     out.print(views.collection_line(found, drafts, delete), highlight=False)
+
+
+@store_app.command("backup")
+def store_backup(folder: Path, as_json: JsonFlag = False) -> None:
+    """Copy rows and blobs into a folder; again into the same one, only what is new."""
+    from dataclasses import asdict
+
+    from orchestrator import upkeep
+
+    with _bar("copying blobs") as progress:
+        found = upkeep.back_up(workspace_here(), folder, progress)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        rows = sum(found.counts.values())
+        out.print(f"{folder}: {rows} rows, {found.num_blobs} blobs", highlight=False, markup=False)
+        for digest in found.missing:
+            out.print(f"missing or corrupt, and not in the backup: {digest}", highlight=False)
+    if found.missing:
+        raise typer.Exit(1)
+
+
+@store_app.command("restore")
+def store_restore(
+    folder: Path,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Lose names, aliases, runs that the backup lacks.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a backup back; no version and no privacy spend of this store is lost."""
+    from orchestrator import upkeep, views
+
+    with _bar("copying blobs") as progress:
+        found, cancelled, checkup = upkeep.restore(workspace_here(), folder, replace, progress)
+    if as_json:
+        print_json(views.restored_json(found, cancelled, checkup))
+    else:
+        for run in found.paused:
+            what = "cancelled: its clients' keys are not here" if run in cancelled else "paused"
+            out.print(f"run {run} was going on and is {what}", highlight=False, markup=False)
+        out.print(
+            f"restored {found.backup.counts['versions']} versions of {found.backup.created_at}; "
+            f"{found.num_spends} privacy spends count",
+            highlight=False,
+        )
+        _print_checkup(checkup)
+    if not checkup.store.is_sound:
+        raise typer.Exit(1)
+
+
+@store_app.command("upgrade")
+def store_upgrade(as_json: JsonFlag = False) -> None:
+    """Bring the store of an older weft up to date: back up, migrate, check."""
+    from orchestrator import upkeep, views
+
+    before, saved, checkup = upkeep.upgrade()
+    if as_json:
+        backup = None if saved is None else str(saved)
+        print_json({"from": before, "backup": backup, "check": views.checkup_json(checkup)})
+    else:
+        done = "is up to date" if saved is None else f"upgraded from {before}; backup in {saved}"
+        out.print(f"the store {done}", highlight=False, markup=False)
+        _print_checkup(checkup)
+    if not checkup.store.is_sound:
+        raise typer.Exit(1)
+
+
+def _print_checkup(found: HomeCheckup) -> None:
+    from orchestrator import views
+
+    for problem in found.store.problems:
+        done = f"  [{problem.repaired}]" if problem.repaired else ""
+        out.print(f"{problem.text}{done}", highlight=False, markup=False)
+    out.print(views.checkup_line(found), highlight=False, markup=False)
 
 
 @contextmanager

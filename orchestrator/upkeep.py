@@ -1,4 +1,4 @@
-"""Keeping a store sound: check it, repair it, and remove what nothing reaches."""
+"""Keeping a store sound: check, repair and clean it, back it up, bring it back, upgrade it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from orchestrator.workspace import Workspace
+from clients.site import has_key, write_durably
+from orchestrator.workspace import Workspace, open_workspace, place_of
+from storage import backup, garbage, restoring
 from storage import fsck as checking
-from storage import garbage
+from storage.backup import Backup
 from storage.blobs import BlobStore
 from storage.buckets import open_place
+from storage.database import connect, migrate, refuse_newer, revision
 from storage.fsck import Checkup, Progress
 from storage.garbage import DRAFT_S, GRACE_S, Collection
+from storage.restoring import Restored
+from storage.schema import HEAD
 
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}")
 _FOLDERS = ("bases", "runs", "sites")
@@ -73,6 +79,95 @@ def gc(
     if delete:
         _remove(drafts)
     return found, drafts
+
+
+def back_up(
+    workspace: Workspace, folder: str | Path, progress: Progress = lambda done, total: None
+) -> Backup:
+    """Copy versions, names, runs, clients, spends and blobs; see :func:`storage.backup.back_up`.
+
+    The notes on where base models are go with them. What is private to clients (``sites``) and
+    updates that were not aggregated yet (``runs``) do not.
+    """
+    found = backup.back_up(workspace.engine, workspace.blobs, Path(folder), progress)
+    _copy_notes(workspace.home, Path(folder))
+    return found
+
+
+def restore(
+    workspace: Workspace,
+    folder: str | Path,
+    replace: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> tuple[Restored, tuple[str, ...], HomeCheckup]:
+    """Bring a backup back, and check the store; see :func:`storage.restoring.restore`.
+
+    A private run that was not finished is cancelled unless its clients' keys are in this home: with
+    other keys they would answer an assignment a second time, with other noise, which is not what
+    the ledger has recorded.
+
+    Returns:
+        What came back, the ids of the runs that were cancelled, and what ``fsck`` says.
+    """
+    found = restoring.restore(workspace.engine, workspace.blobs, Path(folder), replace, progress)
+    _copy_notes(Path(folder), workspace.home)
+    cancelled = tuple(_without_keys(workspace))
+    for run in cancelled:
+        reason = "restored without its clients' keys; clone it"
+        workspace.ledger.record(run, "cancelled", {"reason": reason}, status="cancelled")
+    return found, cancelled, fsck(workspace, True, [str(Path(folder) / "blobs")])
+
+
+def upgrade(
+    home: str | Path | None = None, database: str | None = None
+) -> tuple[str | None, Path | None, HomeCheckup]:
+    """Bring a store of an older weft up to date: back its rows up, migrate them, check it.
+
+    Blobs are the same in every schema and are not copied.
+
+    Returns:
+        The schema that it had, the backup (None where nothing was to do), and what ``fsck`` says.
+
+    Raises:
+        NewerSchema: if a newer weft wrote it.
+    """
+    place, url = place_of(home, database)
+    engine, saved = connect(url), None
+    try:
+        before = revision(engine)
+        refuse_newer(engine)
+        if before not in (None, HEAD):
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+            saved = place / "backups" / f"schema-{before}-{stamp}"
+            backup.back_up(engine, None, saved)
+            migrate(engine)
+    finally:
+        engine.dispose()
+    workspace = open_workspace(place, url)
+    try:
+        return before, saved, fsck(workspace)
+    finally:
+        workspace.close()
+
+
+def _without_keys(workspace: Workspace) -> Iterator[str]:
+    """Yield the unfinished private runs with a client that was asked and whose key is not here."""
+    for record in workspace.ledger.runs(limit=1_000_000):
+        privacy = record.config.get("privacy")
+        if record.status in ("completed", "cancelled") or not privacy:
+            continue
+        if privacy.get("insecure_seed") is not None:
+            continue
+        asked = {row.client for row in workspace.ledger.spends_of_run(record.id)}
+        if not all(has_key(workspace.home / "sites", record.id, client) for client in asked):
+            yield record.id
+
+
+def _copy_notes(here: Path, there: Path) -> None:
+    """Copy the notes on where base models are."""
+    for note in sorted((here / "bases").glob("*.json")):
+        (there / "bases").mkdir(parents=True, exist_ok=True)
+        write_durably(there / "bases" / note.name, note.read_bytes())
 
 
 def _drafts(home: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from orchestrator.upkeep import HomeCheckup
 from storage.garbage import Collection
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
+from storage.restoring import Restored
 from strategies.plugins import UnknownPlugin
 
 
@@ -131,3 +132,10 @@ def collection_line(found: Collection, drafts: Sequence[Path], deleted: bool) ->
         f"{len(found.waiting)} condemned; {found.num_reached} in use"
         + ("" if deleted else "; --delete does it")
     )
+
+
+def restored_json(
+    found: Restored, cancelled: Sequence[str], checkup: HomeCheckup
+) -> dict[str, Any]:
+    """Return what a backup brought back as JSON."""
+    return {**asdict(found), "cancelled": list(cancelled), "check": checkup_json(checkup)}

@@ -56,15 +56,20 @@ def open_workspace(
             What lies elsewhere is cached in ``home``.
 
     Raises:
-        storage.database.NewerSchema: if a newer weft wrote the database.
+        NewerSchema, OlderSchema: if another weft wrote the database.
         BadBlobsUrl, BlobsUnavailable: if there can be no blobs there.
     """
-    folder = home_folder(home)
-    folder.mkdir(parents=True, exist_ok=True)
-    url = database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
+    folder, url = place_of(home, database)
     stored = open_blobs(folder, blobs)
     engine = open_database(url)
     return Workspace(folder, AdapterStore(engine, stored), Ledger(engine), engine, stored)
+
+
+def place_of(home: str | Path | None = None, database: str | None = None) -> tuple[Path, str]:
+    """Return a workspace's folder, which is made, and the url of its database."""
+    folder = home_folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, database or os.environ.get("WEFT_DATABASE") or f"sqlite:///{folder / 'weft.db'}"
 
 
 def open_blobs(home: Path, blobs: str | None = None) -> BlobStore:

@@ -60,8 +60,12 @@ class NewerSchema(RuntimeError):
     """The database was written by a newer weft."""
 
 
+class OlderSchema(RuntimeError):
+    """The database was written by an older weft, and must be upgraded first."""
+
+
 def open_database(url: str) -> Engine:
-    """Return an engine on the database at ``url``, its tables created or brought up to date.
+    """Return an engine on the database at ``url``; a new one gets its tables.
 
     Two processes may open a new database at once: one creates it, the other waits.
 
@@ -72,23 +76,66 @@ def open_database(url: str) -> Engine:
         BadDatabaseUrl: if the url is neither.
         DatabaseUnavailable: if there is no such server, or the file is not a database.
         NewerSchema: if a newer weft wrote it.
+        OlderSchema: if an older weft wrote it.
     """
     engine = connect(url)
     try:
-        with engine.connect() as connection:
-            revision = _revision(connection)
-        if revision != HEAD:
-            _upgrade(engine)
-    except DBAPIError as error:
-        engine.dispose()
-        reason = str(error.orig).strip().partition("\n")[0]
-        raise DatabaseUnavailable(
-            f"cannot open the store at {_place(engine.url)}: {reason}"
-        ) from error
+        found = revision(engine)
+        if found is None:
+            migrate(engine)
+        elif found != HEAD:
+            raise _other_schema(engine, found)
     except BaseException:
         engine.dispose()
         raise
     return engine
+
+
+def revision(engine: Engine) -> str | None:
+    """Return which schema a database has, or None if it has none yet.
+
+    Raises:
+        DatabaseUnavailable: if it cannot be read, or is no database.
+    """
+    try:
+        with engine.connect() as connection:
+            return _revision(connection)
+    except DBAPIError as error:
+        raise _cannot_open(engine, error) from error
+
+
+def refuse_newer(engine: Engine) -> None:
+    """Do nothing, unless a newer weft wrote the database.
+
+    Raises:
+        NewerSchema: if so.
+    """
+    found = revision(engine)
+    if found is not None and found not in _known():
+        raise _other_schema(engine, found)
+
+
+def migrate(engine: Engine, to: str = "head") -> None:
+    """Bring a database's tables up to a schema, in one transaction; later ones stay as they are.
+
+    Raises:
+        NewerSchema: if a newer weft wrote it.
+        DatabaseUnavailable: if it cannot be written.
+    """
+    # Imported here: a database that is up to date does not pay for alembic.
+    from alembic import command
+
+    config = _alembic()
+    try:
+        with _ALEMBIC, writing(engine) as connection:
+            lock(connection, "weft schema")
+            found = _revision(connection)
+            if found is not None and found not in _known():
+                raise _other_schema(engine, found)
+            config.attributes["connection"] = connection
+            command.upgrade(config, to)
+    except DBAPIError as error:
+        raise _cannot_open(engine, error) from error
 
 
 def connect(url: str) -> Engine:
@@ -268,23 +315,34 @@ def _revision(connection: Connection) -> str | None:
     return found
 
 
-def _upgrade(engine: Engine) -> None:
-    # Imported here: a database that is up to date does not pay for alembic.
-    from alembic import command
+def _alembic() -> Any:
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    with _ALEMBIC, writing(engine) as connection:
-        lock(connection, "weft schema")
-        revision = _revision(connection)
-        if revision is not None and revision not in known:
-            raise NewerSchema(
-                f"the store at {_place(engine.url)} was written by a newer weft "
-                f"(schema {revision}); this one knows {HEAD}: upgrade weft"
-            )
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    return config
+
+
+def _known() -> set[str]:
+    """Return every schema that this weft can bring up to date."""
+    from alembic.script import ScriptDirectory
+
+    return {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}
+
+
+def _other_schema(engine: Engine, found: str) -> NewerSchema | OlderSchema:
+    place = f"the store at {_place(engine.url)}"
+    if found in _known():
+        return OlderSchema(
+            f"{place} was written by an older weft (schema {found}); this one needs {HEAD}: run "
+            "weft store upgrade, which backs it up first"
+        )
+    return NewerSchema(
+        f"{place} was written by a newer weft (schema {found}); this one knows {HEAD}: upgrade weft"
+    )
+
+
+def _cannot_open(engine: Engine, error: DBAPIError) -> DatabaseUnavailable:
+    reason = str(error.orig).strip().partition("\n")[0]
+    return DatabaseUnavailable(f"cannot open the store at {_place(engine.url)}: {reason}")

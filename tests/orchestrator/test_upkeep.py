@@ -1,12 +1,29 @@
 """``weft fsck``, ``gc`` and ``store`` as people use them."""
 
 import os
+import sqlite3
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from clients.site import Site
 from orchestrator.service import open_workspace
+from storage.ledger import SpendRow
+
+SPEND = SpendRow(
+    event="e1",
+    population="ward",
+    client="north",
+    run="run-1",
+    round=1,
+    assignment="a",
+    mechanism="gaussian",
+    unit="example",
+    adjacency="add-remove",
+    parameters={"steps": 4},
+)
 
 
 @pytest.fixture
@@ -87,3 +104,91 @@ def test_a_blobs_url_with_a_password_is_refused_without_showing_it(refused, monk
     said = refused("runs", "list")
     assert "may hold no password" in said
     assert "hush" not in said
+
+
+def test_a_backup_is_restored_into_another_home_with_the_notes_on_base_models(
+    ok, read, home, tmp_path, monkeypatch
+):
+    (home / "bases").mkdir()
+    (home / "bases" / "abc.json").write_text('{"id": "somewhere"}')
+    assert "2 blobs" in ok("store", "backup", tmp_path / "copy")
+    wanted = read("show", "bot")
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "other"))
+    said = ok("store", "restore", tmp_path / "copy")
+    assert "restored 2 versions" in said
+    assert said.endswith("2 blobs, 0.0 MiB; sound\n")
+    assert read("show", "bot") == wanted
+    assert (tmp_path / "other" / "bases" / "abc.json").read_text() == '{"id": "somewhere"}'
+
+
+def test_restoring_heals_a_damaged_home(ok, home, tmp_path, weft):
+    ok("store", "backup", tmp_path / "copy")
+    for path in blob_files(home):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert weft("fsck")[0] == 1
+    assert "2 repaired" in ok("store", "restore", tmp_path / "copy")
+    assert ok("fsck").endswith("sound\n")
+
+
+def test_restoring_over_something_newer_is_refused_unless_it_is_asked_for(
+    ok, refused, read, home, tmp_path
+):
+    ok("store", "backup", tmp_path / "copy")
+    ok("promote", "bot", "--to", "production")
+    assert "--replace" in refused("store", "restore", tmp_path / "copy")
+    ok("store", "restore", tmp_path / "copy", "--replace")
+    assert read("show", "bot")["aliases"] == []
+
+
+def test_an_unfinished_private_run_is_cancelled_where_its_clients_keys_are_not(
+    ok, read, home, tmp_path, monkeypatch
+):
+    """With new keys, clients would answer the same assignment twice, and the ledger count once."""
+    workspace = open_workspace(home)
+    for run, privacy in (("private", {"epsilon": 8}), ("plain", None)):
+        config = {"privacy": privacy}
+        workspace.ledger.create_run(run, run, config=config, plan={}, rounds=3)
+        workspace.ledger.record_spend(replace(SPEND, run=run, event=run))
+    Site(home / "sites").run_key("private", "north")
+    workspace.close()
+    ok("store", "backup", tmp_path / "copy")
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "other"))
+    found = read("store", "restore", tmp_path / "copy")
+    assert (found["paused"], found["cancelled"]) == (["private", "plain"], ["private"])
+    assert {r["id"]: r["status"] for r in read("runs", "list")} == {
+        "private": "cancelled",
+        "plain": "paused",
+    }
+    monkeypatch.setenv("WEFT_HOME", str(home))  # where the keys are
+    assert read("store", "restore", tmp_path / "copy", "--replace")["cancelled"] == []
+
+
+def test_an_older_store_is_refused_by_all_but_upgrade_which_backs_it_up(
+    ok, refused, read, home, tmp_path, monkeypatch
+):
+    wanted = read("show", "bot")
+    with sqlite3.connect(home / "weft.db") as database:
+        database.execute("DROP TABLE condemned_blobs")
+        database.execute("UPDATE weft_revision SET version_num = '0002'")
+    database.close()
+    for command in (("runs", "list"), ("fsck",), ("show", "bot"), ("store", "backup", "x")):
+        assert "older weft (schema 0002)" in refused(*command)
+    found = read("store", "upgrade")
+    assert found["from"] == "0002"
+    assert found["check"]["sound"]
+    assert read("show", "bot") == wanted
+    assert "is up to date" in ok("store", "upgrade")
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "other"))
+    monkeypatch.setenv("WEFT_BLOBS", str(home / "blobs"))
+    ok("store", "restore", found["backup"])
+    assert read("show", "bot") == wanted
+
+
+def test_a_newer_store_is_not_upgraded(refused, ok, home):
+    with sqlite3.connect(home / "weft.db") as database:
+        database.execute("UPDATE weft_revision SET version_num = '9999'")
+    database.close()
+    assert "newer weft (schema 9999)" in refused("store", "upgrade")
+    assert not (home / "backups").exists()

@@ -16,6 +16,8 @@ from storage.database import (
     BadDatabaseUrl,
     DatabaseUnavailable,
     NewerSchema,
+    OlderSchema,
+    migrate,
     open_database,
     writing,
 )
@@ -80,6 +82,7 @@ def test_runs_of_the_first_schema_stand_where_they_stood(empty_url):
         event = {"run": "died", "kind": "round", "data": '{"round":1}', "created_at": MOMENT}
         for seq in (1, 2):
             connection.execute(old.tables["events"].insert().values(event | {"seq": seq}))
+    migrate(engine)
     engine.dispose()
     ledger = Ledger(open_database(empty_url))
     for run in ledger.runs():
@@ -135,6 +138,15 @@ def test_a_newer_schema_is_refused(empty_url):
         NewerSchema, match=rf"newer weft \(schema 9999\); this one knows {schema.HEAD}"
     ):
         open_database(empty_url)
+
+
+def test_an_older_schema_is_refused_and_left_as_it_is(empty_url):
+    engine = database.connect(empty_url)
+    migrate(engine, "0001")
+    with pytest.raises(OlderSchema, match=r"older weft \(schema 0001\).*weft store upgrade"):
+        open_database(empty_url)
+    assert database.revision(engine) == "0001"
+    engine.dispose()
 
 
 def test_another_programs_alembic_table_is_left_alone(empty_url):

@@ -1,0 +1,209 @@
+"""Bringing a backup back: rows and blobs together, in one transaction.
+
+What is content (versions, their edges and metrics) and what must never be forgotten (populations
+and privacy spends) is united with what the store has: a spend that either of them counts is
+counted. What people have decided since (names, aliases, runs, clients) becomes what it was in the
+backup, and only if the store holds none of it that the backup lacks, or it is asked for.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, delete, func, select, update
+
+from storage.backup import Backup, BadBackup, Progress, pages, read_backup, tables_of
+from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
+from storage.database import connect, insert_missing, lock, migrate, reading, writing
+from storage.places import Folder
+from storage.references import claim, references
+from storage.runs import append
+from storage.schema import metadata, runs, spends
+
+UNITED = ("versions", "version_parents", "metrics", "populations", "spends")
+"""Tables of which nothing is ever forgotten."""
+
+SKIPPED = ("condemned_blobs",)
+"""Tables about the blobs of one place, which say nothing about another's."""
+
+_PAGE = 500
+_OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")
+
+
+class StoreNotEmpty(ValueError):
+    """The store holds what the backup does not, and would lose it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a backup brought back.
+
+    Attributes:
+        backup: what it holds.
+        missing: digests that its rows name, and that neither it nor the store has.
+        paused: ids of the runs that were going on in the backup, which are paused now.
+        num_spends: how many privacy events the store counts now, of all populations.
+    """
+
+    backup: Backup
+    missing: tuple[str, ...]
+    paused: tuple[str, ...]
+    num_spends: int
+
+
+def restore(
+    engine: Engine,
+    blobs: BlobStore,
+    folder: Path,
+    replace: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Restored:
+    """Bring a backup back into a store.
+
+    Whatever happens on the way, the store has either all of the rows or none of them.
+
+    Args:
+        engine: the store's database.
+        blobs: its blobs.
+        folder: the backup, of this schema or an older one.
+        replace: whether names, aliases, runs and clients that the backup lacks may be lost.
+        progress: told how far the copying of blobs is.
+
+    Raises:
+        BadBackup: if the folder is no backup, was changed, or contradicts the store.
+        StoreNotEmpty: if something would be lost without ``replace``; nothing was changed.
+        NewerSchema: if a newer weft wrote it.
+    """
+    with _opened(folder) as (backup, source):
+        if not replace:
+            with reading(engine) as target:
+                _refuse_losses(source, target)
+        wanted = sorted(references(source))
+        copies = BlobStore(Folder(folder / "blobs"))
+        while True:
+            missing = tuple(_fetched(copies, blobs, wanted, progress))
+            with writing(engine) as target:
+                lock(target, "weft restore")
+                if _claimed(target, blobs, sorted({*wanted} - {*missing})):
+                    _unite_spends(source, target)
+                    _write(source, target)
+                    paused = tuple(_pause(target))
+                    counting = select(func.count()).where(spends.c.void.is_(None))
+                    return Restored(backup, missing, paused, target.scalar(counting) or 0)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[tuple[Backup, Connection]]:
+    """Yield what a backup holds, and its rows as this weft would have written them."""
+    backup = read_backup(folder)
+    with tempfile.TemporaryDirectory(prefix="weft-restore-") as draft:
+        rows = Path(draft) / "rows.db"
+        shutil.copy(folder / backup.rows, rows)  # it is migrated, and the backup stays as it is
+        source = connect(f"sqlite:///{rows}")
+        try:
+            migrate(source)
+            with reading(source) as connection:
+                yield backup, connection
+        finally:
+            source.dispose()
+
+
+def _claimed(target: Connection, blobs: BlobStore, digests: Sequence[str]) -> bool:
+    """Return whether all of these are stored still; see :func:`storage.references.claim`."""
+    return not any(
+        claim(target, blobs, digests[start : start + _PAGE])
+        for start in range(0, len(digests), _PAGE)
+    )
+
+
+def _replaced() -> list[Table]:
+    return [t for t in metadata.sorted_tables if t.name not in (*UNITED, *SKIPPED)]
+
+
+def _refuse_losses(source: Connection, target: Connection) -> None:
+    """Refuse if a table that is replaced has a row here which the backup does not have."""
+    for table in _replaced():
+        if target.execute(select(table).limit(1)).first() is None:
+            continue
+        columns = [column for column in table.columns if column is not _number_of(table)]
+        known = {tuple(row) for row in source.execute(select(*columns))}
+        lost = sum(tuple(row) not in known for row in target.execute(select(*columns)))
+        if lost:
+            raise StoreNotEmpty(
+                f"this store has {lost} rows in {table.name} that the backup does not have as they "
+                "are; restore into an empty store, or give --replace: then names, aliases, runs "
+                "and clients become what they were in the backup (versions and spends are kept)"
+            )
+
+
+def _fetched(
+    copies: BlobStore, blobs: BlobStore, wanted: Sequence[str], progress: Progress
+) -> Iterator[str]:
+    """Bring blobs back, each verified; yield those that neither side has whole."""
+    progress(0, len(wanted))
+    for done, digest in enumerate(wanted, 1):
+        try:
+            blobs.put_bytes(copies.fetch(digest))
+        except (BlobMissing, BlobCorrupt):
+            if not blobs.has(digest):
+                yield digest
+        progress(done, len(wanted))
+
+
+def _write(source: Connection, target: Connection) -> None:
+    for table in reversed(_replaced()):
+        target.execute(delete(table))
+    there = {table.name: table for table in tables_of(source.engine)}
+    for table in metadata.sorted_tables:
+        if table.name in SKIPPED:
+            continue
+        number = _number_of(table)
+        for page in pages(source, there[table.name]):
+            if number is not None:  # it is counted anew, in the same order
+                page = [{k: v for k, v in row.items() if k != number.name} for row in page]
+            insert_missing(target, table, page)
+
+
+def _number_of(table: Table) -> Any:
+    """Return the column that only counts rows; None if a table has none."""
+    column = table.autoincrement_column
+    return column if column is not None and column.name == "number" else None
+
+
+def _unite_spends(source: Connection, target: Connection) -> None:
+    """Make every spend here count that counts in the backup; the rest come with the rows.
+
+    Raises:
+        BadBackup: if one event is two different spends.
+    """
+    for row in source.execute(select(spends)).mappings():
+        query = select(spends).where(spends.c.event == row["event"])
+        here = target.execute(query).mappings().first()
+        if here is None:
+            continue
+        if _facts(here) != _facts(row):
+            raise BadBackup(
+                f"the spend {row['event'][:12]} of {row['population']!r} is another one in this "
+                "store; one of them belongs to another store: restore into an empty one"
+            )
+        if row["void"] is None and here["void"] is not None:
+            same = spends.c.event == row["event"]
+            target.execute(update(spends).where(same).values(void=None))
+
+
+def _facts(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in (*_OF_A_SPEND, "assignment", "parameters"))
+
+
+def _pause(target: Connection) -> Iterator[str]:
+    """Pause the runs that were going on: whoever drove them may be doing so elsewhere."""
+    going = select(runs.c.id, runs.c.token).where(runs.c.status.in_(("queued", "running")))
+    for run, token in target.execute(going.order_by(runs.c.number)).all():
+        append(target, run, "restored", {}, {"status": "paused", "token": token + 1})
+        yield run
