@@ -65,7 +65,8 @@ class BlobStore:
         Costs one copy of the tensors in memory. What is stored already is not written again.
 
         Raises:
-            BadTensor: if a value is not finite, or a dtype is none of float, integer and boolean.
+            BadTensor: if a value is not finite, a dtype is none of float, integer and boolean, or a
+                name cannot be stored.
             OSError, BlobsUnavailable: if they cannot be written; nothing is stored.
         """
         return self.put_bytes(canonical_bytes(tensors))
@@ -182,6 +183,11 @@ def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in sorted(tensors):
+        if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
+            raise BadTensor(
+                f"a tensor cannot be called {name[:60]!r}: safetensors keeps that name for itself, "
+                "or it is no UTF-8; rename it"
+            )
         tensor = tensors[name].detach()
         if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
             allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _DTYPES))

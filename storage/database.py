@@ -52,6 +52,10 @@ class BadDatabaseUrl(ValueError):
     """The database url cannot be read, or names a database that weft does not use."""
 
 
+class BadText(ValueError):
+    """A text that no database can hold, and that therefore names nothing."""
+
+
 class DatabaseUnavailable(ConnectionError):
     """The database cannot be reached, is none, or stopped working: what it was told is undone."""
 
@@ -152,12 +156,9 @@ def connect(url: str) -> Engine:
         engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-        event.listen(engine, "handle_error", _unavailable)
-        return engine
+        return _watched(engine)
     try:
-        engine = create_engine(address, pool_pre_ping=True)
-        event.listen(engine, "handle_error", _unavailable)
-        return engine
+        return _watched(create_engine(address, pool_pre_ping=True))
     except ModuleNotFoundError as error:
         raise DatabaseUnavailable(
             "a PostgreSQL store needs psycopg, which is not installed; "
@@ -264,6 +265,35 @@ def _place(address: URL) -> str:
         database=address.database,
     )
     return shown.render_as_string()
+
+
+def _watched(engine: Engine) -> Engine:
+    event.listen(engine, "handle_error", _unavailable)
+    event.listen(engine, "before_cursor_execute", _check_texts)
+    return engine
+
+
+def _check_texts(
+    connection: Connection, cursor: Any, statement: str, parameters: Any, *rest: Any
+) -> None:
+    """Refuse what PostgreSQL or UTF-8 cannot hold before either says so in words of its own."""
+    many = parameters if isinstance(parameters, list) else [parameters]
+    for one in many:
+        for value in one.values() if isinstance(one, Mapping) else one:
+            if isinstance(value, str) and not _is_text(value):
+                raise BadText(
+                    f"a name or text must be UTF-8 without NUL characters, got {value[:60]!r}; "
+                    "leave that character out"
+                )
+
+
+def _is_text(value: str) -> bool:
+    if "\0" in value:
+        return False
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _unavailable(context: ExceptionContext) -> DatabaseUnavailable | None:
