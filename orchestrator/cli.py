@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_clients import clients_app
+from orchestrator.cli_refs import alias_app, names, promote, rollback, versions, yank
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.terminal import (
     Fields,
@@ -39,6 +40,12 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.command()(run)
 app.command()(coordinator)
+app.command()(names)
+app.command()(versions)
+app.command()(promote)
+app.command()(rollback)
+app.command()(yank)
+app.add_typer(alias_app, name="alias")
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
@@ -163,22 +170,6 @@ def merge(
         print_json(views.version_json(found))
     else:
         out.print(f"{found.names[-1]}  {version}")
-
-
-@app.command()
-def promote(
-    ref: str,
-    to: Annotated[str, typer.Option("--to", help="The alias, such as production.")],
-    name: Annotated[str | None, typer.Option(help="The name the alias belongs to.")] = None,
-    why: Annotated[str, typer.Option(help="For the alias's history.")] = "",
-) -> None:
-    """Point NAME@ALIAS at a version."""
-    from orchestrator import service
-
-    workspace = workspace_here()
-    owner = name or service.name_of(workspace, ref)
-    service.promote(workspace, owner, to, ref, why)
-    out.print(f"{owner}@{to}  {workspace.store.resolve(ref)}")
 
 
 @app.command()

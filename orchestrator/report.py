@@ -13,8 +13,10 @@ from rich.tree import Tree
 from clients.data import DataReport
 from orchestrator.service import Ancestry
 from orchestrator.spending import Epsilon
+from storage.aliases import AliasMove
 from storage.ledger import ClientRecord, RunRecord
 from storage.lineage import Edge, Lineage, Version
+from storage.listing import NameRow
 from storage.records import now
 
 _KEEP = 3
@@ -114,7 +116,8 @@ def _version_line(version: Version) -> str:
     insecure = (recipe.get("privacy") or {}).get("insecure_seed") is not None
     warning = "  [red]insecure seed: not private[/]" if insecure else ""
     scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])
-    return f"[cyan]{_title(version)}[/] {what}{extra}  [dim]{scores}[/]{warning}"
+    bad = f"  [red]yanked: {escape(version.yanked)}[/]" if version.yanked is not None else ""
+    return f"[cyan]{_title(version)}[/] {what}{extra}  [dim]{scores}[/]{warning}{bad}"
 
 
 def _method(choice: Mapping[str, Any]) -> str:
@@ -153,12 +156,44 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "reproducible": recipe["reproducible"],
         "private": "yes" if recipe["private"] else "no",
         "metrics": ", ".join(f"{k} {v:.4f}" for k, v in version.metrics.items()) or "-",
+        "yanked": version.yanked or "-",
         "created": version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/]", escape(value))
     for spent in epsilons:
         table.add_row("[bold]ε[/]", epsilon_line(spent))
+    return table
+
+
+def names_table(rows: Sequence[NameRow]) -> Table:
+    """Return names, with what they number and where their aliases point."""
+    table = Table("name", "versions", "newest", "aliases")
+    for row in rows:
+        aliases = ", ".join(f"@{alias} {v[:12]}" for alias, v in row.aliases.items()) or "-"
+        table.add_row(escape(row.name), str(row.num_versions), row.newest[:12], escape(aliases))
+    return table
+
+
+def versions_table(versions: Sequence[Version]) -> Table:
+    """Return versions, a line each, in the order given."""
+    table = Table("version", "names", "made by", "created (UTC)", "metrics", "yanked")
+    for v in versions:
+        names = ", ".join((*v.names, *v.aliases)) or "-"
+        scores = ", ".join(f"{k} {value:.4f}" for k, value in v.metrics.items())
+        when = v.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        facts = (v.id[:12], names, v.recipe["kind"], when, scores, v.yanked or "")
+        table.add_row(*(escape(text) for text in facts))
+    return table
+
+
+def moves_table(moves: Sequence[AliasMove]) -> Table:
+    """Return the moves of an alias, in the order given."""
+    table = Table("", "when (UTC)", "what", "from", "to", "who", "why")
+    for m in moves:
+        when = m.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        facts = (str(m.number), when, m.kind, (m.before or "-")[:12], m.version[:12], m.who, m.why)
+        table.add_row(*(escape(text) for text in facts))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,6 +19,7 @@ from orchestrator.coordinator import (
     make_backend,
     serve,
 )
+from orchestrator.deploying import YankResult, alias_log, promote, rollback, yank
 from orchestrator.federation import Observe
 from orchestrator.launch import make_plan
 from orchestrator.lease import driver_name
@@ -65,6 +65,8 @@ __all__ = [
     "Serving",
     "WaitedTooLong",
     "Workspace",
+    "YankResult",
+    "alias_log",
     "cancel",
     "check_data",
     "clone",
@@ -84,11 +86,13 @@ __all__ = [
     "register_client",
     "requeue",
     "resume",
+    "rollback",
     "serve",
     "spent_by_population",
     "submit",
     "use",
     "wait",
+    "yank",
 ]
 
 _DELTA = 1e-5
@@ -288,19 +292,6 @@ def merge(
     )
     store.name(into, version)
     return version
-
-
-def promote(workspace: Workspace, name: str, alias: str, ref: str, why: str = "") -> None:
-    """Point ``name@alias`` at a version; the alias and the version's runs keep the history.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-    """
-    version, who = workspace.store.resolve(ref), getpass.getuser()
-    workspace.store.promote(name, alias, version, who=who, why=why)
-    for run in workspace.ledger.runs_at(version):
-        facts = {"name": name, "alias": alias, "version": version, "who": who, "why": why}
-        workspace.ledger.record(run, "promoted", facts)
 
 
 def name_of(workspace: Workspace, ref: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.config import FAMILIES
 from orchestrator.service import Ancestry
+from storage.aliases import AliasMove
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from strategies.plugins import UnknownPlugin
@@ -58,6 +59,7 @@ def version_json(version: Version) -> dict[str, Any]:
         "id": version.id,
         "names": list(version.names),
         "aliases": list(version.aliases),
+        "yanked": version.yanked,
         "tensors": version.tensors,
         "auxiliary": version.auxiliary,
         "memory": version.memory,
@@ -65,6 +67,19 @@ def version_json(version: Version) -> dict[str, Any]:
         "recipe": version.recipe,
         "metrics": dict(version.metrics),
         "created_at": version.created_at.isoformat(),
+    }
+
+
+def move_json(move: AliasMove) -> dict[str, Any]:
+    """Return a move of an alias as JSON."""
+    return {
+        "number": move.number,
+        "kind": move.kind,
+        "from": move.before,
+        "to": move.version,
+        "who": move.who,
+        "why": move.why,
+        "at": move.created_at.isoformat(),
     }
 
 
