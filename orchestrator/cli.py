@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_clients import clients_app
+from orchestrator.cli_lineage import diff, lineage
 from orchestrator.cli_refs import alias_app, names, promote, rollback, versions, yank
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.terminal import (
@@ -40,6 +41,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.command()(run)
 app.command()(coordinator)
+app.command()(lineage)
+app.command()(diff)
 app.command()(names)
 app.command()(versions)
 app.command()(promote)
@@ -116,22 +119,6 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
 
 
 # --- versions ---------------------------------------------------------------------------------
-
-
-@app.command()
-def lineage(
-    ref: str,
-    whole: Annotated[bool, typer.Option("--all", help="Show every round.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Print what a version is made of, down to client updates."""
-    from orchestrator import report, service, views
-
-    found = service.lineage(workspace_here(), ref)
-    if as_json:
-        print_json(views.lineage_json(found))
-    else:
-        out.print(report.lineage_tree(found, whole))
 
 
 @app.command()

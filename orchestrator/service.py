@@ -20,6 +20,7 @@ from orchestrator.coordinator import (
     serve,
 )
 from orchestrator.deploying import YankResult, alias_log, promote, rollback, yank
+from orchestrator.differences import BadDiff, Diff, diff
 from orchestrator.federation import Observe
 from orchestrator.launch import make_plan
 from orchestrator.lease import driver_name
@@ -31,6 +32,14 @@ from orchestrator.merging import (
     task_vector,
 )
 from orchestrator.observers.of_run import observers_of
+from orchestrator.provenance import (
+    Ancestry,
+    BadSelection,
+    Selection,
+    deployed_with,
+    descendants,
+    lineage,
+)
 from orchestrator.recipes import merge_recipe
 from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
@@ -45,12 +54,10 @@ from orchestrator.steering import (
     wait,
 )
 from orchestrator.versions import (
-    Ancestry,
     EvaluationFailed,
     evaluate,
     evaluate_many,
     export,
-    lineage,
     use,
 )
 from orchestrator.workspace import Workspace, open_workspace, remember_base
@@ -58,10 +65,14 @@ from storage.ledger import ClientRecord, Queueing, RunRecord
 
 __all__ = [
     "Ancestry",
+    "BadDiff",
+    "BadSelection",
+    "Diff",
     "Driving",
     "EvaluationFailed",
     "RunBusy",
     "RunRefused",
+    "Selection",
     "Serving",
     "WaitedTooLong",
     "Workspace",
@@ -70,6 +81,9 @@ __all__ = [
     "cancel",
     "check_data",
     "clone",
+    "deployed_with",
+    "descendants",
+    "diff",
     "evaluate",
     "evaluate_many",
     "export",

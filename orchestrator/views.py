@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.config import FAMILIES
-from orchestrator.service import Ancestry
+from orchestrator.differences import Diff
+from orchestrator.provenance import Ancestry
 from storage.aliases import AliasMove
+from storage.contributions import Deployment
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from strategies.plugins import UnknownPlugin
@@ -84,13 +87,49 @@ def move_json(move: AliasMove) -> dict[str, Any]:
 
 
 def lineage_json(ancestry: Ancestry) -> dict[str, Any]:
-    """Return an ancestry as JSON."""
+    """Return a lineage as JSON."""
     found = ancestry.lineage
+    bases = {json.dumps(_base(v), sort_keys=True): _base(v) for v in found.nodes.values()}
     return {
         "root": found.root,
+        "towards": ancestry.towards,
         "versions": {key: version_json(v) for key, v in found.nodes.items()},
         "edges": [{"child": c, "parent": p, "kind": k} for c, p, k in found.edges],
+        "leaves": [asdict(leaf) for leaf in ancestry.leaves],
+        "bases": [bases[key] for key in sorted(bases)],
+        "deployed": {alias: key for key, v in found.nodes.items() for alias in v.aliases},
         "epsilon": [asdict(e) for e in ancestry.epsilons],
+        "epsilon_by_data": [
+            {"client": client, "fingerprint": data, **asdict(e)}
+            for (client, data), e in ancestry.by_data.items()
+        ],
+    }
+
+
+def _base(version: Version) -> dict[str, Any]:
+    model = version.recipe["model"]
+    return {"id": model["id"], "revision": model.get("revision"), "hash": model["hash"]}
+
+
+def deployments_json(deployed: Sequence[Deployment]) -> list[dict[str, Any]]:
+    """Return deployed versions that contain a client's contribution as JSON."""
+    return [
+        {"alias": d.pointer, "version": d.version, "num_versions": d.num_versions} for d in deployed
+    ]
+
+
+def diff_json(found: Diff) -> dict[str, Any]:
+    """Return in what two versions differ as JSON; pairs are (first, second)."""
+    return {
+        "first": found.first,
+        "second": found.second,
+        "norms": list(found.norms),
+        "change": found.change,
+        "layers": [{**asdict(x), "relative": x.relative} for x in found.layers],
+        "tensors": [{**asdict(x), "relative": x.relative} for x in found.tensors],
+        "metrics": {key: list(pair) for key, pair in found.metrics.items()},
+        "recipe": {key: list(pair) for key, pair in found.recipe.items()},
+        "clients": [list(names) for names in found.clients],
     }
 
 

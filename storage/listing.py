@@ -16,7 +16,6 @@ from sqlalchemy import (
     text,
 )
 
-from storage.database import insert_missing
 from storage.lineage import current_aliases
 from storage.schema import contributions, named_versions, names, promotions, versions
 
@@ -125,16 +124,3 @@ def _contributed(client: str) -> ColumnElement[bool]:
         contributions.c.number == versions.c.number,
         versions.c.id == named_versions.c.version,
     )
-
-
-def record_contributions(connection: Connection, version: str, recipe: Mapping[str, Any]) -> None:
-    """Make a version findable by the clients whose updates its recipe lists."""
-    found = {
-        leaf["client"]
-        for leaf in recipe.get("updates", ())
-        if isinstance(leaf, Mapping) and isinstance(leaf.get("client"), str)
-    }
-    if found:
-        number = connection.scalar(select(versions.c.number).where(versions.c.id == version))
-        rows = [{"client": client, "number": number} for client in sorted(found)]
-        insert_missing(connection, contributions, rows)

@@ -21,6 +21,7 @@ from storage.aliases import (
 )
 from storage.blobs import BlobStore
 from storage.canonical import canonical_json
+from storage.contributions import Deployment, contributed, deployed_with, record_contributions
 from storage.database import insert_missing, insert_or_update, writing
 from storage.lineage import (
     PARENT_KINDS,
@@ -38,7 +39,6 @@ from storage.listing import (
     NameRow,
     page_of_names,
     page_of_versions,
-    record_contributions,
 )
 from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
 from storage.schema import named_versions
@@ -51,12 +51,14 @@ __all__ = [
     "BadMetric",
     "BadName",
     "BadParents",
+    "Deployment",
     "Edge",
     "Lineage",
     "NameRow",
     "NoReason",
     "NothingToRollBack",
     "Parent",
+    "UnknownContributor",
     "UnknownVersion",
     "Version",
     "Yank",
@@ -66,6 +68,10 @@ __all__ = [
 
 class BadParents(ValueError):
     """A parent's kind that lineage does not know."""
+
+
+class UnknownContributor(LookupError):
+    """No version was made with an update of this client."""
 
 
 class BadMetric(ValueError):
@@ -279,6 +285,20 @@ class AdapterStore(Aliases):
         """
         with self._engine.connect() as connection:
             return walk(connection, resolve(connection, ref), towards, depth)
+
+    def deployed_with(self, client: str) -> list[Deployment]:
+        """Return the deployed versions that an update of ``client`` went into, sorted by alias.
+
+        Raises:
+            UnknownContributor: if no version at all was made with one.
+        """
+        with self._engine.connect() as connection:
+            if not contributed(connection, client):
+                raise UnknownContributor(
+                    f"no version was made with an update of {client!r}; weft clients list and "
+                    "weft lineage show who took part"
+                )
+            return deployed_with(connection, client)
 
     def record_metrics(self, ref: str, metrics: Mapping[str, float]) -> None:
         """Add measured values to a version; a key that it has gets the new value.

@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 
 from orchestrator import service
 from orchestrator.config import PrivacyConfig
+from orchestrator.drawing import lineage_tree
 from orchestrator.progress import RunProgress
-from orchestrator.report import lineage_tree, version_table
+from orchestrator.report import version_table
 
 
 def _text(renderable) -> str:

@@ -1,0 +1,80 @@
+"""Whose updates a version holds, itself or through what it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, func, select
+
+from storage.database import insert_missing
+from storage.lineage import current_aliases
+from storage.schema import contributions, parents, promotions, versions
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A version that an alias points at and that holds a client's updates.
+
+    Attributes:
+        pointer: such as ``bot@production``.
+        version: its id.
+        num_versions: how many versions of its lineage were made with an update of the client.
+    """
+
+    pointer: str
+    version: str
+    num_versions: int
+
+
+def record_contributions(connection: Connection, version: str, recipe: Mapping[str, Any]) -> None:
+    """Make a version findable by the clients whose updates its recipe lists."""
+    found = {
+        leaf["client"]
+        for leaf in recipe.get("updates", ())
+        if isinstance(leaf, Mapping) and isinstance(leaf.get("client"), str)
+    }
+    if found:
+        number = connection.scalar(select(versions.c.number).where(versions.c.id == version))
+        rows = [{"client": client, "number": number} for client in sorted(found)]
+        insert_missing(connection, contributions, rows)
+
+
+def deployed_with(connection: Connection, client: str) -> list[Deployment]:
+    """Return the deployed versions that an update of ``client`` went into, sorted by alias.
+
+    It follows every kind of edge from the client's updates on: linear in what came of them.
+    """
+    own = contributions.c.client == client
+    reached = (
+        select(versions.c.id)
+        .join(contributions, contributions.c.number == versions.c.number)
+        .where(own)
+        .cte("reached", recursive=True)
+    )
+    reached = reached.union(select(parents.c.child).where(parents.c.parent == reached.c.id))
+    query = current_aliases().where(promotions.c.version.in_(select(reached.c.id)))
+    found = sorted((f"{name}@{alias}", v) for name, alias, v in connection.execute(query))
+    counts = {version: _num_versions(connection, version, client) for _, version in found}
+    return [Deployment(pointer, version, counts[version]) for pointer, version in found]
+
+
+def contributed(connection: Connection, client: str) -> bool:
+    """Return whether any version was made with an update of ``client``."""
+    query = select(contributions.c.client).where(contributions.c.client == client).limit(1)
+    return connection.scalar(query) is not None
+
+
+def _num_versions(connection: Connection, version: str, client: str) -> int:
+    reached = select(versions.c.id).where(versions.c.id == version)
+    above = reached.cte("above", recursive=True)
+    above = above.union(select(parents.c.parent).where(parents.c.child == above.c.id))
+    query = (
+        select(func.count())
+        .select_from(above)
+        .join(versions, versions.c.id == above.c.id)
+        .join(contributions, contributions.c.number == versions.c.number)
+        .where(contributions.c.client == client)
+    )
+    return connection.scalar(query) or 0
