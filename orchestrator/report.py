@@ -71,9 +71,9 @@ def versions_table(versions: Sequence[Version]) -> Table:
 
 def deployments_table(deployed: Sequence[Deployment]) -> Table:
     """Return the deployed versions that contain a client's contribution."""
-    table = Table("alias", "version", "rounds with its updates")
+    table = Table("alias", "version")
     for d in deployed:
-        table.add_row(escape(d.pointer), d.version[:12], str(d.num_versions))
+        table.add_row(escape(d.pointer), d.version[:12])
     return table
 
 

@@ -113,9 +113,7 @@ def _base(version: Version) -> dict[str, Any]:
 
 def deployments_json(deployed: Sequence[Deployment]) -> list[dict[str, Any]]:
     """Return deployed versions that contain a client's contribution as JSON."""
-    return [
-        {"alias": d.pointer, "version": d.version, "num_versions": d.num_versions} for d in deployed
-    ]
+    return [{"alias": d.pointer, "version": d.version} for d in deployed]
 
 
 def diff_json(found: Diff) -> dict[str, Any]:

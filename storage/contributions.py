@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from storage.database import insert_missing
 from storage.lineage import current_aliases
@@ -15,17 +15,15 @@ from storage.schema import contributions, parents, promotions, versions
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A version that an alias points at and that holds a client's updates.
+    """Where an alias points.
 
     Attributes:
         pointer: such as ``bot@production``.
-        version: its id.
-        num_versions: how many versions of its lineage were made with an update of the client.
+        version: id of the version that it points at.
     """
 
     pointer: str
     version: str
-    num_versions: int
 
 
 def record_contributions(connection: Connection, version: str, recipe: Mapping[str, Any]) -> None:
@@ -56,25 +54,10 @@ def deployed_with(connection: Connection, client: str) -> list[Deployment]:
     reached = reached.union(select(parents.c.child).where(parents.c.parent == reached.c.id))
     query = current_aliases().where(promotions.c.version.in_(select(reached.c.id)))
     found = sorted((f"{name}@{alias}", v) for name, alias, v in connection.execute(query))
-    counts = {version: _num_versions(connection, version, client) for _, version in found}
-    return [Deployment(pointer, version, counts[version]) for pointer, version in found]
+    return [Deployment(pointer, version) for pointer, version in found]
 
 
 def contributed(connection: Connection, client: str) -> bool:
     """Return whether any version was made with an update of ``client``."""
     query = select(contributions.c.client).where(contributions.c.client == client).limit(1)
     return connection.scalar(query) is not None
-
-
-def _num_versions(connection: Connection, version: str, client: str) -> int:
-    reached = select(versions.c.id).where(versions.c.id == version)
-    above = reached.cte("above", recursive=True)
-    above = above.union(select(parents.c.parent).where(parents.c.child == above.c.id))
-    query = (
-        select(func.count())
-        .select_from(above)
-        .join(versions, versions.c.id == above.c.id)
-        .join(contributions, contributions.c.number == versions.c.number)
-        .where(contributions.c.client == client)
-    )
-    return connection.scalar(query) or 0

@@ -160,8 +160,9 @@ def walk(
         start = select(literal(root).label("id"))
         reached = start.cte("reached", recursive=True)
         reached = reached.union(select(far).where(near == reached.c.id))
-        return [Edge(*row) for row in connection.execute(edges.join(reached, near == reached.c.id))]
-    found: list[Edge] = []
+        found = connection.execute(edges.join(reached, near == reached.c.id)).all()
+        return [Edge._make(row) for row in found]
+    walked: list[Edge] = []
     seen, frontier = {root}, [root]
     for _ in range(depth):
         step = [
@@ -169,12 +170,12 @@ def walk(
             for part in _parts(frontier)
             for row in connection.execute(edges.where(near.in_(part)))
         ]
-        found += step
+        walked += step
         frontier = sorted({e.parent if towards == "parents" else e.child for e in step} - seen)
         if not frontier:
             break
         seen.update(frontier)
-    return found
+    return walked
 
 
 def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Version]:
