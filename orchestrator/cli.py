@@ -11,6 +11,8 @@ import typer
 
 from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
+from orchestrator.cli_lineage import diff, lineage
+from orchestrator.cli_refs import alias_app, names, promote, rollback, versions, yank
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.cli_store import fsck, gc, store_app
@@ -44,6 +46,14 @@ app.command()(run)
 app.command()(coordinator)
 app.command()(fsck)
 app.command()(gc)
+app.command()(lineage)
+app.command()(diff)
+app.command()(names)
+app.command()(versions)
+app.command()(promote)
+app.command()(rollback)
+app.command()(yank)
+app.add_typer(alias_app, name="alias")
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
@@ -124,22 +134,6 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def lineage(
-    ref: str,
-    whole: Annotated[bool, typer.Option("--all", help="Show every round.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Print what a version is made of, down to client updates."""
-    from orchestrator import report, service, views
-
-    found = service.lineage(workspace_here(), ref)
-    if as_json:
-        print_json(views.lineage_json(found))
-    else:
-        out.print(report.lineage_tree(found, whole))
-
-
-@app.command()
 def show(ref: str, as_json: JsonFlag = False) -> None:
     """Show one version."""
     from orchestrator import report, service, views
@@ -178,21 +172,6 @@ def merge(
 
 
 @app.command()
-def promote(
-    ref: str,
-    to: Annotated[str, typer.Option("--to", help="The alias, such as production.")],
-    name: Annotated[str | None, typer.Option(help="The name the alias belongs to.")] = None,
-    why: Annotated[str, typer.Option(help="For the alias's history.")] = "",
-) -> None:
-    """Point NAME@ALIAS at a version."""
-    from orchestrator import service
-
-    workspace = workspace_here()
-    owner = name or service.name_of(workspace, ref)
-    service.promote(workspace, owner, to, ref, why)
-    out.print(f"{owner}@{to}  {workspace.store.resolve(ref)}")
-
-
 @app.command(name="eval")
 def evaluate(
     ref: str,

@@ -143,6 +143,7 @@ def clients_withdraw(
     out.print(f"{name} withdrew; {done.buried} stored updates are buried", highlight=False)
     for run in done.later:
         out.print(f"run {run} buries what it holds after its round", highlight=False)
-    for alias, version in done.deployed:
-        out.print(f"deployed with it: {alias}  {version}", highlight=False, markup=False)
+    for one in done.deployed:
+        line = f"deployed with it: {one.pointer}  {one.version}"
+        out.print(line, highlight=False, markup=False)
     out.print("nothing is unlearned: these versions stay as they are", style="dim")

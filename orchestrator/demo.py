@@ -26,8 +26,8 @@ from orchestrator.backends.base import Backend
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.demo_export import compare_with_peft
+from orchestrator.drawing import lineage_tree
 from orchestrator.progress import RunProgress
-from orchestrator.report import lineage_tree
 from strategies import STRATEGIES
 from strategies.base import ClientSpec
 

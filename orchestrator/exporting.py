@@ -10,8 +10,9 @@ from clients.folders import whole_folder
 from orchestrator.card import version_card
 from orchestrator.manifest import write_manifest, write_signature
 from orchestrator.merging import effective
+from orchestrator.provenance import lineage
 from orchestrator.signing import admitted, keys
-from orchestrator.versions import lineage, refuse_unusable
+from orchestrator.versions import refuse_unusable
 from orchestrator.workspace import Workspace, base_of
 
 

@@ -8,132 +8,16 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from rich.tree import Tree
 
 from clients.data import DataReport
-from orchestrator.service import Ancestry
+from orchestrator.drawing import epsilon_line
 from orchestrator.spending import Epsilon
+from storage.aliases import AliasMove
+from storage.contributions import Deployment
 from storage.ledger import ClientRecord, RunRecord
-from storage.lineage import Edge, Lineage, Version
+from storage.lineage import Version
+from storage.listing import NameRow
 from storage.records import now
-
-_KEEP = 3
-
-
-def lineage_tree(ancestry: Ancestry, whole: bool = False) -> Tree:
-    """Return a version's history as a tree down to client updates.
-
-    A long line of rounds is shortened to its ends unless ``whole``. A version that is reached a
-    second time is referred to.
-    """
-    found = ancestry.lineage
-    drawing = _Drawing(found, whole)
-    root = Tree(_version_line(found.nodes[found.root]), guide_style="dim")
-    drawing.draw(root, root, found.root)
-    if ancestry.epsilons:
-        spent = root.add("[bold]privacy inherited[/] (each event counts once)")
-        for item in ancestry.epsilons:
-            spent.add(epsilon_line(item))
-    return root
-
-
-class _Drawing:
-    """Draws each version once, newest first, its client updates as leaves.
-
-    A line of single parents is drawn flat, one below the other; a version with several opens a
-    branch for each.
-    """
-
-    def __init__(self, found: Lineage, whole: bool) -> None:
-        self._nodes, self._whole = found.nodes, whole
-        self._above: dict[str, list[Edge]] = {}
-        for edge in found.edges:
-            self._above.setdefault(edge.child, []).append(edge)
-        self._drawn: set[str] = set()
-
-    def draw(self, line: Tree, node: Tree, key: str) -> None:
-        """Fill ``node``, the version ``key``; what it came from goes on in ``line``."""
-        while True:
-            self._drawn.add(key)
-            for leaf in self._nodes[key].recipe["updates"]:
-                node.add(_leaf_line(leaf))
-            skipped, above = self._shortened(self._above.get(key, []))
-            if skipped:
-                line.add(f"[dim]… {skipped} rounds, shown with --all[/]")
-            if len(above) != 1:
-                break
-            key = above[0].parent
-            if key in self._drawn:
-                line.add(f"{self._edge(above[0])} [dim](shown above)[/]")
-                return
-            node = line.add(self._edge(above[0]))
-        for edge in above:
-            if edge.parent in self._drawn:
-                node.add(f"{self._edge(edge)} [dim](shown above)[/]")
-            else:
-                branch = node.add(self._edge(edge))
-                self.draw(branch, branch, edge.parent)
-
-    def _edge(self, edge: Edge) -> str:
-        return f"[bold]{edge.kind}[/] ← {_version_line(self._nodes[edge.parent])}"
-
-    def _shortened(self, above: list[Edge]) -> tuple[int, list[Edge]]:
-        """Return how many rounds to leave out of a line of them, and the edges to go on with."""
-        line = above
-        length = 0
-        while len(line) == 1 and line[0].kind == "round" and line[0].parent not in self._drawn:
-            length += 1
-            last, line = line, self._above.get(line[0].parent, [])
-        if self._whole or length <= _KEEP:
-            return 0, above
-        return length - 1, last
-
-
-def epsilon_line(spent: Epsilon) -> str:
-    """Return one population's ε as a line."""
-    note = " [dim]public data: reported, not budgeted[/]" if spent.public else ""
-    return f"{escape(spent.population)}: {spent}{note}"
-
-
-def _title(version: Version) -> str:
-    names = ", ".join((*version.names, *version.aliases))
-    return f"{version.id[:12]} {names}".strip()
-
-
-def _version_line(version: Version) -> str:
-    recipe = version.recipe
-    what = {
-        "round": f"round {recipe.get('round')} of {recipe.get('strategy', {}).get('name')}",
-        "start": f"start of {_method(recipe['adapter'])} ({recipe.get('start')})",
-        "merge": f"merge by {recipe.get('merge', {}).get('name')}",
-        "offset": f"offset of {_method(recipe['adapter'])}",
-        "import": f"import of {_method(recipe['adapter'])}",
-    }.get(recipe["kind"], recipe["kind"])
-    base = recipe["model"]
-    place = f"{base['id'] or 'local folder'} {base['hash'][:12]}"
-    extra = f"  [dim]base {place}[/]" if recipe["kind"] in ("start", "merge", "import") else ""
-    insecure = (recipe.get("privacy") or {}).get("insecure_seed") is not None
-    warning = "  [red]insecure seed: not private[/]" if insecure else ""
-    scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])
-    return f"[cyan]{_title(version)}[/] {what}{extra}  [dim]{scores}[/]{warning}"
-
-
-def _method(choice: Mapping[str, Any]) -> str:
-    """Return an adapter's name, and how it starts where that is not the usual way."""
-    init = choice["options"].get("init", "kaiming")
-    return str(choice["name"]) if init == "kaiming" else f"{choice['name']} ({init})"
-
-
-def _leaf_line(leaf: Mapping[str, Any]) -> str:
-    private = "".join(
-        f"  noise {s['parameters']['noise_multiplier']:g} q {s['parameters']['sample_rate']:.3g} "
-        f"steps {s['parameters']['steps']:g}"
-        for s in leaf["spends"]
-    )
-    return (
-        f"[green]{leaf['client']}[/] update {leaf['digest'][:12]}  n {leaf['num_examples']}"
-        f"  [dim]data {leaf['fingerprint'][:12]}{private}[/]"
-    )
 
 
 def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
@@ -154,12 +38,52 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "reproducible": recipe["reproducible"],
         "private": "yes" if recipe["private"] else "no",
         "metrics": ", ".join(f"{k} {v:.4f}" for k, v in version.metrics.items()) or "-",
+        "yanked": version.yanked or "-",
         "created": version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/]", escape(value))
     for spent in epsilons:
         table.add_row("[bold]ε[/]", epsilon_line(spent))
+    return table
+
+
+def names_table(rows: Sequence[NameRow]) -> Table:
+    """Return names, with what they number and where their aliases point."""
+    table = Table("name", "versions", "newest", "aliases")
+    for row in rows:
+        aliases = ", ".join(f"@{alias} {v[:12]}" for alias, v in row.aliases.items()) or "-"
+        table.add_row(escape(row.name), str(row.num_versions), row.newest[:12], escape(aliases))
+    return table
+
+
+def versions_table(versions: Sequence[Version]) -> Table:
+    """Return versions, a line each, in the order given."""
+    table = Table("version", "names", "made by", "created (UTC)", "metrics", "yanked")
+    for v in versions:
+        names = ", ".join((*v.names, *v.aliases)) or "-"
+        scores = ", ".join(f"{k} {value:.4f}" for k, value in v.metrics.items())
+        when = v.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        facts = (v.id[:12], names, v.recipe["kind"], when, scores, v.yanked or "")
+        table.add_row(*(escape(text) for text in facts))
+    return table
+
+
+def deployments_table(deployed: Sequence[Deployment]) -> Table:
+    """Return the deployed versions that contain a client's contribution."""
+    table = Table("alias", "version")
+    for d in deployed:
+        table.add_row(escape(d.pointer), d.version[:12])
+    return table
+
+
+def moves_table(moves: Sequence[AliasMove]) -> Table:
+    """Return the moves of an alias, in the order given."""
+    table = Table("", "when (UTC)", "what", "from", "to", "who", "why")
+    for m in moves:
+        when = m.created_at.strftime("%Y-%m-%d %H:%M:%S")
+        facts = (str(m.number), when, m.kind, (m.before or "-")[:12], m.version[:12], m.who, m.why)
+        table.add_row(*(escape(text) for text in facts))
     return table
 
 

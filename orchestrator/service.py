@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,6 +19,8 @@ from orchestrator.coordinator import (
     make_backend,
     serve,
 )
+from orchestrator.deploying import YankResult, alias_log, promote, rollback, yank
+from orchestrator.differences import BadDiff, Diff, diff
 from orchestrator.exporting import export
 from orchestrator.federation import Observe
 from orchestrator.importing import import_adapter
@@ -33,6 +34,14 @@ from orchestrator.merging import (
     task_vector,
 )
 from orchestrator.observers.of_run import observers_of
+from orchestrator.provenance import (
+    Ancestry,
+    BadSelection,
+    Selection,
+    deployed_with,
+    descendants,
+    lineage,
+)
 from orchestrator.recipes import merge_recipe
 from orchestrator.registering import register_client, register_clients
 from orchestrator.replay import replay
@@ -51,11 +60,9 @@ from orchestrator.steering import (
     wait,
 )
 from orchestrator.versions import (
-    Ancestry,
     EvaluationFailed,
     evaluate,
     evaluate_many,
-    lineage,
     use,
 )
 from orchestrator.withdrawing import withdraw
@@ -64,16 +71,25 @@ from storage.ledger import Queueing, RunRecord
 
 __all__ = [
     "Ancestry",
+    "BadDiff",
+    "BadSelection",
+    "Diff",
     "Driving",
     "EvaluationFailed",
     "RunBusy",
     "RunRefused",
+    "Selection",
     "Serving",
     "WaitedTooLong",
     "Workspace",
+    "YankResult",
+    "alias_log",
     "cancel",
     "check_data",
     "clone",
+    "deployed_with",
+    "descendants",
+    "diff",
     "evaluate",
     "evaluate_many",
     "export",
@@ -94,12 +110,14 @@ __all__ = [
     "requeue",
     "resume",
     "retrain",
+    "rollback",
     "serve",
     "spent_by_population",
     "submit",
     "use",
     "wait",
     "withdraw",
+    "yank",
 ]
 
 _DELTA = 1e-5
@@ -269,19 +287,6 @@ def merge(
     )
     store.name(into, version)
     return version
-
-
-def promote(workspace: Workspace, name: str, alias: str, ref: str, why: str = "") -> None:
-    """Point ``name@alias`` at a version; the alias and the version's runs keep the history.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-    """
-    version, who = workspace.store.resolve(ref), getpass.getuser()
-    workspace.store.promote(name, alias, version, who=who, why=why)
-    for run in workspace.ledger.runs_at(version):
-        facts = {"name": name, "alias": alias, "version": version, "who": who, "why": why}
-        workspace.ledger.record(run, "promoted", facts)
 
 
 def name_of(workspace: Workspace, ref: str) -> str:

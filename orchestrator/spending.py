@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -44,6 +44,10 @@ class Epsilon:
 
 Low: TypeAlias = dict[str, dict[str, Any]]
 """Facts of budgets that get low, by population."""
+
+
+Composed: TypeAlias = dict[tuple[str, float, frozenset[str]], Epsilon]
+"""ε by population, δ and the digests of the updates that cost it."""
 
 
 class Log(Protocol):
@@ -176,33 +180,39 @@ def composed(
     return Epsilon(population, value, delta, first.unit, first.adjacency, public)
 
 
-def epsilon_of_lineage(recipes: Iterable[Mapping[str, Any]]) -> list[Epsilon]:
-    """Return the ε that a version has inherited, by population: each event counts once.
+def epsilon_by(
+    recipes: Iterable[Mapping[str, Any]],
+    key: Callable[[Mapping[str, Any]], tuple[str, ...]],
+    known: Composed | None = None,
+) -> dict[tuple[str, ...], Epsilon]:
+    """Return the ε that a version has inherited, by what ``key`` makes of a leaf, sorted.
+
+    Each event counts once, however many merge parents inherit it.
 
     Args:
         recipes: of the version and all its ancestors.
+        key: of a leaf; leaves of one key are of one population.
+        known: what was composed before, to which this adds: composing takes its time.
     """
-    events: dict[str, dict[str, list[PrivacySpend]]] = {}
-    deltas: dict[str, float] = {}
-    public: dict[str, bool] = {}
+    events: dict[tuple[str, ...], dict[str, list[PrivacySpend]]] = {}
+    facts: dict[tuple[str, ...], tuple[str, float, bool]] = {}
     for recipe in recipes:
         for leaf in recipe.get("updates", ()):
             if leaf["spends"]:
-                population = leaf["population"]
-                own = events.setdefault(population, {})
-                own[leaf["digest"]] = [PrivacySpend(**s) for s in leaf["spends"]]
-                delta = recipe["privacy"]["delta"]
-                deltas[population] = min(delta, deltas.get(population, 1.0))
-                public[population] = leaf["public"]
-    return [
-        composed(
-            population,
-            [spend for spends in own.values() for spend in spends],
-            deltas[population],
-            public=public[population],
-        )
-        for population, own in sorted(events.items())
-    ]
+                own = key(leaf)
+                spends = [PrivacySpend(**s) for s in leaf["spends"]]
+                events.setdefault(own, {})[leaf["digest"]] = spends
+                delta = min(recipe["privacy"]["delta"], facts[own][1] if own in facts else 1.0)
+                facts[own] = (leaf["population"], delta, leaf["public"])
+    composed_before = {} if known is None else known
+    found = {}
+    for own, (population, delta, public) in sorted(facts.items()):
+        same = (population, delta, frozenset(events[own]))
+        if same not in composed_before:
+            spends = [spend for spends in events[own].values() for spend in spends]
+            composed_before[same] = composed(population, spends, delta, public=public)
+        found[own] = composed_before[same]
+    return found
 
 
 def spend_from_row(row: SpendRow) -> PrivacySpend:

@@ -1,9 +1,9 @@
-"""What people do with a version: trace it, score it, use it."""
+"""What people do with a version: score it, use it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from clients.assignment import Assignment, DataSpec, PluginChoice
@@ -12,38 +12,13 @@ from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.merging import adapter_of, effective, refuse_kept, refuse_offset
 from orchestrator.signing import admitted
-from orchestrator.spending import Epsilon, epsilon_of_lineage
 from orchestrator.workspace import Workspace, base_of
-from storage.lineage import Lineage, Version
+from storage.lineage import Version
 from strategies.base import Broadcast, Tensors
 
 
 class EvaluationFailed(RuntimeError):
     """A version could not be scored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ancestry:
-    """What a version is made of.
-
-    Attributes:
-        lineage: versions and edges, down to the first.
-        epsilons: the ε it has inherited, by population; each event counts once.
-    """
-
-    lineage: Lineage
-    epsilons: tuple[Epsilon, ...]
-
-
-def lineage(workspace: Workspace, ref: str) -> Ancestry:
-    """Return a version's ancestors down to client updates, and what privacy it has cost.
-
-    Raises:
-        UnknownVersion: if there is no such version.
-    """
-    found = workspace.store.lineage(ref)
-    epsilons = epsilon_of_lineage(v.recipe for v in found.nodes.values())
-    return Ancestry(found, tuple(epsilons))
 
 
 def evaluate(

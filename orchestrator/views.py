@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config import FAMILIES
-from orchestrator.service import Ancestry
+from orchestrator.differences import Diff
+from orchestrator.provenance import Ancestry
 from orchestrator.upkeep import HomeCheckup
+from storage.aliases import AliasMove
+from storage.contributions import Deployment
 from storage.garbage import Collection
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
@@ -62,6 +66,7 @@ def version_json(version: Version) -> dict[str, Any]:
         "id": version.id,
         "names": list(version.names),
         "aliases": list(version.aliases),
+        "yanked": version.yanked,
         "tensors": version.tensors,
         "auxiliary": version.auxiliary,
         "memory": version.memory,
@@ -72,14 +77,61 @@ def version_json(version: Version) -> dict[str, Any]:
     }
 
 
+def move_json(move: AliasMove) -> dict[str, Any]:
+    """Return a move of an alias as JSON."""
+    return {
+        "number": move.number,
+        "kind": move.kind,
+        "from": move.before,
+        "to": move.version,
+        "who": move.who,
+        "why": move.why,
+        "at": move.created_at.isoformat(),
+    }
+
+
 def lineage_json(ancestry: Ancestry) -> dict[str, Any]:
-    """Return an ancestry as JSON."""
+    """Return a lineage as JSON."""
     found = ancestry.lineage
+    bases = {json.dumps(_base(v), sort_keys=True): _base(v) for v in found.nodes.values()}
     return {
         "root": found.root,
+        "towards": ancestry.towards,
         "versions": {key: version_json(v) for key, v in found.nodes.items()},
         "edges": [{"child": c, "parent": p, "kind": k} for c, p, k in found.edges],
+        "leaves": [asdict(leaf) for leaf in ancestry.leaves],
+        "bases": [bases[key] for key in sorted(bases)],
+        "deployed": {alias: key for key, v in found.nodes.items() for alias in v.aliases},
         "epsilon": [asdict(e) for e in ancestry.epsilons],
+        "epsilon_by_data": [
+            {"client": client, "fingerprint": data, **asdict(e)}
+            for (client, data), e in ancestry.by_data.items()
+        ],
+    }
+
+
+def _base(version: Version) -> dict[str, Any]:
+    model = version.recipe["model"]
+    return {"id": model["id"], "revision": model.get("revision"), "hash": model["hash"]}
+
+
+def deployments_json(deployed: Sequence[Deployment]) -> list[dict[str, Any]]:
+    """Return deployed versions that contain a client's contribution as JSON."""
+    return [{"alias": d.pointer, "version": d.version} for d in deployed]
+
+
+def diff_json(found: Diff) -> dict[str, Any]:
+    """Return in what two versions differ as JSON; pairs are (first, second)."""
+    return {
+        "first": found.first,
+        "second": found.second,
+        "norms": list(found.norms),
+        "change": found.change,
+        "layers": [{**asdict(x), "relative": x.relative} for x in found.layers],
+        "tensors": [{**asdict(x), "relative": x.relative} for x in found.tensors],
+        "metrics": {key: list(pair) for key, pair in found.metrics.items()},
+        "recipe": {key: list(pair) for key, pair in found.recipe.items()},
+        "clients": [list(names) for names in found.clients],
     }
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from orchestrator.history import History
 from orchestrator.retention import bury, folder_of
 from orchestrator.workspace import Workspace
+from storage.contributions import Deployment
 from storage.ledger import RunRecord, UnknownClient
 from storage.records import FINAL
+from storage.store import UnknownContributor
 from storage.withdrawals import Withdrawal
 
 _PAGE = 1000
@@ -31,14 +33,13 @@ class Withdrawn:
         buried: how many of its updates were replaced by tombstones.
         later: runs that still need one of its updates for the round they are in, or are being
             driven; they bury what is left when that round is committed.
-        deployed: aliases that point at versions with its updates in their history, and these
-            versions' ids.
+        deployed: aliases that point at versions with its updates in their history.
     """
 
     record: Withdrawal
     buried: int
     later: tuple[str, ...]
-    deployed: tuple[tuple[str, str], ...]
+    deployed: tuple[Deployment, ...]
 
 
 def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
@@ -61,18 +62,11 @@ def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
     buried = sum(
         bury(folder_of(workspace.home, run.id), [record]) for run in runs if run.id not in later
     )
-    return Withdrawn(record, buried, later, deployed_with(workspace, name))
-
-
-def deployed_with(workspace: Workspace, client: str) -> tuple[tuple[str, str], ...]:
-    """Return the aliases whose versions have a client's updates in their history, with the ids."""
-    found = []
-    for row in workspace.store.names():
-        for alias, version in sorted(row.aliases.items()):
-            history = workspace.store.lineage(version).nodes.values()
-            if any(leaf["client"] == client for v in history for leaf in v.recipe["updates"]):
-                found.append((f"{row.name}@{alias}", version))
-    return tuple(found)
+    try:
+        deployed = workspace.store.deployed_with(name)
+    except UnknownContributor:
+        deployed = []
+    return Withdrawn(record, buried, later, tuple(deployed))
 
 
 def _all_runs(workspace: Workspace) -> list[RunRecord]:

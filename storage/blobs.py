@@ -13,25 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
+from storage.encoding import DTYPES, encoded
 from storage.places import Folder, Place
 
-_DTYPES = frozenset(
-    {
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    }
-)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -181,7 +168,6 @@ def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         BadTensor: as :meth:`BlobStore.put`.
     """
     plain: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for name in sorted(tensors):
         if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
             raise BadTensor(
@@ -189,22 +175,22 @@ def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
                 "or it is no UTF-8; rename it"
             )
         tensor = tensors[name].detach()
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
-            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _DTYPES))
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
             raise BadTensor(
                 f"tensor {name!r} is {tensor.layout} {tensor.dtype}; "
                 f"the store takes strided tensors of {allowed}"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        plain[name] = tensor.cpu().contiguous()
+        if tensor.is_floating_point() and not _is_finite(plain[name]):
             count = int((~torch.isfinite(tensor)).sum())
             raise BadTensor(
                 f"tensor {name!r} has {count} of {tensor.numel()} values that are not finite; "
                 "a version holds only finite values"
             )
-        tensor = tensor.cpu().contiguous()
-        # Two names may share memory here; safetensors would refuse them.
-        address = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if address in storages else tensor
-        storages.add(address)
-    data: bytes = save(plain)
-    return data
+    return encoded(plain)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes are infinite or NaN if any value is; a mask of all would be written and read.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

@@ -43,6 +43,9 @@ REVISION_TABLE = "weft_revision"
 """Where alembic writes the revision; its default name may be another program's already."""
 
 BUSY_TIMEOUT_S = 30.0
+SQLITE_CACHE_KIB = 32 * 1024
+"""Most memory for pages, a connection: SQLite's own 2 MiB hold no lineage of a large store."""
+
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic's `op` and `context` are globals of the process.
 _ALEMBIC = threading.Lock()
@@ -317,6 +320,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
     connection.isolation_level = None
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KIB}")
     _use_write_ahead_log(connection)
 
 

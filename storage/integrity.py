@@ -15,10 +15,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, or_, select, text
 
+from storage.contributions import contributors
 from storage.lineage import Parent, version_id
 from storage.projection import PROJECTED, project
 from storage.records import Event
 from storage.schema import (
+    contributions,
     events,
     metadata,
     named_versions,
@@ -37,7 +39,8 @@ class Problem:
     """One thing that is wrong with a store.
 
     Attributes:
-        kind: ``database``, ``reference``, ``version``, ``edge``, ``name``, ``alias``, ``run``,
+        kind: ``database``, ``reference``, ``version``, ``contribution``, ``edge``, ``name``,
+            ``alias``, ``run``,
             ``blob-missing`` or ``blob-corrupt``.
         subject: what it is about, such as a version's id or a blob's digest.
         text: a sentence.
@@ -58,7 +61,7 @@ def row_problems(connection: Connection) -> Iterator[Problem]:
     """
     yield from _damage(connection)
     yield from _dangling(connection)
-    yield from _wrong_ids(connection)
+    yield from _wrong_versions(connection)
     yield from _backward_edges(connection)
     yield from _gaps(connection, named_versions, ("name",), "name")
     yield from _gaps(connection, promotions, ("name", "alias"), "alias")
@@ -92,8 +95,8 @@ def _dangling(connection: Connection) -> Iterator[Problem]:
                 )
 
 
-def _wrong_ids(connection: Connection) -> Iterator[Problem]:
-    """Versions whose row and parents do not hash to their id."""
+def _wrong_versions(connection: Connection) -> Iterator[Problem]:
+    """Versions whose row and parents do not hash to their id, or that a search would miss."""
     last = -1
     while True:
         page = select(versions).where(versions.c.number > last).order_by(versions.c.number)
@@ -105,6 +108,11 @@ def _wrong_ids(connection: Connection) -> Iterator[Problem]:
         edges = select(parents.c.child, parents.c.parent, parents.c.kind)
         for child, parent, kind in connection.execute(edges.where(parents.c.child.in_(ids))):
             came_from[child].append(Parent(parent, kind))
+        listed: defaultdict[int, set[str]] = defaultdict(set)
+        within = contributions.c.number.between(rows[0].number, rows[-1].number)
+        query = select(contributions.c.number, contributions.c.client).where(within)
+        for number, client in connection.execute(query):
+            listed[number].add(client)
         for row in rows:
             if _id_of(row, sorted(came_from[row.id])) != row.id:
                 yield Problem(
@@ -112,6 +120,13 @@ def _wrong_ids(connection: Connection) -> Iterator[Problem]:
                     row.id,
                     f"version {row.id[:12]} does not hash to its id: its row or its parents were "
                     "changed outside weft",
+                )
+            elif wrong := contributors(json.loads(row.recipe)) ^ listed[row.number]:
+                yield Problem(
+                    "contribution",
+                    row.id,
+                    f"version {row.id[:12]} is listed under clients, or missing there, otherwise "
+                    f"than its recipe says: {', '.join(sorted(wrong)[:_SHOWN])}",
                 )
         last = rows[-1].number
 

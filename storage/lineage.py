@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from sqlalchemy import Connection, Select, func, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    exists,
+    func,
+    literal,
+    select,
+)
 
 from storage.canonical import canonical_json, read_json
-from storage.schema import metrics, named_versions, parents, promotions, versions
+from storage.schema import metrics, named_versions, parents, promotions, versions, yanks
 
 PARENT_KINDS = (
     "init",
@@ -26,6 +35,12 @@ PARENT_KINDS = (
     "import",
     "unlearn",
 )
+
+
+Towards: TypeAlias = Literal["parents", "children"]
+"""Which way a lineage is followed: to what a version is made of, or to what was made of it."""
+
+_PART = 1000  # ids in one statement: databases limit its parameters
 
 
 class VersionCorrupt(RuntimeError):
@@ -62,6 +77,7 @@ class Version:
         created_at: when it was first committed, UTC.
         names: such as ``("task-1:v3",)``, sorted by name and number.
         aliases: such as ``("task-1@production",)``, sorted.
+        yanked: why it was taken out of use, or None.
     """
 
     id: str
@@ -74,6 +90,7 @@ class Version:
     created_at: datetime
     names: tuple[str, ...]
     aliases: tuple[str, ...]
+    yanked: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +121,21 @@ def version_id(
         NotJson: if the recipe is not JSON.
     """
     # Each part apart, so that an error names "recipe" and not a place in the list.
-    head = json.dumps([tensors, auxiliary, memory, parents], separators=(",", ":"))
-    text = f"{head[:-1]},{canonical_json(recipe, 'recipe')}]"
+    return _hashed([tensors, auxiliary, memory, parents], canonical_json(recipe, "recipe"))
+
+
+def _hashed(head: list[Any], recipe: str) -> str:
+    text = json.dumps(head, separators=(",", ":"))[:-1] + f",{recipe}]"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def trace(
-    connection: Connection,
-    root: str,
-    towards: Literal["parents", "children"],
-    depth: int | None = None,
-) -> Lineage:
+def trace(connection: Connection, root: str, towards: Towards, depth: int | None = None) -> Lineage:
     """Return what is reached from ``root`` in at most ``depth`` steps; None is all of it.
 
-    One recursive query finds the ids; shared ancestors are visited once, so without ``depth`` the
-    cost is linear in the edges.
+    Linear in the edges: shared ancestors are visited once.
     """
-    nodes = load_versions(connection, _reachable(root, towards, depth))
+    reached = {root} | {id for edge in walk(connection, root, towards, depth) for id in edge[:2]}
+    nodes = load_versions(connection, sorted(reached))
     edges = [
         Edge(node.id, parent.id, parent.kind)
         for node in nodes.values()
@@ -130,35 +145,56 @@ def trace(
     return Lineage(root, nodes, edges)
 
 
-def _reachable(
-    root: str, towards: Literal["parents", "children"], depth: int | None
-) -> Select[str]:
-    near, far = parents.c.child, parents.c.parent
+def walk(
+    connection: Connection, root: str, towards: Towards, depth: int | None = None
+) -> list[Edge]:
+    """Return the edges on the ways of at most ``depth`` steps from ``root``, in no order.
+
+    Reads no version: one recursive query, or one query a step where ``depth`` is given.
+    """
+    near, far = (parents.c.child, parents.c.parent)
     if towards == "children":
         near, far = far, near
-    start = select(versions.c.id).where(versions.c.id == root)
+    edges = select(parents.c.child, parents.c.parent, parents.c.kind)
     if depth is None:
+        start = select(literal(root).label("id"))
         reached = start.cte("reached", recursive=True)
-        return select(reached.union(select(far).where(near == reached.c.id)).c.id)
-    # With the distance in the row, UNION keeps a version once per distance.
-    reached = start.add_columns(literal(0).label("distance")).cte("reached", recursive=True)
-    step = select(far, reached.c.distance + 1).where(
-        near == reached.c.id, reached.c.distance < depth
-    )
-    return select(reached.union(step).c.id)
+        reached = reached.union(select(far).where(near == reached.c.id))
+        found = connection.execute(edges.join(reached, near == reached.c.id)).all()
+        return [Edge._make(row) for row in found]
+    walked: list[Edge] = []
+    seen, frontier = {root}, [root]
+    for _ in range(depth):
+        step = [
+            Edge(*row)
+            for part in _parts(frontier)
+            for row in connection.execute(edges.where(near.in_(part)))
+        ]
+        walked += step
+        frontier = sorted({e.parent if towards == "parents" else e.child for e in step} - seen)
+        if not frontier:
+            break
+        seen.update(frontier)
+    return walked
 
 
-def load_versions(connection: Connection, ids: Select[str] | Sequence[str]) -> dict[str, Version]:
+def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Version]:
     """Return the versions called ``ids``, by id, newest first: children before their parents.
 
-    Five queries, however many versions.
+    Six queries for every thousand versions.
 
     Raises:
         VersionCorrupt: if a row was changed behind weft's back.
     """
-    rows = connection.execute(
-        select(versions).where(versions.c.id.in_(ids)).order_by(versions.c.number.desc())
-    ).all()
+    found: dict[int, Version] = {}
+    for part in _parts(ids):
+        found |= _load(connection, part)
+    return {found[number].id: found[number] for number in sorted(found, reverse=True)}
+
+
+def _load(connection: Connection, ids: Sequence[str]) -> dict[int, Version]:
+    """Return versions by their numbers."""
+    rows = connection.execute(select(versions).where(versions.c.id.in_(ids))).all()
     came_from = _grouped(
         connection,
         select(parents.c.child, parents.c.parent, parents.c.kind).where(parents.c.child.in_(ids)),
@@ -173,15 +209,15 @@ def load_versions(connection: Connection, ids: Select[str] | Sequence[str]) -> d
             named_versions.c.version.in_(ids)
         ),
     )
-    current = current_aliases().subquery()
     aliased = _grouped(
         connection,
-        select(current.c.version, current.c.name, current.c.alias).where(
-            current.c.version.in_(ids)
+        select(promotions.c.version, promotions.c.name, promotions.c.alias).where(
+            promotions.c.version.in_(ids), is_newest_move()
         ),
     )
+    yanked = yanked_now(connection, ids)
     return {
-        row.id: _verified(
+        row.number: _verified(
             Version(
                 id=row.id,
                 tensors=row.tensors,
@@ -193,7 +229,9 @@ def load_versions(connection: Connection, ids: Select[str] | Sequence[str]) -> d
                 created_at=row.created_at,
                 names=tuple(f"{name}:v{number}" for name, number in named[row.id]),
                 aliases=tuple(f"{name}@{alias}" for name, alias in aliased[row.id]),
-            )
+                yanked=yanked.get(row.id),
+            ),
+            row.recipe,
         )
         for row in rows
     }
@@ -201,17 +239,38 @@ def load_versions(connection: Connection, ids: Select[str] | Sequence[str]) -> d
 
 def current_aliases() -> Select[str, str, str]:
     """Return the query for (name, alias, version) of every alias as it points now."""
+    query = select(promotions.c.name, promotions.c.alias, promotions.c.version)
+    return query.where(is_newest_move())
+
+
+def is_newest_move() -> ColumnElement[bool]:
+    """Return the condition that a row of the promotions is where its alias points now."""
+    later = promotions.alias("later")
+    return ~exists().where(
+        later.c.name == promotions.c.name,
+        later.c.alias == promotions.c.alias,
+        later.c.number > promotions.c.number,
+    )
+
+
+def yanked_now(connection: Connection, ids: Collection[str]) -> dict[str, str]:
+    """Return why each of the versions called ``ids`` is yanked, by id, of those that are."""
     newest = (
-        select(promotions.c.name, promotions.c.alias, func.max(promotions.c.number).label("number"))
-        .group_by(promotions.c.name, promotions.c.alias)
+        select(yanks.c.version, func.max(yanks.c.number).label("number"))
+        .where(yanks.c.version.in_(ids))
+        .group_by(yanks.c.version)
         .subquery()
     )
-    return select(promotions.c.name, promotions.c.alias, promotions.c.version).join(
-        newest,
-        (promotions.c.name == newest.c.name)
-        & (promotions.c.alias == newest.c.alias)
-        & (promotions.c.number == newest.c.number),
+    query = select(yanks.c.version, yanks.c.why).join(
+        newest, (yanks.c.version == newest.c.version) & (yanks.c.number == newest.c.number)
     )
+    return {row.version: row.why for row in connection.execute(query.where(yanks.c.yanked))}
+
+
+def yank_standing(version: Any) -> ScalarSelect[bool]:
+    """Return the query for whether the version in a column is yanked; NULL if it never was."""
+    history = select(yanks.c.yanked).where(yanks.c.version == version)
+    return history.order_by(yanks.c.number.desc()).limit(1).scalar_subquery()
 
 
 def _grouped(
@@ -224,10 +283,13 @@ def _grouped(
     return groups
 
 
-def _verified(version: Version) -> Version:
-    content = version_id(
-        version.tensors, version.auxiliary, version.memory, version.parents, version.recipe
-    )
+def _parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield ``ids`` in parts that one statement takes."""
+    return (ids[i : i + _PART] for i in range(0, len(ids), _PART))
+
+
+def _verified(version: Version, recipe: str) -> Version:
+    content = _hashed([version.tensors, version.auxiliary, version.memory, version.parents], recipe)
     if content != version.id:
         raise VersionCorrupt(
             f"version {version.id[:12]} does not hash to its id: its row or its parents were "

@@ -6,16 +6,17 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, true
 
-from storage.lineage import current_aliases
-from storage.schema import named_versions, names, versions
+from storage.lineage import current_aliases, yank_standing, yanked_now
+from storage.schema import named_versions, names, promotions, versions
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _LIKE_AN_ID = re.compile(r"[0-9a-f]{8,}")
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _NUMBERED = re.compile(r"(?P<name>.+):v(?P<number>[1-9]\d{0,8})")
 _CANDIDATES = 5
+_HINTS = 10_000  # names that are compared with a wrong one
 
 
 class UnknownVersion(LookupError):
@@ -57,10 +58,10 @@ def resolve(connection: Connection, ref: str) -> str:
     """Return the id of the version that ``ref`` names.
 
     ``name:vN`` and ``name@alias`` go by their signs; a name wins over the prefix of an id, because
-    a new version must not change what a name means.
+    a new version must not change what a name means. A name alone passes over yanked versions.
 
     Raises:
-        UnknownVersion: if there is none, with what was perhaps meant.
+        UnknownVersion: if there is none, or only yanked ones, with what was perhaps meant.
         AmbiguousRef: if several ids begin with it.
     """
     found: str | None
@@ -72,19 +73,24 @@ def resolve(connection: Connection, ref: str) -> str:
         found = connection.scalar(query)
     elif "@" in ref:
         name, _, alias = ref.partition("@")
-        current = current_aliases().subquery()
-        query = select(current.c.version).where(current.c.name == name, current.c.alias == alias)
-        found = connection.scalar(query)
+        found = pointed_at(connection, name, alias)
     else:
-        newest = newest_of(connection, ref)
-        found = newest[1] if newest else _by_prefix(connection, ref)
+        found = _by_name(connection, ref) or _by_prefix(connection, ref)
     if found is None:
         raise UnknownVersion(_unknown(connection, ref))
     return found
 
 
+def pointed_at(connection: Connection, name: str, alias: str) -> str | None:
+    """Return the id of the version that ``name@alias`` points at, or None."""
+    moves = select(promotions.c.version).where(
+        promotions.c.name == name, promotions.c.alias == alias
+    )
+    return connection.scalar(moves.order_by(promotions.c.number.desc()).limit(1))
+
+
 def newest_of(connection: Connection, name: str) -> tuple[int, str] | None:
-    """Return number and id of the newest version of ``name``, or None."""
+    """Return number and id of the newest version of ``name``, yanked or not, or None."""
     query = (
         select(named_versions.c.number, named_versions.c.version)
         .where(named_versions.c.name == name)
@@ -95,6 +101,17 @@ def newest_of(connection: Connection, name: str) -> tuple[int, str] | None:
     return (row.number, row.version) if row else None
 
 
+def _by_name(connection: Connection, name: str) -> str | None:
+    usable = (
+        select(named_versions.c.version)
+        .where(named_versions.c.name == name)
+        .where(yank_standing(named_versions.c.version).is_not(true()))
+        .order_by(named_versions.c.number.desc())
+        .limit(1)
+    )
+    return connection.scalar(usable)
+
+
 def _by_prefix(connection: Connection, prefix: str) -> str | None:
     if not _ID_PREFIX.fullmatch(prefix):
         return None
@@ -102,22 +119,43 @@ def _by_prefix(connection: Connection, prefix: str) -> str | None:
     query = select(versions.c.id).where(versions.c.id.between(prefix, prefix + "g"))
     found = connection.scalars(query.order_by(versions.c.number).limit(_CANDIDATES + 1)).all()
     if len(found) > 1:
-        listed = ", ".join(version[:16] for version in found[:_CANDIDATES])
+        called = _names_of(connection, found)
+        listed = ", ".join(
+            version[:16] + called.get(version, "") for version in found[:_CANDIDATES]
+        )
         more = " and more" if len(found) > _CANDIDATES else ""
         raise AmbiguousRef(f"{prefix!r} begins {listed}{more}; give more digits")
     return found[0] if found else None
 
 
+def _names_of(connection: Connection, ids: Sequence[str]) -> dict[str, str]:
+    """Return such as ``" (bot:v3)"`` by id, of those that have a name."""
+    query = (
+        select(named_versions.c.version, named_versions.c.name, named_versions.c.number)
+        .where(named_versions.c.version.in_(ids))
+        .order_by(named_versions.c.created_at)
+    )
+    return {version: f" ({name}:v{number})" for version, name, number in connection.execute(query)}
+
+
 def _unknown(connection: Connection, ref: str) -> str:
     name = re.split("[:@]", ref, maxsplit=1)[0]
     newest = newest_of(connection, name)
-    current = current_aliases().subquery()
-    aliased = [f"{n}@{a}" for n, a in connection.execute(select(current.c.name, current.c.alias))]
-    if newest and ref != name:
-        own = sorted(alias for alias in aliased if alias.startswith(f"{name}@"))
+    if newest and ref == name:
+        reason = yanked_now(connection, [newest[1]])[newest[1]]
+        return (
+            f"every version of {name!r} is yanked ({name}:v{newest[0]}: {reason}); "
+            f"name one with its number, or take it back into use with weft yank REF --undo"
+        )
+    current = current_aliases().limit(_HINTS)
+    if newest:
+        own = sorted(
+            f"{n}@{a}" for n, a, _ in connection.execute(current.where(promotions.c.name == name))
+        )
         has = " and ".join([f"v1 to v{newest[0]}" if newest[0] > 1 else "v1", *own])
         return f"no version is called {ref!r}; {name!r} has {has}"
-    known = connection.scalars(select(names.c.name)).all()
+    aliased = [f"{n}@{a}" for n, a, _ in connection.execute(current)]
+    known = connection.scalars(select(names.c.name).limit(_HINTS)).all()
     return (
         f"no version is called {ref!r}{did_you_mean(ref, [*known, *aliased])} "
         "(a ref is an id, 4 or more of its first digits, NAME, NAME:vN or NAME@ALIAS)"

@@ -8,6 +8,7 @@ backup, and only if the store holds none of it that the backup lacks, or it is a
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,17 +21,18 @@ from sqlalchemy import Connection, Engine, Table, delete, func, select, update
 
 from storage.backup import Backup, BadBackup, Progress, pages, read_backup, tables_of
 from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
+from storage.contributions import record_contributions
 from storage.database import connect, insert_missing, lock, migrate, reading, writing
 from storage.places import Folder
 from storage.references import claim, references
 from storage.runs import append
-from storage.schema import metadata, runs, spends
+from storage.schema import metadata, runs, spends, versions
 
 UNITED = ("versions", "version_parents", "metrics", "populations", "spends")
 """Tables of which nothing is ever forgotten."""
 
-SKIPPED = ("condemned_blobs",)
-"""Tables about the blobs of one place, which say nothing about another's."""
+SKIPPED = ("condemned_blobs", "contributions")
+"""Tables about the blobs of one place, which say nothing about another's, and what recipes say."""
 
 _PAGE = 500
 _OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")
@@ -168,6 +170,9 @@ def _write(source: Connection, target: Connection) -> None:
             if number is not None:  # it is counted anew, in the same order
                 page = [{k: v for k, v in row.items() if k != number.name} for row in page]
             insert_missing(target, table, page)
+            if table is versions:
+                for row in page:
+                    record_contributions(target, row["id"], json.loads(row["recipe"]))
 
 
 def _number_of(table: Table) -> Any:

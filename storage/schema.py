@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0004"
+HEAD = "0005"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 BLOB = {"blob": True}
@@ -121,6 +121,9 @@ names = Table(
     Column("created_at", Timestamp, nullable=False),
 )
 
+# Names that begin alike, whatever the collation of a PostgreSQL database.
+Index("ix_names_prefix", names.c.name, postgresql_ops={"name": "text_pattern_ops"})
+
 named_versions = Table(
     "named_versions",
     metadata,
@@ -141,6 +144,27 @@ promotions = Table(
     Column("who", String, nullable=False),
     Column("why", Text, nullable=False),
     Column("created_at", Timestamp, nullable=False),
+    Column("kind", String, nullable=False, server_default="promote"),
+)
+
+# The newest row of a version says whether it is yanked.
+yanks = Table(
+    "yanks",
+    metadata,
+    Column("version", String, ForeignKey("versions.id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("yanked", Boolean, nullable=False),
+    Column("who", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+# Whose updates went into a version itself: what its recipe says, where it can be searched.
+contributions = Table(
+    "contributions",
+    metadata,
+    Column("client", String, primary_key=True),
+    Column("number", Integer, ForeignKey("versions.number"), primary_key=True, autoincrement=False),
 )
 
 # No foreign key: what is signed may be the move of an alias, by its content.

@@ -4,42 +4,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, insert, select
 from torch import Tensor
 
 from storage import schema
+from storage.aliases import (
+    Aliases,
+    AliasMove,
+    AliasMoved,
+    NoReason,
+    NothingToRollBack,
+    Yank,
+    YankedVersion,
+)
 from storage.blobs import BlobStore
 from storage.canonical import canonical_json
+from storage.contributions import Deployment, contributed, deployed_with, record_contributions
 from storage.database import insert_missing, insert_or_update, writing
 from storage.lineage import (
     PARENT_KINDS,
+    Edge,
     Lineage,
     Parent,
+    Towards,
     Version,
-    current_aliases,
     load_versions,
     trace,
     version_id,
+    walk,
+)
+from storage.listing import (
+    NameRow,
+    page_of_names,
+    page_of_versions,
 )
 from storage.references import claim
 from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
-from storage.schema import named_versions, promotions
+from storage.schema import named_versions
 
 __all__ = [
     "AdapterStore",
+    "AliasMove",
+    "AliasMoved",
     "AmbiguousRef",
     "BadMetric",
     "BadName",
     "BadParents",
+    "Deployment",
+    "Edge",
     "Lineage",
     "NameRow",
+    "NoReason",
+    "NothingToRollBack",
     "Parent",
-    "Promotion",
+    "UnknownContributor",
     "UnknownVersion",
     "Version",
+    "Yank",
+    "YankedVersion",
 ]
 
 
@@ -47,42 +71,20 @@ class BadParents(ValueError):
     """A parent's kind that lineage does not know."""
 
 
+class UnknownContributor(LookupError):
+    """No version was made with an update of this client."""
+
+
 class BadMetric(ValueError):
     """A metric that is not a finite number."""
 
 
-@dataclass(frozen=True, slots=True)
-class NameRow:
-    """One name of the store.
-
-    Attributes:
-        name: such as ``task-1``.
-        num_versions: how many versions it numbers, >= 1; the newest is ``name:v{num_versions}``.
-        newest: id of the newest.
-        aliases: id by alias, such as ``{"production": "733e..."}``.
-    """
-
-    name: str
-    num_versions: int
-    newest: str
-    aliases: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Promotion:
-    """One move of an alias: who pointed it at which version, when and why."""
-
-    version: str
-    who: str
-    why: str
-    created_at: datetime
-
-
-class AdapterStore:
+class AdapterStore(Aliases):
     """Versions, their names and their lineage.
 
     Every ``ref`` is a version's id, a prefix of it that no other has (at least 4 digits), a name
-    (its newest version), ``name:vN`` or ``name@alias``. A name wins over a prefix.
+    (its newest version that is not yanked), ``name:vN`` or ``name@alias``. A name wins over a
+    prefix.
 
     Args:
         engine: from :func:`storage.database.open_database`.
@@ -90,7 +92,7 @@ class AdapterStore:
     """
 
     def __init__(self, engine: Engine, blobs: BlobStore) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._blobs = blobs
 
     def commit(
@@ -149,6 +151,7 @@ class AdapterStore:
                     continue  # removed since they were put, so they are put again
                 insert_missing(connection, schema.versions, [row])
                 _insert_parents(connection, content, lineage)
+                record_contributions(connection, content, recipe)
                 _write_metrics(connection, content, measured)
             return content
 
@@ -241,92 +244,41 @@ class AdapterStore:
             )
         return f"{name}:v{number}"
 
-    def promote(self, name: str, alias: str, ref: str, *, who: str, why: str) -> None:
-        """Point ``name@alias`` at one of the name's versions; where it pointed before is kept.
+    def names(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> list[NameRow]:
+        """Return names in the order of their bytes.
 
-        Raises:
-            BadName: if the alias breaks the grammar of names.
-            UnknownVersion: if ``ref`` is no version, or none of ``name``.
-            AmbiguousRef: as :meth:`resolve`.
+        Args:
+            prefix: with which they begin.
+            after: the name that the last page ended with; "" for the first page.
+            limit: most names, >= 1.
         """
-        check_name("alias", alias)
-        with writing(self._engine) as connection:
-            version = resolve(connection, ref)
-            connection.execute(
-                select(schema.names).where(schema.names.c.name == name).with_for_update()
-            )
-            belongs = select(named_versions.c.number).where(
-                named_versions.c.name == name, named_versions.c.version == version
-            )
-            if connection.execute(belongs).first() is None:
-                raise UnknownVersion(
-                    f"{version[:12]} is not a version of {name!r}, and an alias points at one; "
-                    "give it that name first"
-                )
-            of_alias = (promotions.c.name == name) & (promotions.c.alias == alias)
-            last = connection.scalar(select(func.max(promotions.c.number)).where(of_alias)) or 0
-            connection.execute(
-                insert(promotions).values(
-                    name=name,
-                    alias=alias,
-                    number=last + 1,
-                    version=version,
-                    who=who,
-                    why=why,
-                    created_at=_now(),
-                )
-            )
-
-    def promotions(self, name: str, alias: str) -> list[Promotion]:
-        """Return where ``name@alias`` has pointed, newest first; empty if it never did."""
-        query = (
-            select(
-                promotions.c.version, promotions.c.who, promotions.c.why, promotions.c.created_at
-            )
-            .where(promotions.c.name == name, promotions.c.alias == alias)
-            .order_by(promotions.c.number.desc())
-        )
         with self._engine.connect() as connection:
-            return [Promotion(*row) for row in connection.execute(query)]
-
-    def names(self) -> list[NameRow]:
-        """Return every name, sorted."""
-        newest = (
-            select(named_versions.c.name, func.max(named_versions.c.number).label("number"))
-            .group_by(named_versions.c.name)
-            .subquery()
-        )
-        query = select(named_versions.c.name, named_versions.c.number, named_versions.c.version)
-        query = query.join(
-            newest,
-            (named_versions.c.name == newest.c.name) & (named_versions.c.number == newest.c.number),
-        )
-        with self._engine.connect() as connection:
-            rows = sorted(tuple(row) for row in connection.execute(query))
-            pointing = sorted(tuple(row) for row in connection.execute(current_aliases()))
-        return [
-            NameRow(name, number, version, {a: v for n, a, v in pointing if n == name})
-            for name, number, version in rows
-        ]
+            return page_of_names(connection, prefix, after, limit)
 
     def versions(
-        self, *, name: str | None = None, limit: int = 100, offset: int = 0
+        self,
+        *,
+        name: str | None = None,
+        client: str | None = None,
+        before: str | None = None,
+        limit: int = 100,
     ) -> list[Version]:
         """Return versions, newest first; those of ``name`` by the highest number they have there.
 
         A name that does not exist has no versions.
+
+        Args:
+            name: only its versions.
+            client: only versions that a round with an update of this client made.
+            before: the version that the last page ended with; None for the first page.
+            limit: most versions, >= 1.
+
+        Raises:
+            UnknownVersion, AmbiguousRef: as :meth:`resolve`, of ``before``.
         """
-        if name is None:
-            page = select(schema.versions.c.id).order_by(schema.versions.c.number.desc())
-        else:
-            page = (
-                select(named_versions.c.version)
-                .where(named_versions.c.name == name)
-                .group_by(named_versions.c.version)
-                .order_by(func.max(named_versions.c.number).desc())
-            )
         with self._engine.connect() as connection:
-            ids = connection.scalars(page.limit(limit).offset(offset)).all()
+            last = resolve(connection, before) if before else None
+            ids = page_of_versions(connection, name, client, last, limit)
             loaded = load_versions(connection, ids)
         return [loaded[version] for version in ids]
 
@@ -343,10 +295,35 @@ class AdapterStore:
         with self._engine.connect() as connection:
             return trace(connection, resolve(connection, ref), "parents", depth)
 
-    def descendants(self, ref: str) -> Lineage:
-        """Return what came from a version, itself included. Raises as :meth:`lineage`."""
+    def descendants(self, ref: str, *, depth: int | None = None) -> Lineage:
+        """Return what came from a version, itself included. Arguments as :meth:`lineage`."""
         with self._engine.connect() as connection:
-            return trace(connection, resolve(connection, ref), "children")
+            return trace(connection, resolve(connection, ref), "children", depth)
+
+    def edges(
+        self, ref: str, towards: Towards = "parents", *, depth: int | None = None
+    ) -> list[Edge]:
+        """Return the edges of :meth:`lineage` or :meth:`descendants` without reading a version.
+
+        Raises:
+            UnknownVersion, AmbiguousRef: as :meth:`resolve`.
+        """
+        with self._engine.connect() as connection:
+            return walk(connection, resolve(connection, ref), towards, depth)
+
+    def deployed_with(self, client: str) -> list[Deployment]:
+        """Return the deployed versions that an update of ``client`` went into, sorted by alias.
+
+        Raises:
+            UnknownContributor: if no version at all was made with one.
+        """
+        with self._engine.connect() as connection:
+            if not contributed(connection, client):
+                raise UnknownContributor(
+                    f"no version was made with an update of {client!r}; weft clients list and "
+                    "weft lineage show who took part"
+                )
+            return deployed_with(connection, client)
 
     def record_metrics(self, ref: str, metrics: Mapping[str, float]) -> None:
         """Add measured values to a version; a key that it has gets the new value.

@@ -23,8 +23,9 @@ from orchestrator import service
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import parse_config
+from orchestrator.drawing import lineage_tree
 from orchestrator.merging import task_vector
-from orchestrator.report import lineage_tree, version_table
+from orchestrator.report import version_table
 
 Document = Callable[..., dict[str, Any]]
 LAYER = "encoder.layer.0.attention.self.query"

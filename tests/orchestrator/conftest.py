@@ -140,6 +140,63 @@ def tiny(tiny_encoder, document):
     return make
 
 
+SPEND = {
+    "mechanism": "gaussian",
+    "unit": "example",
+    "adjacency": "add-remove",
+    "parameters": {"noise_multiplier": 2.0, "sample_rate": 0.01, "steps": 5.0},
+}
+
+
+@pytest.fixture
+def grow(workspace, tensors):
+    """Return a function that commits a version with a whole recipe, and names it."""
+
+    def commit(name, parents=(), *, clients=(), private=True, metrics=None, **changes):
+        recipe = {
+            "format": 1,
+            "kind": "round" if clients else "start",
+            "round": 1,
+            "model": {"id": "some-model", "revision": "main", "hash": "ab" * 32, "labels": ["x"]},
+            "adapter": {"name": "lora", "options": {"r": 2}},
+            "strategy": {"name": "fedsvd", "options": {}},
+            "privacy": {"delta": 1e-5, "max_grad_norm": 0.5, "insecure_seed": None}
+            if private
+            else None,
+            "start": "fresh",
+            "stack": [],
+            "seen_labels": ["x"],
+            "reproducible": "bitwise",
+            "private": private,
+            "updates": [
+                {
+                    "client": client,
+                    "population": f"people-{client}",
+                    "public": False,
+                    "base": "",
+                    "digest": f"{name}{client}".encode().hex().ljust(64, "0"),
+                    "weight": 1.0,
+                    "num_examples": 100,
+                    "fingerprint": f"data of {client}".encode().hex().ljust(64, "0"),
+                    "spends": [SPEND] if private else [],
+                }
+                for client in clients
+            ],
+        }
+        made = tensors(seed=len(workspace.store.versions(limit=1000)), labels=0)
+        kinds = dict(parents)
+        version = workspace.store.commit(
+            made,
+            parents={workspace.store.resolve(ref): kind for ref, kind in kinds.items()},
+            recipe=recipe | changes,
+            metrics=metrics,
+        )
+        workspace.store.name(name, version)
+        return version
+
+    return commit
+
+
 # --- the command line -------------------------------------------------------------------------
 
 

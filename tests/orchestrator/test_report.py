@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 
 from orchestrator import service
+from orchestrator.drawing import lineage_tree
 from orchestrator.progress import RunProgress
-from orchestrator.report import lineage_tree, version_table
+from orchestrator.report import version_table
 from orchestrator.sections import PrivacyConfig
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
+from orchestrator import spending
 from orchestrator.plan import RoundInputs, plan_round
 from orchestrator.sections import PrivacyConfig
-from orchestrator.spending import calibrated, epsilon_of_lineage, reserve, spent_by_run
+from orchestrator.spending import calibrated, epsilon_by, reserve, spent_by_run
 from storage.ledger import ClientRecord
 from strategies.base import Broadcast, PrivacySpend
 
@@ -157,6 +158,10 @@ def test_a_round_without_privacy_spends_nothing(workspace, round_of):
     assert workspace.ledger.spends_of_run("run-1") == []
 
 
+def by_population(recipes):
+    return list(epsilon_by(recipes, lambda leaf: (leaf["population"],)).values())
+
+
 def test_what_a_run_spent_is_composed_by_population(workspace, round_of):
     for number in (1, 2):
         plan, assignments = round_of(number)
@@ -187,20 +192,20 @@ def leaf(digest, population="people", noise=1.0, public=False):
 def test_a_diamond_s_shared_round_counts_once():
     shared, left, right = leaf("1"), leaf("2"), leaf("3")
 
-    [found] = epsilon_of_lineage([recipe(shared), recipe(shared, left), recipe(shared, right)])
+    [found] = by_population([recipe(shared), recipe(shared, left), recipe(shared, right)])
 
     assert found.epsilon == epsilon([spend()] * 3, 1e-5)
 
 
 def test_two_equal_spends_of_different_updates_count_twice():
-    [found] = epsilon_of_lineage([recipe(leaf("1")), recipe(leaf("2"))])
+    [found] = by_population([recipe(leaf("1")), recipe(leaf("2"))])
 
     assert found.epsilon == epsilon([spend(), spend()], 1e-5)
     assert found.epsilon > epsilon([spend()], 1e-5)
 
 
 def test_two_populations_are_never_added():
-    found = epsilon_of_lineage([recipe(leaf("1", "north"), leaf("2", "south", noise=2.0))])
+    found = by_population([recipe(leaf("1", "north"), leaf("2", "south", noise=2.0))])
 
     assert [(e.population, e.epsilon) for e in found] == [
         ("north", epsilon([spend(1.0)], 1e-5)),
@@ -209,7 +214,7 @@ def test_two_populations_are_never_added():
 
 
 def test_a_lineage_is_accounted_at_its_strictest_delta():
-    [found] = epsilon_of_lineage([recipe(leaf("1"), delta=1e-3), recipe(leaf("2"), delta=1e-6)])
+    [found] = by_population([recipe(leaf("1"), delta=1e-3), recipe(leaf("2"), delta=1e-6)])
 
     assert found.delta == 1e-6
 
@@ -217,11 +222,11 @@ def test_a_lineage_is_accounted_at_its_strictest_delta():
 def test_a_lineage_without_privacy_has_no_epsilon():
     plain = {"privacy": None, "updates": [leaf("1") | {"spends": []}]}
 
-    assert epsilon_of_lineage([plain]) == []
+    assert by_population([plain]) == []
 
 
 def test_public_data_are_said_to_be_public():
-    [found] = epsilon_of_lineage([recipe(leaf("1", public=True))])
+    [found] = by_population([recipe(leaf("1", public=True))])
 
     assert found.public
 
@@ -291,3 +296,12 @@ def test_the_bytes_of_a_broadcast_count_for_every_client_it_goes_to(workspace, r
     one = sum(t.numel() * t.element_size() for t in assignments[0].broadcast.tensors.values())
     assert one > 0
     assert [data["bytes"] for data in seen] == [3 * one]
+
+
+def test_what_was_composed_once_is_not_composed_again(monkeypatch):
+    recipes, known = [recipe(leaf("1", "north"), leaf("2", "south"))], {}
+    first = epsilon_by(recipes, lambda leaf: (leaf["population"],), known)
+    monkeypatch.setattr(spending, "epsilon", None)
+    again = epsilon_by(recipes, lambda leaf: ("of", leaf["population"]), known)
+    assert list(again.values()) == list(first.values())
+    assert [key for key, _ in again] == ["of", "of"]

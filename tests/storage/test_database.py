@@ -11,6 +11,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, event, inspect, text
 
 from storage import database, schema
+from storage.blobs import BlobStore
+from storage.canonical import canonical_json
 from storage.database import (
     REVISION_TABLE,
     BadDatabaseUrl,
@@ -22,7 +24,9 @@ from storage.database import (
     writing,
 )
 from storage.ledger import Ledger
+from storage.lineage import version_id
 from storage.projection import PROJECTED, project
+from storage.store import AdapterStore
 
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -95,6 +99,38 @@ def test_runs_of_the_first_schema_stand_where_they_stood(empty_url):
     assert ledger.run("failed").finished_at == late
     assert [ledger.queue.claim("me:1", 60).id for _ in range(2)] == ["waits", "died"]
     ledger._engine.dispose()
+
+
+def test_aliases_and_leaves_of_the_second_schema_can_be_rolled_back_and_searched(
+    empty_url, tmp_path
+):
+    engine, config = database.connect(empty_url), alembic_config()
+    recipes = [{"updates": []}, {"updates": [{"client": "a"}, {"client": "b"}]}, {"n": 1}]
+    texts = [canonical_json(recipe, "recipe") for recipe in recipes]
+    ids = [version_id("t", None, None, [], recipe) for recipe in recipes]
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        old = MetaData()
+        old.reflect(connection)
+
+        def add(table, **row):
+            connection.execute(old.tables[table].insert().values(created_at=MOMENT, **row))
+
+        add("names", name="bot")
+        for number, (version, recipe) in enumerate(zip(ids, texts, strict=True), 1):
+            add("versions", number=number, id=version, tensors="t", recipe=recipe)
+            add("named_versions", name="bot", number=number, version=version)
+        for number in (1, 2):
+            move = {"number": number, "version": ids[number], "who": "ann", "why": ""}
+            add("promotions", name="bot", alias="live", **move)
+    migrate(engine)
+    engine.dispose()
+    store = AdapterStore(open_database(empty_url), BlobStore(tmp_path))
+    assert [v.id for v in store.versions(client="b")] == [ids[1]]
+    assert store.rollback("bot", "live", who="bob", why="").version == ids[1]
+    assert [m.kind for m in store.promotions("bot", "live")] == ["rollback", "promote", "promote"]
+    store._engine.dispose()
 
 
 def test_opening_again_keeps_the_rows(empty_url):

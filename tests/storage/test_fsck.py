@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import Integer
 
 from storage.blobs import BlobStore
 from storage.fsck import fsck
@@ -21,10 +22,12 @@ def history(store, ledger) -> list[str]:
     made: list[str] = []
     for value in range(3):
         parents = {made[-1]: "round"} if made else {}
-        made.append(store.commit(adapter(value), parents=parents, recipe={"round": value}))
+        recipe = {"round": value, "updates": [{"client": "north"}]}
+        made.append(store.commit(adapter(value), parents=parents, recipe=recipe))
         store.name("task-1", made[-1])
     store.name("bot", made[2])
     store.promote("bot", "production", made[2], who="me", why="")
+    store.yank(made[0], who="me", why="it was the first")
     ledger.create_run("run-1", "task-1", config={}, plan={}, rounds=3)
     ledger.record("run-1", "committed", {"round": 1}, status="running", version=made[1], round=1)
     return made
@@ -170,7 +173,8 @@ def test_a_cycle_of_parents_is_found_and_does_not_hang(engine, blobs, store, his
         store.lineage(last)
 
 
-REFERENCES = [key.parent for table in metadata.sorted_tables for key in table.foreign_keys]
+_KEYS = (key for table in metadata.sorted_tables for key in table.foreign_keys)
+REFERENCES = sorted((key.parent for key in _KEYS), key=str)
 
 
 @pytest.mark.parametrize("column", REFERENCES, ids=str)
@@ -178,9 +182,21 @@ def test_every_reference_of_every_table_is_checked(engine, blobs, history, ledge
     """Also those that a later migration adds: it must add rows for them to the history here."""
     ledger.add_client(ClientRecord(name="north", data="jsonl:/x", population="ward"))
     metric = f"INSERT INTO metrics VALUES ('{history[0]}', 'loss', 0.5)"
-    name = column.name
-    unchecked(engine, metric, f"UPDATE {column.table.name} SET {name} = {name} || '-nowhere'")
+    name, number = column.name, isinstance(column.type, Integer)
+    other = f"{name} + 1000" if number else f"{name} || '-nowhere'"
+    unchecked(engine, metric, f"UPDATE {column.table.name} SET {name} = {other}")
     assert ("reference", str(column)) in kinds(fsck(engine, blobs))
+
+
+def test_a_version_that_is_not_found_by_its_clients_is_told(engine, blobs, history):
+    second, third = (
+        f"number = (SELECT number FROM versions WHERE id = '{i}')" for i in history[1:]
+    )
+    moved = f"UPDATE contributions SET client = 'south' WHERE {second}"
+    unchecked(engine, f"DELETE FROM contributions WHERE {third}", moved)
+    found = fsck(engine, blobs).problems
+    assert [(p.kind, p.subject) for p in found] == [("contribution", id) for id in history[1:]]
+    assert ["north, south" in p.text for p in found] == [True, False]
 
 
 def test_a_check_tells_how_far_it_is(engine, blobs, history):

@@ -286,7 +286,7 @@ def test_names_lists_each_with_its_newest_and_aliases(store):
 def test_versions_are_listed_newest_first_in_pages(store):
     ids = [commit(store, value) for value in range(5)]
     assert [v.id for v in store.versions()] == ids[::-1]
-    assert [v.id for v in store.versions(limit=2, offset=1)] == [ids[3], ids[2]]
+    assert [v.id for v in store.versions(before=ids[4], limit=2)] == [ids[3], ids[2]]
 
 
 def test_versions_of_a_name_are_listed_by_their_numbers(store):

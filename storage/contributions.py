@@ -1,0 +1,68 @@
+"""Whose updates a version holds, itself or through what it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from storage.database import insert_missing
+from storage.lineage import current_aliases
+from storage.schema import contributions, parents, promotions, versions
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Where an alias points.
+
+    Attributes:
+        pointer: such as ``bot@production``.
+        version: id of the version that it points at.
+    """
+
+    pointer: str
+    version: str
+
+
+def record_contributions(connection: Connection, version: str, recipe: Mapping[str, Any]) -> None:
+    """Make a version findable by the clients whose updates its recipe lists."""
+    found = contributors(recipe)
+    if found:
+        number = connection.scalar(select(versions.c.number).where(versions.c.id == version))
+        rows = [{"client": client, "number": number} for client in sorted(found)]
+        insert_missing(connection, contributions, rows)
+
+
+def contributors(recipe: Mapping[str, Any]) -> set[str]:
+    """Return the clients whose updates a recipe lists."""
+    return {
+        leaf["client"]
+        for leaf in recipe.get("updates", ())
+        if isinstance(leaf, Mapping) and isinstance(leaf.get("client"), str)
+    }
+
+
+def deployed_with(connection: Connection, client: str) -> list[Deployment]:
+    """Return the deployed versions that an update of ``client`` went into, sorted by alias.
+
+    It follows every kind of edge from the client's updates on: linear in what came of them.
+    """
+    own = contributions.c.client == client
+    reached = (
+        select(versions.c.id)
+        .join(contributions, contributions.c.number == versions.c.number)
+        .where(own)
+        .cte("reached", recursive=True)
+    )
+    reached = reached.union(select(parents.c.child).where(parents.c.parent == reached.c.id))
+    query = current_aliases().where(promotions.c.version.in_(select(reached.c.id)))
+    found = sorted((f"{name}@{alias}", v) for name, alias, v in connection.execute(query))
+    return [Deployment(pointer, version) for pointer, version in found]
+
+
+def contributed(connection: Connection, client: str) -> bool:
+    """Return whether any version was made with an update of ``client``."""
+    query = select(contributions.c.client).where(contributions.c.client == client).limit(1)
+    return connection.scalar(query) is not None
