@@ -61,9 +61,8 @@ def claim(connection: Connection, blobs: BlobStore, digests: Sequence[str | None
     wanted = [digest for digest in digests if digest is not None]
     lock(connection, LOCK, shared=True)
     known = condemned.c.digest.in_(wanted)
-    gone = [
-        d for d in connection.scalars(select(condemned.c.digest).where(known)) if not blobs.has(d)
-    ]
-    if not gone:
+    found = connection.scalars(select(condemned.c.digest).where(known)).all()
+    gone = [digest for digest in found if not blobs.has(digest)]
+    if found and not gone:
         connection.execute(delete(condemned).where(known))
     return gone
