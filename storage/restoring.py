@@ -1,9 +1,10 @@
 """Bringing a backup back: rows and blobs together, in one transaction.
 
-What is content (versions, their edges and metrics) and what must never be forgotten (populations
-and privacy spends) is united with what the store has: a spend that either of them counts is
-counted. What people have decided since (names, aliases, runs, clients) becomes what it was in the
-backup, and only if the store holds none of it that the backup lacks, or it is asked for.
+What is content (versions, their edges, metrics and signatures) and what must never be forgotten
+(populations, privacy spends, withdrawals) is united with what the store has: a spend that either of
+them counts is counted, and a client that withdrew from either does not come back. What people have
+decided since (names, aliases, yanks, runs, clients) becomes what it was in the backup, and only if the
+store holds none of it that the backup lacks, or it is asked for.
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ from storage.database import connect, insert_missing, lock, migrate, reading, wr
 from storage.places import Folder
 from storage.references import claim, references
 from storage.runs import append
-from storage.schema import metadata, runs, spends, versions
+from storage.schema import clients, metadata, runs, spends, versions, withdrawals
 
-UNITED = ("versions", "version_parents", "metrics", "populations", "spends")
+UNITED = (
+    "versions",
+    "version_parents",
+    "metrics",
+    "signatures",
+    "populations",
+    "spends",
+    "withdrawals",
+)
 """Tables of which nothing is ever forgotten."""
 
 SKIPPED = ("condemned_blobs", "contributions")
@@ -173,6 +182,7 @@ def _write(source: Connection, target: Connection) -> None:
             if table is versions:
                 for row in page:
                     record_contributions(target, row["id"], json.loads(row["recipe"]))
+    target.execute(delete(clients).where(clients.c.name.in_(select(withdrawals.c.client))))
 
 
 def _number_of(table: Table) -> Any:

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alembic import command
 
 from clients.site import Site
 from orchestrator.service import open_workspace
+from storage import database
 from storage.ledger import SpendRow
 
 SPEND = SpendRow(
@@ -165,16 +167,22 @@ def test_an_unfinished_private_run_is_cancelled_where_its_clients_keys_are_not(
     assert read("store", "restore", tmp_path / "copy", "--replace")["cancelled"] == []
 
 
+def downgrade(home, schema):
+    """Make a home's database one of an older weft."""
+    engine, config = database.connect(f"sqlite:///{home / 'weft.db'}"), database._alembic()
+    with database.writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, schema)
+    engine.dispose()
+
+
 def test_an_older_store_is_refused_by_all_but_upgrade_which_backs_it_up(
     ok, refused, read, home, tmp_path, monkeypatch
 ):
     wanted = read("show", "bot")
-    with sqlite3.connect(home / "weft.db") as database:
-        database.execute("DROP TABLE condemned_blobs")
-        database.execute("UPDATE weft_revision SET version_num = '0002'")
-    database.close()
-    for command in (("runs", "list"), ("fsck",), ("show", "bot"), ("store", "backup", "x")):
-        assert "older weft (schema 0002)" in refused(*command)
+    downgrade(home, "0002")
+    for argv in (("runs", "list"), ("fsck",), ("show", "bot"), ("store", "backup", "x")):
+        assert "older weft (schema 0002)" in refused(*argv)
     found = read("store", "upgrade")
     assert found["from"] == "0002"
     assert found["check"]["sound"]
@@ -187,8 +195,8 @@ def test_an_older_store_is_refused_by_all_but_upgrade_which_backs_it_up(
 
 
 def test_a_newer_store_is_not_upgraded(refused, ok, home):
-    with sqlite3.connect(home / "weft.db") as database:
-        database.execute("UPDATE weft_revision SET version_num = '9999'")
-    database.close()
+    with sqlite3.connect(home / "weft.db") as rows:
+        rows.execute("UPDATE weft_revision SET version_num = '9999'")
+    rows.close()
     assert "newer weft (schema 9999)" in refused("store", "upgrade")
     assert not (home / "backups").exists()

@@ -134,6 +134,19 @@ def test_restoring_never_lowers_what_was_spent(engine, blobs, store, ledger, tmp
     assert restored.num_spends == 4
 
 
+def test_a_client_that_withdrew_since_the_backup_does_not_come_back(
+    engine, blobs, store, ledger, tmp_path
+):
+    fill(store, ledger)
+    back_up(engine, blobs, tmp_path / "backup")
+    ledger.withdrawals.add("north", "me", "asked to")
+    ledger.remove_client("north")
+    restore(engine, blobs, tmp_path / "backup")
+    assert ledger.clients() == []
+    assert list(ledger.withdrawals.all()) == ["north"]
+    assert len(ledger.spends("ward")) == 1
+
+
 def test_one_event_that_is_two_spends_is_refused(engine, blobs, store, ledger, fresh, tmp_path):
     fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
