@@ -163,14 +163,16 @@ def plan_round(
         broadcast: the strategy's broadcast of the state that it starts from.
         cohort: who is asked.
     """
-    masked: dict[int, tuple[Broadcast, Broadcast]] = {}
+    masked: dict[tuple[Any, ...], tuple[Broadcast, Broadcast]] = {}
     assignments = []
     for participant in cohort:
         raw = broadcast(ClientSpec(participant.name, labels=participant.labels))
-        if id(raw) not in masked:
-            # one masked object for one broadcast, so that a backend ships it once
-            masked[id(raw)] = (raw, with_head_mask(raw, plan))
-        sent = masked[id(raw)][1]
+        # one masked object for all that hold the same tensors, so that a backend ships it once
+        parts = (raw.tensors, raw.mask, raw.extra)
+        same = (raw.trainable, *(id(part) if part else 0 for part in parts))
+        if same not in masked:
+            masked[same] = (raw, with_head_mask(raw, plan))  # the first is kept: ids stay theirs
+        sent = masked[same][1]
         seed = seed_for(plan.config.seed, inputs.round, participant.name)
         assignments.append(_assignment(plan, inputs, participant, sent, seed))
     return assignments

@@ -184,12 +184,18 @@ def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Versi
     Six queries for every thousand versions.
 
     Raises:
-        VersionCorrupt: if a row was changed behind weft's back.
+        VersionCorrupt: if a row was changed, or removed, behind weft's back.
     """
     found: dict[int, Version] = {}
     for part in _parts(ids):
         found |= _load(connection, part)
-    return {found[number].id: found[number] for number in sorted(found, reverse=True)}
+    by_id = {found[number].id: found[number] for number in sorted(found, reverse=True)}
+    for lost in (id_ for id_ in ids if id_ not in by_id):
+        raise VersionCorrupt(
+            f"version {lost[:12]} is listed and has no row: the database was changed outside weft; "
+            "restore it from a backup"
+        )
+    return by_id
 
 
 def _load(connection: Connection, ids: Sequence[str]) -> dict[int, Version]:

@@ -3,8 +3,8 @@
 What is content (versions, their edges, metrics and signatures) and what must never be forgotten
 (populations, privacy spends, withdrawals) is united with what the store has: a spend that either of
 them counts is counted, and a client that withdrew from either does not come back. What people have
-decided since (names, aliases, yanks, runs, clients) becomes what it was in the backup, and only if the
-store holds none of it that the backup lacks, or it is asked for.
+decided since (names, aliases, yanks, runs, clients) becomes what it was in the backup, and only if
+the store holds none of it that the backup lacks, or it is asked for.
 """
 
 from __future__ import annotations

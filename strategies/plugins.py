@@ -155,7 +155,10 @@ def _parse(kind: Any, value: Any) -> Any:  # noqa: C901  (one branch a type)
     if kind is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number that no float can hold
+            raise TypeError from None
     if isinstance(value, bool) and kind is not bool:
         raise TypeError
     if isinstance(value, kind):

@@ -187,6 +187,10 @@ def test_what_makes_no_sense_together_is_refused(document, changes, message):
             "the config.regularizers[0].mu must be a finite number, got inf",
         ),
         (
+            {"optimizer": {"name": "adamw", "lr": 10**400}},
+            f"optimizer 'adamw': lr must be float > 0, got {10**400}",
+        ),
+        (
             {"start_from": "\ud800"},
             "the config.start_from must be text that UTF-8 can write, got '\\ud800'",
         ),

@@ -54,6 +54,17 @@ def test_clients_that_are_alike_get_one_broadcast_object(make_plan, inputs, tens
     assert all(a.broadcast.tensors is sent.tensors for a in part)
 
 
+def test_a_strategy_that_makes_a_broadcast_for_each_of_the_same_tensors_is_shipped_once(
+    make_plan, inputs, tensors
+):
+    state = tensors()
+    for plan in (make_plan(), make_plan(task_labels=["cat"])):
+        asked = plan_round(plan, inputs, lambda client: Broadcast(state), plan.participants)
+
+        assert len({id(a.broadcast) for a in asked}) == 1
+        assert asked[0].broadcast.tensors is state
+
+
 def test_clients_that_are_not_alike_get_their_own_broadcast(make_plan, inputs, tensors):
     sent = {name: Broadcast(tensors(seed)) for seed, name in enumerate("abc")}
 

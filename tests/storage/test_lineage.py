@@ -6,7 +6,7 @@ import torch
 
 from storage import schema
 from storage.database import writing
-from storage.lineage import Edge, Parent, version_id
+from storage.lineage import Edge, Parent, VersionCorrupt, load_versions, version_id
 from storage.store import AdapterStore, UnknownVersion
 
 
@@ -143,3 +143,11 @@ def test_a_ladder_of_merges_is_not_walked_path_by_path(store, engine):
     ids = insert_graph(engine, [[n - 1, n - 2] if n > 1 else [n - 1] * n for n in range(200)])
     assert len(store.lineage(ids[-1]).nodes) == 200
     assert len(store.lineage(ids[-1], depth=150).nodes) == 200
+
+
+def test_a_version_that_is_listed_and_has_no_row_is_refused(engine):
+    with (
+        engine.connect() as connection,
+        pytest.raises(VersionCorrupt, match="version 000000000000 is listed and has no row"),
+    ):
+        load_versions(connection, ["0" * 64])
