@@ -47,4 +47,8 @@ def _recent(ledger: Ledger, run: str) -> History:
     last = ledger.last_event(run, "committed")
     # an older weft's commits say nothing of faults: its logs are read whole
     known = History.at_commit(last) if last and "faults" in last.data else History()
-    return known.after_all(ledger.events(run, after=known.seq))
+    for event in ledger.events(run, after=known.seq):
+        # most events, by far, tell of clients that have no faults to forget
+        if event.kind != "accepted" or event.data["client"] in known.faults:
+            known = known.after(event)
+    return known

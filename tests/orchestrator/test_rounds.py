@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.federation import Cancelled, Federation, Paused, RoundFailed
 from orchestrator.history import History
-from orchestrator.quarantine import NotAtFault, quarantined_in, release
+from orchestrator.quarantine import NotAtFault, _recent, quarantined_in, release
 from orchestrator.service import open_workspace
 
 FOUR = ("a", "b", "c", "d")
@@ -458,3 +458,15 @@ def test_the_quarantined_are_listed_and_released_by_anybody(federation, imagined
     assert quarantined_in(run.ledger, "run-1") == ("c",)
     with pytest.raises(NotAtFault, match="'b' has no faults in run run-1; these have: c"):
         release(run.ledger, "run-1", "b")
+
+
+def test_the_faults_that_people_see_are_those_of_the_whole_log(federation, imagined):
+    fails = {"b": 3, "c": 1}
+    run = federation(backend=imagined(fails=fails), rounds=5, retries=0, die_at=20)
+    with pytest.raises(Killed):
+        run.run()  # in the middle of a round
+
+    whole = History().after_all(events(run))
+    assert whole.round > 0
+    assert whole.faults
+    assert _recent(run.ledger, "run-1").faults == whole.faults
