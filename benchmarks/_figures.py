@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 
 from rich.console import Console
 from rich.table import Table
@@ -43,3 +45,9 @@ def show(title: str, figures: Sequence[Figure], as_json: bool) -> None:
         goal = "" if f.goal is None else f"{'>=' if f.better == 'higher' else '<='} {f.goal:g}"
         table.add_row(f.name, f"{f.value:.4g}", f.unit, goal, f.verdict, f.setting)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def drift(values: Sequence[float]) -> float:
+    """Return what ``values`` gain from the first to the last, as a share of their median."""
+    slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2)]
+    return statistics.median(slopes) * (len(values) - 1) / statistics.median(values)

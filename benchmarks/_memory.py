@@ -84,6 +84,49 @@ def watched(pid: int, every_s: float = 0.01) -> Iterator[Peak]:
         thread.join()
 
 
+class Meter:
+    """Watches a process and all its descendants, those that come and go included.
+
+    Attributes:
+        megabytes: the most anonymous memory that they had together since :meth:`lap`.
+    """
+
+    def __init__(self, pid: int, every_s: float = 0.5) -> None:
+        self.megabytes = 0.0
+        self._pid, self._every_s = pid, every_s
+        self._used: dict[int, float] = {}
+        self._before = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Meter:
+        self._look()
+        self.lap()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def lap(self) -> tuple[float, float]:
+        """Return processor seconds and peak megabytes since the last lap, and begin another."""
+        self._look()
+        total, peak = sum(self._used.values()), self.megabytes
+        seconds, self._before, self.megabytes = total - self._before, total, 0.0
+        return seconds, peak
+
+    def _look(self) -> None:
+        living = family(self._pid)
+        for pid in living:  # of a dead one, what was seen last counts on
+            self._used[pid] = max(self._used.get(pid, 0.0), processor_seconds([pid]))
+        self.megabytes = max(self.megabytes, sum(own(pid) for pid in living))
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._every_s):
+            self._look()
+
+
 def private_bytes(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
     """Return how many bytes of ``tensors`` no other process shares, and how many there are.
 

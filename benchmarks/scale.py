@@ -29,12 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from _figures import Figure, show
+from _figures import Figure, drift, show
 from _memory import Peak, actors, family, own, processor_seconds, watched
 from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
@@ -157,12 +156,6 @@ class Log:
 
     def _now(self) -> tuple[float, float]:
         return time.perf_counter(), processor_seconds([os.getpid(), *self.workers()])
-
-
-def drift(values: Sequence[float]) -> float:
-    """Return what ``values`` gain from the first to the last, as a share of their median."""
-    slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2)]
-    return statistics.median(slopes) * (len(values) - 1) / statistics.median(values)
 
 
 def ray_workers() -> list[int]:

@@ -10,19 +10,26 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _figures import drift
+from _memory import Meter
 
+from clients.worker import perform
 from orchestrator import service
 from orchestrator.backends.base import Failure
 from orchestrator.backends.ray import RayBackend
-from orchestrator.config import parse_config
-from orchestrator.faults import is_faulty
+from orchestrator.config import RunConfig, parse_config
+from orchestrator.faults import FaultAt, Faults, client_fault, is_faulty
+from orchestrator.faulty import FaultyPerform
+from orchestrator.workspace import Workspace
 
 pytestmark = [
     pytest.mark.chaos,
@@ -34,23 +41,25 @@ pytestmark = [
 CLIENTS = int(os.environ.get("WEFT_CHAOS_CLIENTS", "1000"))
 ROUNDS = int(os.environ.get("WEFT_CHAOS_ROUNDS", "10"))
 SECONDS = float(os.environ.get("WEFT_CHAOS_SECONDS", "300"))
-GIB = 1 << 30
+
+
+LOSING = frozenset({"crash", "hang", "nan", "wrong-shape", "replay", "drop"})
+"""What costs a client its update; who is only slow, or answers twice, takes part."""
 
 
 class Without:
-    """A backend that trains no faulty client: each is refused at once."""
+    """A backend without the updates that faults cost: each of those clients is refused at once."""
 
-    def __init__(self, inner: Any, is_out: Callable[[str], bool]) -> None:
-        self.inner, self.is_out = inner, is_out
+    def __init__(self, inner: Any, faults: Faults) -> None:
+        self.inner, self.faults = inner, faults
 
     def run(self, assignments: Any, *heard: Any) -> Iterator[Any]:
         out: list[Any] = []
 
         def others() -> Iterator[Any]:
             for assignment in assignments:
-                if assignment is not None and self.is_out(assignment.client):
+                if assignment is not None and self._is_out(assignment):
                     out.append(Failure(assignment.client, assignment.round, "left out"))
-                    yield None
                 else:
                     yield assignment
 
@@ -63,73 +72,136 @@ class Without:
     def close(self) -> None:
         self.inner.close()
 
+    def _is_out(self, assignment: Any) -> bool:
+        fault = client_fault(self.faults, assignment.round, assignment.client)
+        return assignment.action == "train" and fault in LOSING
+
+
+class Watched:
+    """Measures each round of a run, and forgives who failed in it: the next asks all again."""
+
+    def __init__(self, workspace: Workspace, meter: Meter) -> None:
+        self.ledger, self.meter = workspace.ledger, meter
+        self.lost: dict[int, set[str]] = defaultdict(set)
+        self.seconds: list[float] = []
+        self.processor: list[float] = []
+        self.megabytes: list[float] = []
+        self._failed: set[str] = set()
+        self._since = time.monotonic()
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        failed = [data["client"]] if kind == "refused" else data.get("missed", ())
+        if kind in ("refused", "closed"):
+            self.lost[data["round"]].update(failed)
+            self._failed.update(failed)
+        if kind == "committed":
+            self._measure()
+            for client in sorted(self._failed):
+                self.ledger.record(self.ledger.runs(1)[0].id, "forgiven", {"client": client})
+            self._failed.clear()
+
+    def _measure(self) -> None:
+        processor, megabytes = self.meter.lap()
+        now = time.monotonic()
+        self.seconds.append(now - self._since)
+        self.processor.append(processor)
+        self.megabytes.append(megabytes)
+        self._since = now
+
+    def figures(self) -> list[str]:
+        """Return a line for each thing that was measured."""
+        rows = {"s": self.seconds, "s of processor": self.processor, "MB": self.megabytes}
+        return [
+            f"{unit} a round: {', '.join(f'{v:.1f}' for v in values)}; "
+            f"drift of rounds 2 on {drift(values[1:] or values):+.1%}"
+            for unit, values in rows.items()
+        ]
+
 
 def test_a_crowd_with_a_tenth_of_it_faulty_ends_where_the_honest_ones_alone_do(
-    document, tmp_path
+    document, tmp_path, capsys, request
 ) -> None:
-    rows = [{"text": f"where is number {i}", "label": "question"} for i in range(2 * CLIENTS)]
-    rows[::2] = [{"text": f"bring me {i}", "label": "order"} for i in range(CLIENTS)]
+    """Every fault there is happens: some to a tenth in each round, the costly ones to a few."""
+    rows = [
+        {"text": f"{text} {i}", "label": label}
+        for i in range(CLIENTS)
+        for text, label in (("bring me", "order"), ("where is number", "question"))
+    ]
     file = tmp_path / "crowd.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     data = {"data": f"jsonl:{file}", "by": "iid", "parts": CLIENTS, "public": True}
     base = document(
-        strategy="fedavg",
+        strategy={"name": "fedavg", "weighting": "uniform"},
         adapter={"name": "lora", "r": 2, "layers": [0], "target_modules": ["query", "value"]},
         clients={"simulate": data},
         rounds=ROUNDS,
         steps=1,
         batch_size=2,
+        retries=0,
         backend={"name": "ray", "workers": 2},
     )
-    share = {"seed": 3, "clients": 0.1, "kinds": ["nan", "wrong-shape", "replay"]}
-    probe = parse_config({**base, "faults": share}).faults
-    assert probe is not None
+    share: dict[str, Any] = {
+        "seed": 3,
+        "clients": 0.1,
+        "kinds": ["nan", "wrong-shape", "replay", "slow", "duplicate"],
+        "delay_s": 0.2,
+    }
+    names = [f"part-{n}" for n in range(CLIENTS)]
+    probe = Faults(**share)
+    faulty = [name for name in names if is_faulty(probe, name)]
+    crashing, hanging, losing = faulty[:3]
+    waiting = sorted({min(2, ROUNDS), max(1, ROUNDS - 1)})  # rounds that last until the deadline
+    hosts = ["full-disk", "clock-jump", "database-outage", "corrupt-blob"]
+    at = [{"kind": "crash", "client": crashing, "round": r + 1} for r in range(ROUNDS)]
+    at += [{"kind": "hang", "client": hanging, "round": round_} for round_ in waiting]
+    at += [{"kind": "drop", "client": losing, "round": round_} for round_ in waiting]
+    at += [{"kind": kind, "round": 1 + n * ROUNDS // 5} for n, kind in enumerate(hosts)]
+    faults = Faults(**share, at=tuple(FaultAt(**one) for one in at))
 
     honest = service.open_workspace(tmp_path / "honest")
-    ray = RayBackend(workers=2)
-    try:
-        wanted = service.launch(
-            honest, parse_config(base), backend=Without(ray, lambda name: is_faulty(probe, name))
-        )
-    finally:
-        ray.close()
-    [record] = honest.ledger.runs()
-    names = [p["name"] for p in honest.ledger.plan(record.id)["participants"]]
-    lost = [name for name in names if is_faulty(probe, name)]
-    kept = [name for name in names if name not in lost]
-    assert len(lost) > 2
+    ray = RayBackend(workers=2, perform=FaultyPerform(faults, perform), grace_s=2)
+    request.addfinalizer(ray.close)
+    with Meter(os.getpid()) as meter:
+        alone = Watched(honest, meter)
+        wanted = service.launch(honest, parse_config(base), alone, Without(ray, faults))
 
-    # one that hangs holds a worker, and one that is lost holds the round, until the deadline; by
-    # then one that crashes has cost six workers, one after another
-    spent = [e.at for e in honest.ledger.events(record.id) if e.kind in ("round", "committed")]
-    longest = max((b - a).total_seconds() for a, b in zip(spent[::2], spent[1::2], strict=True))
-    at = [{"kind": "crash", "client": lost[0], "round": r + 1} for r in range(ROUNDS)]
-    at += [
-        {"kind": "hang", "client": lost[1], "round": ROUNDS},
-        {"kind": "drop", "client": lost[2], "round": ROUNDS},
-        {"kind": "slow", "client": kept[0], "round": 1},
-        {"kind": "duplicate", "client": kept[1], "round": 1},
-        {"kind": "clock-jump", "round": 1},
-        {"kind": "corrupt-blob", "round": 1},
-    ]
-    faults = {**share, "at": at}
-    settings = {"backend": {"name": "ray", "workers": 2}, "deadline_s": 180 + 4 * longest}
-    memory: list[int] = []
-
-    def observe(kind: str, data: Any) -> None:
-        if kind == "committed":
-            memory.append(sum(_resident(pid) for pid in [os.getpid(), *_descendants()]))
-
+    # one that hangs holds a worker, and one that is lost holds the round, until the deadline
+    deadline_s = 60 + 3 * max(alone.seconds)
+    section = {**share, "at": at}
+    config = parse_config({**base, "faults": section, "deadline_s": deadline_s})
     workspace = service.open_workspace(tmp_path / "faulty")
-    config = parse_config({**base, "faults": faults, **settings})
-    assert service.launch(workspace, config, observe) == wanted
-    [faulty] = workspace.ledger.runs()
-    log = workspace.ledger.events(faulty.id)
-    failed = {e.data["client"] for e in log if e.kind == "refused"}
-    failed |= {client for e in log if e.kind == "closed" for client in e.data["missed"]}
-    assert failed == set(lost)
-    assert failed.isdisjoint(e.data["client"] for e in log if e.kind == "accepted")
-    assert max(memory) < 24 * GIB
+    with Meter(os.getpid()) as meter:
+        seen = Watched(workspace, meter)
+        version, stops = driven(workspace, config, seen, ray)
+
+    with capsys.disabled():
+        sys.stdout.write(f"\n{CLIENTS} clients, {ROUNDS} rounds, {len(faulty)} faulty in each\n")
+        for title, run in (("the honest alone", alone), ("all", seen)):
+            sys.stdout.write("".join(f"  {title}: {line}\n" for line in run.figures()))
+        sys.stdout.write(f"  the honest alone end at {wanted}, all at {version}\n")
+    assert version == wanted
+    assert len(stops) == 2  # the full disk and the outage, each once
+    for round_ in range(1, ROUNDS + 1):
+        lost = {name for name in faulty if client_fault(faults, round_, name) in LOSING}
+        assert seen.lost[round_] == alone.lost[round_] == lost
+    assert max(seen.megabytes) < 24_000
+
+
+def driven(
+    workspace: Workspace, config: RunConfig, observe: Watched, backend: RayBackend
+) -> tuple[str, list[str]]:
+    """Run to the end, resuming after what stops the coordinator; return also what that said."""
+    stops: list[str] = []
+    try:
+        return service.launch(workspace, config, observe, backend), stops
+    except OSError as error:
+        stops.append(str(error))
+    while len(stops) < 5:
+        try:
+            return service.resume(workspace, config.name, observe, backend), stops
+        except OSError as error:
+            stops.append(str(error))
+    raise AssertionError(f"it was stopped again and again: {stops}")
 
 
 def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
@@ -138,10 +210,10 @@ def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
     whole = service.open_workspace(tmp_path / "whole")
     wanted = service.launch(whole, parse_config(private_run))
     over, killed = threading.Event(), []
-    draw = random.Random(0)
+    draw, end = random.Random(0), time.monotonic() + SECONDS
 
     def kill_at_random() -> None:
-        while not over.wait(10):
+        while not over.wait(10) and time.monotonic() < end:
             if workers := _descendants("ray::Worker"):
                 os.kill(victim := draw.choice(workers), signal.SIGKILL)
                 killed.append(victim)
@@ -150,7 +222,7 @@ def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
     killer = threading.Thread(target=kill_at_random)
     killer.start()
     try:
-        end, number = time.monotonic() + SECONDS, 0
+        number = 0
         while time.monotonic() < end:
             number += 1
             workspace = service.open_workspace(tmp_path / f"home-{number}")
@@ -183,11 +255,3 @@ def _descendants(title: str = "") -> list[int]:
         if above == os.getpid() != pid and titles.get(pid, "").startswith(title):
             found.append(pid)
     return found
-
-
-def _resident(pid: int) -> int:
-    """Return a process's memory in bytes, what it shares with others counted in full."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
