@@ -60,7 +60,8 @@ bench: $(STAMP)-test $(STAMP)-model
 	  echo "== $$benchmark $(BENCH_ARGS)"; $(BIN)/python "$$benchmark" $(BENCH_ARGS); \
 	done
 
-# WEFT_CHAOS_POINTS=20 fails at 20 points instead of all, which WEFT_CHAOS_SEED=0 chooses.
+# WEFT_CHAOS_POINTS=20 fails at 20 points instead of all, which WEFT_CHAOS_SEED=0 chooses. The crowd, which prints what a
+# round takes and how that drifts, is of WEFT_CHAOS_CLIENTS=1000 and WEFT_CHAOS_ROUNDS=10; workers die for WEFT_CHAOS_SECONDS=300.
 chaos: $(STAMP)-test
 	@$(BIN)/python -m pytest -m 'chaos and not gpu' $(PYTEST_ARGS)
 	@WEFT_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/chaos/test_fuzz.py $(PYTEST_ARGS)
