@@ -273,12 +273,24 @@ def parse_config(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> 
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
         raise BadConfig("\n".join(_sentence(e) for e in error.errors())) from None
+    except UnicodeEncodeError:  # pydantic cannot write it into its message either
+        _refuse_unrecordable(merged)
+        raise
     config.checked_plugins()
+    _refuse_unrecordable(merged)
+    return config
+
+
+def _refuse_unrecordable(document: Mapping[str, Any]) -> None:
+    """Refuse what cannot be on a run's record, which is JSON.
+
+    Raises:
+        BadConfig: naming the first place of it.
+    """
     try:
-        canonical_json(merged, "the config")  # as which it is recorded
+        canonical_json(document, "the config")
     except NotJson as error:
         raise BadConfig(str(error)) from None
-    return config
 
 
 def _plain(value: Any) -> Any:

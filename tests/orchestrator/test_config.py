@@ -327,3 +327,10 @@ def test_an_override_inside_a_section_that_is_not_there_means_the_default_plugin
 def test_a_plugin_without_a_name_is_refused(document):
     with pytest.raises(BadConfig, match=r"adapter\.name: is required"):
         parse_config(document(adapter={"r": 16}))
+
+
+def test_text_that_no_message_can_hold_is_refused_all_the_same(document):
+    """Pydantic fails at writing such a label into the message of its validator."""
+    assert "labels[1] must be text that UTF-8 can write, got '\\ud800'" in refusal(
+        document(labels=["cat", "\ud800"], task_labels=["dog"])
+    )
