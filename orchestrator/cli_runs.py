@@ -46,6 +46,10 @@ def run(  # noqa: PLR0913  (one option each)
     resume: Annotated[
         str | None, typer.Option("--resume", help="Go on with this run instead.")
     ] = None,
+    accept_drift: Annotated[
+        bool,
+        typer.Option("--accept-drift", help="Resume with other libraries than it was begun with."),
+    ] = False,
     detach: Detach = False,
     priority: Priority = 0,
     label: Label = [],  # noqa: B006
@@ -67,6 +71,8 @@ def run(  # noqa: PLR0913  (one option each)
 
     if (config is None) == (resume is None):
         raise BadConfig("give a run's YAML file, or --resume RUN")
+    if accept_drift and resume is None:
+        raise BadConfig("--accept-drift is for a run that goes on: give --resume RUN with it")
     if ray_address is not None:
         overrides = [*overrides, f"backend.address={json.dumps(ray_address)}"]
     if resume is not None and (overrides or detach or priority or label):
@@ -80,7 +86,7 @@ def run(  # noqa: PLR0913  (one option each)
     watch = Watch(log_format, log_file, metrics_port, metrics_file)
     if resume is not None:
         with _shown(as_json, watch) as observe:
-            version = service.resume(workspace, resume, observe)
+            version = service.resume(workspace, resume, observe, accept_drift=accept_drift)
         _print_version(workspace, version, as_json)
         return
     assert config is not None

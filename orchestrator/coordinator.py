@@ -23,6 +23,7 @@ from orchestrator.federation import Cancelled, Federation, Observe, Paused, Roun
 from orchestrator.lease import Lease, driver_name, is_dead
 from orchestrator.observers.of_run import watched
 from orchestrator.plan import Plan
+from orchestrator.recipes import drift
 from orchestrator.retention import drop_after_close, folder_of
 from orchestrator.workspace import Workspace
 from storage.ledger import LeaseLost, Ledger, RunRecord
@@ -42,6 +43,10 @@ class Stopped(RuntimeError):
     """This process was asked to stop; the run it drove is back in the queue."""
 
 
+class Drifted(RuntimeError):
+    """What a run was begun with is not what is installed here."""
+
+
 class ClaimedInVain(RuntimeError):
     """Whoever drove the run died of it, or with it, time and again."""
 
@@ -56,12 +61,14 @@ class Driving:
         stop: set it to stop at the next event and put the run back into the queue.
         max_claims: after so many claims without a round committed in between a run fails, >= 1;
             None for any number.
+        accept_drift: whether a run goes on that another weft, library or machine began.
     """
 
     backend: Backend | None = None
     lease_s: float = LEASE_S
     stop: threading.Event = field(default_factory=threading.Event)
     max_claims: int | None = MAX_CLAIMS
+    accept_drift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +132,15 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
         Paused, Cancelled: if somebody asked for it.
         Stopped: if this process was asked to stop.
         ClaimedInVain: if the run was claimed too often.
+        Drifted: if what it was begun with is not what is here; nothing more was written.
         LeaseLost: if somebody else drives the run by now; nothing more was written.
     """
     ledger = workspace.ledger
     with Lease(ledger.queue, record.id, record.token, driving.lease_s):
         try:
             _check_claims(ledger, record.id, driving.max_claims)
+            if not driving.accept_drift:
+                _check_drift(workspace, record)
             return _watched(workspace, record, observe, driving)
         except (Exception, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt) and driving.stop.is_set()
@@ -154,6 +164,21 @@ def _check_claims(ledger: Ledger, run: str, most: int | None) -> None:
             f"run {run} was claimed {len(others)} times without a round committed in between: its "
             f"drivers died or were lost, the last was {others[-1]}. See what ended them (memory, "
             f"say), mend it and go on with: weft run --resume {run}"
+        )
+
+
+def _check_drift(workspace: Workspace, record: RunRecord) -> None:
+    """Refuse to go on with other libraries: the run would end at another version than it would.
+
+    Raises:
+        Drifted: if its last version was made with others.
+    """
+    found = drift(workspace.store.version(record.version).recipe) if record.version else []
+    if found:
+        raise Drifted(
+            f"run {record.id} was begun with {'; '.join(found)}, and would not end at the version "
+            "that it would have: go on where it was begun, or here with: "
+            f"weft run --resume {record.id} --accept-drift"
         )
 
 
@@ -264,7 +289,7 @@ def _drive_to_an_end(
 ) -> None:
     try:
         drive(workspace, record, observe, driving)
-    except (RoundFailed, Paused, Cancelled, Stopped, ClaimedInVain, LeaseLost) as error:
+    except (RoundFailed, Paused, Cancelled, Stopped, ClaimedInVain, Drifted, LeaseLost) as error:
         _LOG.warning("%s", error)
     except Exception as error:  # one run's error must not keep the others waiting
         _LOG.error("run %s failed: %s", record.id, type(error).__name__, exc_info=True)

@@ -198,6 +198,13 @@ def _weakest(claims: Any) -> str:
     return "bitwise" if set(claims) == {"bitwise"} else "statistical"
 
 
+def drift(recipe: Mapping[str, Any]) -> list[str]:
+    """Return what a version was made with that is another here: ``torch 2.12, here 2.13``."""
+    here = libraries()
+    made = recipe["libraries"].items()
+    return [f"{name} {old}, here {here.get(name)}" for name, old in made if here.get(name) != old]
+
+
 @cache
 def libraries() -> dict[str, str]:
     """Return the versions of what determines bytes, here and now."""

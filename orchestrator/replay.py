@@ -10,7 +10,7 @@ from clients.assignment import PluginChoice
 from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
-from orchestrator.recipes import libraries
+from orchestrator.recipes import drift
 from orchestrator.retention import is_buried, kept_update
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
@@ -78,8 +78,7 @@ def _replayed(workspace: Workspace, version: Version) -> Replayed:
         return Replayed(version.id, recipe["round"], "gone", str(gone))
     if version.id in reached(workspace, version, updates):
         return Replayed(version.id, recipe["round"], "same")
-    here = libraries()
-    other = [f"{k} {v}, here {here.get(k)}" for k, v in recipe["libraries"].items() if here[k] != v]
+    other = drift(recipe)
     why = f"it was made with {'; '.join(other)}" if other else "the same updates give other bytes"
     return Replayed(version.id, recipe["round"], "differs", why)
 

@@ -186,8 +186,17 @@ def resume(
     run: str,
     observe: Observe = lambda kind, data: None,
     backend: Backend | None = None,
+    accept_drift: bool = False,
 ) -> str:
     """Go on with a run after a crash or a failure; it ends at the version it would have.
+
+    Args:
+        workspace: where the run is.
+        run: id, prefix or name.
+        observe: called with each event.
+        backend: where clients train; by default what the run's config asks for.
+        accept_drift: go on also with another weft, library or machine than it was begun with; then
+            it may end at another version.
 
     Returns:
         The id of its final version.
@@ -196,6 +205,7 @@ def resume(
         UnknownRun: if there is no such run.
         RunBusy: if another process is driving it.
         RunRefused: if it was cancelled.
+        Drifted: if what it was begun with is not what is here.
     """
     record = workspace.ledger.run(run)
     if record.status == "completed" and record.version is not None:
@@ -203,7 +213,9 @@ def resume(
     if record.status != "cancelled":  # claimed as it is: in the queue, somebody could be faster
         record = claim(workspace, record)
     requeue(workspace, record.id)  # what people wanted of it before, they want no more
-    return drive(workspace, record, observe, Driving(backend, max_claims=None))
+    return drive(
+        workspace, record, observe, Driving(backend, max_claims=None, accept_drift=accept_drift)
+    )
 
 
 # --- clients ----------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import coordinator, service
-from orchestrator.coordinator import Driving, RunBusy, Serving, Stopped
+from orchestrator import coordinator, recipes, service
+from orchestrator.coordinator import Drifted, Driving, RunBusy, Serving, Stopped
 from orchestrator.federation import Cancelled, Paused
 from orchestrator.lease import driver_name
 from storage.ledger import LeaseLost, Queueing
@@ -251,6 +251,35 @@ def test_a_run_that_was_to_pause_when_its_driver_died_pauses_at_the_next(home, t
     home.ledger.queue.release(run, 1, "it died")
     assert serve(home) == 1
     assert (home.ledger.run(run).status, home.ledger.run(run).round) == ("paused", 0)
+
+
+@pytest.fixture
+def begun_elsewhere(home, tiny, monkeypatch):
+    """Return a run that an older torch began, and that was paused after its first round."""
+    older = recipes.libraries() | {"torch": "1.0"}
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "libraries", lambda: older)
+        run = service.submit(home, tiny(rounds=2))
+        serve(home, at("committed", lambda: service.pause(home, run)))
+    assert home.ledger.run(run).status == "paused"
+    return run
+
+
+def test_a_run_of_other_libraries_goes_on_only_where_that_is_accepted(home, begun_elsewhere):
+    with pytest.raises(Drifted, match=r"begun with torch 1\.0, here .*--accept-drift"):
+        service.resume(home, begun_elsewhere)
+    assert home.ledger.run(begun_elsewhere).round == 1
+    version = service.resume(home, begun_elsewhere, accept_drift=True)
+    assert home.ledger.run(begun_elsewhere).status == "completed"
+    assert home.store.version(version).recipe["libraries"] == recipes.libraries()
+
+
+def test_a_coordinator_leaves_a_run_of_other_libraries_with_a_sentence(home, begun_elsewhere):
+    service.requeue(home, begun_elsewhere)
+    assert serve(home) == 1
+    record = home.ledger.run(begun_elsewhere)
+    assert (record.status, record.round) == ("failed", 1)
+    assert f"weft run --resume {begun_elsewhere} --accept-drift" in record.error
 
 
 def test_a_run_that_is_driven_elsewhere_is_not_taken(home, tiny):
