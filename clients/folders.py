@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from clients.site import sync
 
 
 class FolderTaken(FileExistsError):
@@ -33,14 +34,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for path in [*sorted(made.rglob("*")), made]:
-            _sync(path)
+            sync(path)
         made.replace(folder)  # one rename, which an empty folder gives way to
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder.parent)

@@ -143,7 +143,7 @@ class Site:
                 pass
             finally:
                 draft.unlink()
-            _sync_folder(path.parent)  # a key must not be lost once something was made with it
+            sync(path.parent)  # a key must not be lost once something was made with it
         return path.read_bytes()
 
 
@@ -169,16 +169,17 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(draft).replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         Path(draft).unlink(missing_ok=True)
         error.filename = str(path)
         raise
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make durable what a file holds, or which names a folder has."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
