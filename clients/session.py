@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -91,9 +91,16 @@ def trained_names(assignment: Assignment, names: list[str]) -> list[str]:
 def returned_names(assignment: Assignment) -> list[str]:
     """Return the names of the tensors that an Update of this assignment carries, sorted."""
     names = trained_names(assignment, list(assignment.broadcast.tensors))
-    if assignment.head == "personal":
-        return [name for name in names if not name.startswith("head.")]
-    return names
+    kept = personal_names(assignment, names)
+    return [name for name in names if name not in kept]
+
+
+def personal_names(assignment: Assignment, names: Iterable[str]) -> frozenset[str]:
+    """Return which of ``names`` are the client's own and stay with it."""
+    pattern, own_head = re.compile(assignment.broadcast.personal), assignment.head == "personal"
+    return frozenset(
+        n for n in names if pattern.fullmatch(n) or (own_head and n.startswith("head."))
+    )
 
 
 def allowed_labels(assignment: Assignment) -> Tensor | None:

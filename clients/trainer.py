@@ -34,6 +34,7 @@ from clients.session import (
     allowed_labels,
     move,
     opened,
+    personal_names,
     returned_names,
     trained_names,
 )
@@ -108,9 +109,10 @@ def train(
         spends=spends,
         fingerprint=fingerprint,
     )
-    if assignment.head == "personal":
-        head = {k: v for k, v in trained.items() if k.startswith("head.")}
-        site.store_state(assignment.run, assignment.client, assignment.round, head)
+    personal = personal_names(assignment, trained)
+    if personal:
+        own = {name: trained[name] for name in sorted(personal)}
+        site.store_state(assignment.run, assignment.client, assignment.round, own)
     private = privacy is not None
     site.store_update(assignment.run, assignment.client, digest, pack(update), private)
     return update
@@ -138,10 +140,10 @@ def spend_of(assignment: Assignment) -> PrivacySpend:
 
 
 def _starting_tensors(assignment: Assignment, site: Site) -> dict[str, Tensor]:
-    personal = {}
-    if assignment.head == "personal":
-        personal = site.state(assignment.run, assignment.client, assignment.round - 1)
-    return {**assignment.broadcast.tensors, **personal}
+    sent = assignment.broadcast.tensors
+    if not personal_names(assignment, sent):
+        return dict(sent)
+    return {**sent, **site.state(assignment.run, assignment.client, assignment.round - 1)}
 
 
 @dataclass(slots=True)

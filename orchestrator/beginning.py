@@ -7,12 +7,13 @@ from typing import Any
 
 from clients.initialisations import OFFSET
 from clients.regularizers import recall
+from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
 from orchestrator.merging import split_head
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, seed_for
 from orchestrator.recipes import offset_recipe, start_recipe
 from storage.store import AdapterStore
-from strategies.base import Strategy, Tensors, Update
+from strategies.base import Setting, Strategy, Tensors, Update
 
 
 def begin(
@@ -39,7 +40,7 @@ def begin(
         kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks
         made, offset, read = _split(plan, commit, make(memory))
         adapter = initialised(plan, {**made, **kept}, memory)
-    state = strategy.init(adapter)
+    state = strategy.init(adapter, setting_of(plan))
     edge = "init" if start.mode == "fresh" else start.mode
     parents = {start.version: edge} if start.version else {}
     version = commit(
@@ -63,3 +64,12 @@ def _split(
     if not offset:
         return own, None, chosen
     return own, commit(offset, parents={}, recipe=offset_recipe(plan, chosen)), chosen
+
+
+def setting_of(plan: Plan) -> Setting:
+    """Return what a strategy may know of the run before round 1."""
+    return Setting(
+        num_clients=len(roster(plan.participants, plan.config.cohort).names),
+        cohort=asked_a_round(plan),
+        seed=seed_for(plan.config.seed, 0, "strategy"),
+    )

@@ -130,7 +130,7 @@ class Federation:
         opened = self._opened(done)
         accepted = self._collector.collect(opened)
         state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
-        self.observe("aggregated", {"round": opened.round})
+        self.observe("aggregated", {"round": opened.round, **state.metrics})
         last = opened.round == self.plan.config.rounds and not self._chooses
         memory = done.memory
         if last:
@@ -141,6 +141,7 @@ class Federation:
             memory=memory,
             parents={done.version: "init" if opened.round == 1 else "round"},
             recipe=round_recipe(self.plan, opened.round, [a.leaf for a in accepted], done.offset),
+            metrics=state.metrics,
         )
         faults = {client: list(fault) for client, fault in self._history().faults.items()}
         facts = {

@@ -113,10 +113,27 @@ def refuse_senseless(plan: Plan) -> None:
         )
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
+    _refuse_strategy(plan)
     trained = _trained_names(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
         _refuse_moved_start(plan, models.shapes(plan.model, adapter))
     _refuse_regularizers(plan, trained)
+
+
+def _refuse_strategy(plan: Plan) -> None:
+    config, name = plan.config, plan.strategy.name
+    strategy: Strategy = STRATEGIES.get(name).build(**plan.strategy.options)
+    if config.privacy is not None and "private" not in strategy.capabilities:
+        raise BadConfig(
+            f"strategy {name!r} (as set) lets clients send what depends on their data besides "
+            "trained tensors, which example-level privacy does not cover; use fedsvd or ffa-lora, "
+            "or run without privacy"
+        )
+    if "personal" in strategy.capabilities and config.evaluate is not None:
+        raise BadConfig(
+            f"evaluate: with strategy {name!r} a part of the adapter stays at each client, and no "
+            "version is a whole model; leave evaluate out"
+        )
 
 
 def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
@@ -205,7 +222,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
     if needed > len(names):
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
     strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
-    if config.stale is not None and not strategy.additive:
+    if config.stale is not None and "additive" not in strategy.capabilities:
         raise BadConfig(
             f"strategy {plan.strategy.name!r} changes from round to round what an update is "
             "relative to, so that one of an older version cannot be used; use ffa-lora or "

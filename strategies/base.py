@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -62,6 +62,8 @@ class Broadcast:
         tensors: the adapter (and head), complete.
         trainable: regular expression, matched with ``re.fullmatch`` against tensor names: which
             of them this round trains and returns. ``NAME.scaling`` is never trained.
+        personal: regular expression, likewise: which of the trained tensors stay at the client.
+            It goes on from its own values of an earlier round; where it has none, from these.
         mask: optional 0/1 tensor per trainable tensor, of its shape: entries at 0 stay exactly
             as they are. Applied before DP clipping and again after the noise.
         extra: what the method needs besides (a control variate, a teacher's tensors).
@@ -69,6 +71,7 @@ class Broadcast:
 
     tensors: Tensors
     trainable: str = ".*"
+    personal: str = ""
     mask: Tensors = field(default_factory=dict)
     extra: Tensors = field(default_factory=dict)
 
@@ -112,11 +115,50 @@ class ServerState:
 
     Attributes:
         adapter: the global adapter (and head).
-        auxiliary: momentum, masks, bases, round counters, factored residuals.
+        auxiliary: momentum, masks, bases, round counters. Names under :data:`BENEATH` are a frozen
+            low-rank adapter that the adapter lies on: see :func:`beneath`.
+        metrics: what the last aggregation measured, such as ``averaging_error``; told with the
+            version, not part of it, and not read by the next round.
     """
 
     adapter: Tensors
     auxiliary: Tensors = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+BENEATH = "beneath/"
+"""Prefix of the auxiliary tensors that are a frozen adapter under the trained one."""
+
+
+def beneath(auxiliary: Tensors) -> dict[str, Tensor]:
+    """Return the frozen adapter that a strategy keeps under the trained one; empty for none.
+
+    What a method may neither average into its factors nor fold into the base model lies here
+    (FedEx-LoRA's residual, FLoRA's stacks): clients train on top of it, and a version is both.
+    """
+    prefixed = sorted(name for name in auxiliary if name.startswith(BENEATH))
+    return {name.removeprefix(BENEATH): auxiliary[name] for name in prefixed}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a strategy may know of a run before round 1.
+
+    Attributes:
+        num_clients: how many clients may be asked, >= 1.
+        cohort: how many of them a round asks, >= 1.
+        seed: for what the strategy draws; not a client's.
+        library: adapters that the orchestrator read from the store for the strategy.
+    """
+
+    num_clients: int = 1
+    cohort: int = 1
+    seed: int = 0
+    library: Sequence[Tensors] = ()
+
+
+ALONE = Setting()
+"""Of a run with one client."""
 
 
 class Strategy(Protocol):
@@ -126,20 +168,38 @@ class Strategy(Protocol):
     torch and the standard library. Its constructor's signature is its option schema.
 
     Attributes:
-        additive: whether a change of the trained tensors means the same whichever round's adapter
+        capabilities: what is true of it, as it is set:
+
+            ``additive``: a change of the trained tensors means the same whichever round's adapter
             it is added to, so that an update of an older version can be moved onto a newer one.
             Then what is not trained stays as it is, and shifting the trained tensors of the adapter
             and of every update shifts the result. Not so where a round changes the basis.
+
+            ``exact``: the next product B A (with what lies beneath) is the weighted mean of the
+            clients' products, but for rounding, as long as its rank fits.
+
+            ``any-rank``: clients may train at ranks of their own.
+
+            ``streaming``: memory does not grow with the number of updates.
+
+            ``personal``: some trained tensors never leave the client, so that no version is a
+            whole model.
+
+            ``private``: what travels is trained tensors under a mask that does not depend on a
+            client's data, so that example-level DP holds as the trainer gives it.
     """
 
-    additive: ClassVar[bool]
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """See the class."""
+        ...
 
-    def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
+    def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
         """Return the state before round 1, from a freshly initialised or continued adapter.
 
         Args:
             adapter: the tensors the run starts from.
-            library: adapters that the orchestrator read from the store for the strategy.
+            setting: what is known of the run.
         """
         ...
 

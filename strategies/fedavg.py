@@ -5,11 +5,11 @@ Source: arXiv 1602.05629 (Algorithm 1); on LoRA, arXiv 2305.05644.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from strategies.base import Broadcast, ClientSpec, ServerState, Tensors, Update
+from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.tensors import Weighting, weighted_mean
 
 
@@ -27,11 +27,11 @@ class FedAvg:
 
     weighting: Weighting = "examples"
 
-    additive: ClassVar[bool] = True
+    capabilities: ClassVar[frozenset[str]] = frozenset({"additive", "private", "streaming"})
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
-    def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
-        """Return ``adapter`` as the state; ``library`` is not used."""
+    def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
+        """Return ``adapter`` as the state; nothing of ``setting`` is used."""
         return ServerState(dict(adapter))
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:

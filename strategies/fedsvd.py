@@ -18,13 +18,13 @@ initialisation, so the learning rate wants tuning, or ``row_scale: 0.577``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 
-from strategies.base import Broadcast, ClientSpec, ServerState, Tensors, Update
+from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.plugins import Range
 from strategies.tensors import B_AND_HEAD, Weighting, lora_layers, refactored, weighted_mean
 
@@ -51,11 +51,11 @@ class FedSVD:
     orthonormal: bool = False
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
-    additive: ClassVar[bool] = False
+    capabilities: ClassVar[frozenset[str]] = frozenset({"exact", "private", "streaming"})
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
-    def init(self, adapter: Tensors, library: Sequence[Tensors] = ()) -> ServerState:
-        """Return the state before round 1; ``library`` is not used.
+    def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
+        """Return the state before round 1; nothing of ``setting`` is used.
 
         Raises:
             NotLowRank: if the adapter has no low-rank layers.

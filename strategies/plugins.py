@@ -60,6 +60,15 @@ class Range:
         return " and ".join(bounds)
 
 
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Marks an option that is a plug-in of the same family: ``Annotated[Strategy, Nested()]``.
+
+    It is written as a name, or as a mapping with ``name`` and options; the factory is given what
+    that plug-in builds.
+    """
+
+
 _EMPTY = inspect.Parameter.empty
 _SOURCE = re.compile(r"(?:arXiv[: ]?)?(\d{4}\.\d{4,5})")
 
@@ -73,12 +82,14 @@ class Option:
         type: its annotation, without ``Annotated``.
         default: its default, or ``inspect.Parameter.empty`` where it is required.
         range: numeric bounds, or None.
+        nested: whether it is a plug-in of the same family.
     """
 
     name: str
     type: Any
     default: Any
     range: Range | None = None
+    nested: bool = False
 
     @property
     def required(self) -> bool:
@@ -87,6 +98,8 @@ class Option:
 
     def describe_type(self) -> str:
         """Return the type in words: ``int >= 1``, ``one of 'a', 'b'``."""
+        if self.nested:
+            return f"{_type_text(self.type).lower()}, by name or with its options"
         text = _type_text(self.type)
         return f"{text} {self.range}" if self.range else text
 
@@ -185,6 +198,7 @@ class Plugin:
         source: arXiv id of the method, or empty.
         context: leading parameters of the factory that are not options.
         explicit_options: options where the factory's signature does not tell them.
+        family: where nested plug-ins are found.
     """
 
     kind: str
@@ -194,6 +208,7 @@ class Plugin:
     source: str = ""
     context: tuple[str, ...] = ()
     explicit_options: tuple[Option, ...] | None = field(default=None)
+    family: Family | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def options(self) -> Mapping[str, Option]:
@@ -210,12 +225,13 @@ class Plugin:
         for name, parameter in inspect.signature(self.factory).parameters.items():
             if name in self.context:
                 continue
-            hint, bounds = hints.get(name, Any), None
+            hint, bounds, nested = hints.get(name, Any), None, False
             if typing.get_origin(hint) is Annotated:
                 bounds = next((m for m in hint.__metadata__ if isinstance(m, Range)), None)
+                nested = any(isinstance(m, Nested) for m in hint.__metadata__)
                 hint = typing.get_args(hint)[0]
             default = made[name]() if name in made else parameter.default
-            found[name] = Option(name, hint, default, bounds)
+            found[name] = Option(name, hint, default, bounds, nested)
         return found
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,17 +250,32 @@ class Plugin:
                 )
         parsed = {}
         for name, option in self.options.items():
-            if name in options:
-                try:
-                    parsed[name] = option.parse(options[name])
-                except BadOptions as error:
-                    raise BadOptions(f"{self.kind} {self.name!r}: {error}") from None
-            elif option.required:
+            if option.required and name not in options:
                 wanted = f"{name!r} ({option.describe_type()})"
                 raise BadOptions(f"{self.kind} {self.name!r} needs the option {wanted}")
-            else:
-                parsed[name] = option.default
+            value = options.get(name, option.default)
+            try:
+                if option.nested:
+                    parsed[name] = self._nested(value)
+                else:
+                    parsed[name] = option.parse(value) if name in options else value
+            except (BadOptions, UnknownPlugin) as error:
+                raise BadOptions(f"{self.kind} {self.name!r}: {error}") from None
         return parsed
+
+    def _nested(self, value: Any) -> dict[str, Any]:
+        """Return a nested plug-in as a mapping of its name and all of its options."""
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise BadOptions(
+                f"{value!r} names no {self.kind}; give a name, or a mapping with name and options"
+            )
+        assert self.family is not None  # only what a family found has nested options
+        plugin = self.family.get(given["name"])
+        return {
+            "name": plugin.name,
+            **plugin.check({k: v for k, v in given.items() if k != "name"}),
+        }
 
     def build(self, *context: Any, **options: Any) -> Any:
         """Return ``factory(*context, **options)`` with checked options.
@@ -253,6 +284,10 @@ class Plugin:
             BadOptions: as :meth:`check`, and for a combination that the factory refuses.
         """
         checked = self.check(options)
+        for name, option in self.options.items():
+            if option.nested and self.family is not None:
+                inner = dict(checked[name])
+                checked[name] = self.family.get(inner.pop("name")).build(**inner)
         try:
             return self.factory(*context, **checked)
         except ValueError as error:
@@ -308,6 +343,7 @@ class Family:
                     summary=(inspect.getdoc(value) or "").partition("\n")[0],
                     source=source[1] if source else "",
                     context=self._context,
+                    family=self,
                 )
 
     def names(self) -> tuple[str, ...]:

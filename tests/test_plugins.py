@@ -229,6 +229,43 @@ def test_leading_context_is_no_option(family):
     assert plugin.build([1, 2], factor=3) == [3, 6]
 
 
+OUTER = """
+from dataclasses import dataclass
+from typing import Annotated, Any
+from strategies.plugins import Nested
+
+@dataclass(frozen=True)
+class Outer:
+    'Wraps another.'
+
+    inner: Annotated[Any, Nested()] = "o-lora"
+"""
+
+
+def test_a_nested_plugin_is_checked_with_its_options_and_built(family):
+    outer = family(outer=OUTER, o_lora=O_LORA).get("outer")
+    assert outer.check({}) == {"inner": {"name": "o-lora", "weight": 0.5}}
+    deep = {"name": "outer", "inner": {"name": "O_LoRA", "weight": 2}}
+    assert outer.check({"inner": deep})["inner"]["inner"] == {"name": "o-lora", "weight": 2.0}
+    assert outer.build(inner=deep).inner.inner.weight == 2.0
+    assert outer.check(outer.check({})) == outer.check({})
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (3, "gadget 'outer': 3 names no gadget"),
+        ({"weight": 1}, "names no gadget"),
+        ("o-lorra", "did you mean 'o-lora'"),
+        ({"name": "o-lora", "weight": -1}, "weight must be >= 0"),
+        ({"name": "o-lora", "wieght": 1}, "did you mean 'weight'"),
+    ],
+)
+def test_a_nested_plugin_that_is_wrong_is_refused(family, inner, message):
+    with pytest.raises(BadOptions, match=message):
+        family(outer=OUTER, o_lora=O_LORA).get("outer").check({"inner": inner})
+
+
 def test_build_returns_what_the_factory_makes():
     assert GADGET.build(size=3, rate=1) == Gadget(size=3, rate=1.0)
 

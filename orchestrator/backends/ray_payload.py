@@ -21,8 +21,8 @@ from orchestrator.backends.base import Failure, Result
 from strategies.base import Broadcast, Tensors, Update
 
 Arrays: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any]]
-Work: TypeAlias = tuple[dict[str, Any], str, dict[str, str]]
-"""An assignment's plain fields, what is trainable, and its parts' keys: each names a content."""
+Work: TypeAlias = tuple[dict[str, Any], tuple[str, str], dict[str, str]]
+"""Plain fields, what is trainable and what personal, and the keys of the parts that are tensors."""
 
 _REMEMBERED = 20
 """Mappings; a round has five at most, and clients that are late train from earlier ones."""
@@ -66,17 +66,18 @@ def split(assignment: Assignment, put: Once) -> tuple[Any, ...]:
     }
     refs = {name: put(part) for name, part in parts.items() if part}
     values = {name: getattr(assignment, name) for name in _FIELDS}
-    return (values, sent.trainable, {name: ref.hex() for name, ref in refs.items()}), *refs.values()
+    patterns = sent.trainable, sent.personal
+    return (values, patterns, {name: ref.hex() for name, ref in refs.items()}), *refs.values()
 
 
 def joined(work: Work, parts: Mapping[str, Tensors]) -> Assignment:
     """Return the assignment as it was, with the parts that it names by their keys."""
-    values, trainable, keys = work
+    values, (trainable, personal), keys = work
     tensors, mask, extra, underlay, memory = (
         parts[keys[name]] if name in keys else {}
         for name in ("tensors", "mask", "extra", "underlay", "memory")
     )
-    sent = Broadcast(tensors, trainable, mask, extra)
+    sent = Broadcast(tensors, trainable, personal, mask, extra)
     return Assignment(broadcast=sent, underlay=underlay, memory=memory, **values)
 
 

@@ -305,6 +305,22 @@ def test_a_personal_head_is_trained_kept_and_gone_on_with(assign):
     assert torch.equal(again["head.weight"], kept["head.weight"])
 
 
+def test_what_a_broadcast_calls_personal_is_trained_kept_and_gone_on_with(assign):
+    plain = assign()
+    first = replace(plain, broadcast=replace(plain.broadcast, personal=r".*\.lora_B\..*"))
+    update = train(first)
+    kept = Site(first.site).state("run-1", "clinic-7", 1)
+    own = {n for n in first.broadcast.tensors if ".lora_B." in n}
+
+    assert kept.keys() == own
+    assert update.tensors.keys() == train(plain).tensors.keys() - own
+    assert not any(torch.equal(kept[n], first.broadcast.tensors[n]) for n in own)
+
+    train(replace(first, round=2, optimizer=PluginChoice("sgd", {"lr": 1e-30})))
+    again = Site(first.site).state("run-1", "clinic-7", 2)
+    assert all(torch.equal(again[n], kept[n]) for n in own)
+
+
 def test_labels_that_do_not_take_part_get_no_gradient(assign):
     rows = [{"text": "cat sings", "label": "cat"}, {"text": "a dog", "label": "dog"}]
     assignment = assign(rows, labels=("cat", "dog"), batch_size=2)
