@@ -19,7 +19,7 @@ from sqlalchemy import insert
 from storage.database import open_database, writing
 from storage.ledger import Ledger
 from storage.records import now
-from storage.schema import events, runs
+from storage.schema import events, plans, runs
 
 CONFIG = '{"clients":"' + "c" * 1200 + '"}'
 PLAN = '{"participants":"' + "p" * 6000 + '"}'
@@ -35,7 +35,6 @@ def fill(ledger: Ledger, count: int) -> None:
                 "name": f"task-{n % 50}",
                 "status": ("completed", "queued")[n % 2],
                 "config": CONFIG,
-                "plan": PLAN,
                 "round": 0,
                 "rounds": 10,
                 "created_at": now(),
@@ -51,6 +50,7 @@ def fill(ledger: Ledger, count: int) -> None:
         ]
         with writing(ledger._engine) as connection:
             connection.execute(insert(runs), rows)
+            connection.execute(insert(plans), [{"run": r["id"], "plan": PLAN} for r in rows])
             connection.execute(insert(events), log)
 
 

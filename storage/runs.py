@@ -22,7 +22,7 @@ from storage.records import (
     now,
 )
 from storage.refs import did_you_mean
-from storage.schema import Timestamp, events, runs
+from storage.schema import Timestamp, events, plans, runs
 
 MAX_LABELS = 1000
 """Characters that a run's labels may have as JSON: they are in an index."""
@@ -113,17 +113,18 @@ class RunLog:
             "name": name,
             "status": "queued",
             "config": canonical_json(config, "config"),
-            "plan": canonical_json(plan, "plan"),
             "round": 0,
             "rounds": rounds,
             "created_at": now(),
         }
+        planned = {"run": id, "plan": canonical_json(plan, "plan")}
         queued = {"status": "queued", "rounds": rounds, "priority": wait.priority}
         with writing(self._engine) as connection:
             lock(connection, f"weft run {id}")
             if connection.execute(_runs().where(runs.c.id == id)).first() is not None:
                 raise RunExists(f"a run with the id {id!r} exists already; resume it or take a new")
             connection.execute(insert(runs).values(row))
+            connection.execute(insert(plans).values(planned))
             append(connection, id, "queued", {}, queued | {"labels": dict(wait.labels)})
             if wait.owner is not None:
                 take(connection, id, wait.owner, wait.lease_s)
@@ -159,7 +160,7 @@ class RunLog:
             UnknownRun: if there is no such run.
         """
         with self._engine.connect() as connection:
-            text = connection.scalar(select(runs.c.plan).where(runs.c.id == run))
+            text = connection.scalar(select(plans.c.plan).where(plans.c.run == run))
         if text is None:
             raise _no_run(run)
         return read_json(text, f"the plan of run {run}")
@@ -367,7 +368,7 @@ def take(connection: Connection, run: str, owner: str, lease_s: float) -> RunRec
 
 
 def _runs() -> Select[Any]:
-    return select(*(column for column in runs.columns if column.name not in ("number", "plan")))
+    return select(*(column for column in runs.columns if column.name != "number"))
 
 
 def _run(row: Row[Any]) -> RunRecord:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sqlalchemy import MetaData, event
+from sqlalchemy import MetaData, event, select
 
 from storage.backup import MANIFEST, BadBackup, back_up, read_backup
 from storage.blobs import BlobStore
@@ -52,7 +52,8 @@ def fill(store: AdapterStore, ledger: Ledger) -> list[str]:
         store.name("task-1", made[-1])
     store.promote("task-1", "production", made[1], who="me", why="good")
     ledger.add_client(ClientRecord("north", "jsonl:/x", "ward", epsilon=8.0, delta=1e-5))
-    ledger.create_run("run-1", "task-1", {}, {}, 3, Queueing(owner="me:1", labels={"gpu": "a"}))
+    waiting = Queueing(owner="me:1", labels={"gpu": "a"})
+    ledger.create_run("run-1", "task-1", {}, {"cohort": ["north"]}, 3, waiting)
     ledger.record("run-1", "committed", {"round": 1}, version=made[1], round=1)
     ledger.record_spend(SPEND)
     return made
@@ -69,6 +70,7 @@ def facts(store: AdapterStore, ledger: Ledger) -> dict[str, object]:
         "clients": ledger.clients(),
         "budgets": ledger.budgets(),
         "spends": ledger.spends("ward"),
+        "plan": ledger.plan("run-1"),
         "events": ledger.events("run-1")[:3],
     }
 
@@ -305,7 +307,7 @@ def test_a_folder_of_something_else_is_not_written_into(fresh, tmp_path):
         back_up(fresh[0], fresh[1], tmp_path / "thesis")
 
 
-@pytest.mark.parametrize("schema", ["0001", "0002"])
+@pytest.mark.parametrize("schema", ["0001", "0002", "0005"])
 def test_a_backup_of_an_older_schema_is_brought_up_to_date_on_the_way_back(
     empty_url, tmp_path, schema, fresh
 ):
@@ -341,9 +343,12 @@ def copy_as(new, old) -> None:
     theirs.reflect(old)
     ours.reflect(new)
     with new.connect() as source, writing(old) as target:
+        plans = dict(source.execute(select(ours.tables["plans"])).all())
         for table in ours.sorted_tables:
             if table.name not in theirs.tables or table.name == "weft_revision":
                 continue
             there = theirs.tables[table.name]
             for row in source.execute(table.select()).mappings():
+                if table.name == "runs":
+                    row = {**row, "plan": plans[row["id"]]}
                 target.execute(there.insert(), {k: v for k, v in row.items() if k in there.c})

@@ -133,6 +133,33 @@ def test_aliases_and_leaves_of_the_second_schema_can_be_rolled_back_and_searched
     store._engine.dispose()
 
 
+def test_plans_of_an_earlier_schema_are_what_they_were_there_and_back(empty_url):
+    engine, config = database.connect(empty_url), alembic_config()
+    plans = {f"run-{n}": canonical_json({"cohort": [f"ünit-{n}"]}, "plan") for n in range(3)}
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0005")
+        old = MetaData()
+        old.reflect(connection)
+        common = {"name": "x", "status": "queued", "config": "{}", "created_at": MOMENT}
+        for run, plan in plans.items():
+            row = {"id": run, "plan": plan, "round": 1, "rounds": 3, **common}
+            connection.execute(old.tables["runs"].insert().values(row))
+        event = {"run": "run-1", "seq": 1, "kind": "round", "data": "{}", "created_at": MOMENT}
+        connection.execute(old.tables["events"].insert().values(event))
+    migrate(engine)
+    ledger = Ledger(engine)
+    assert {run: canonical_json(ledger.plan(run), "plan") for run in plans} == plans
+    assert [run.id for run in ledger.runs()] == ["run-2", "run-1", "run-0"]
+    assert [event.kind for event in ledger.events("run-1")] == ["round"]
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0005")
+        rows = connection.execute(text("SELECT id, plan FROM runs"))
+        assert {row.id: row.plan for row in rows} == plans
+    engine.dispose()
+
+
 def test_opening_again_keeps_the_rows(empty_url):
     engine = open_database(empty_url)
     with writing(engine) as connection:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from storage.canonical import NotJson, RecordCorrupt
@@ -23,6 +23,7 @@ from storage.ledger import (
 )
 from storage.projection import PROJECTED, project
 from storage.records import STATUSES, WISHES
+from storage.schema import runs
 
 CONFIG = {"model": "tiny", "privacy": {"epsilon": 8.0}}
 
@@ -39,6 +40,15 @@ def test_a_new_run_is_queued_and_comes_back(ledger, run):
     assert (record.version, record.round, record.rounds, record.error) == (None, 0, 20, None)
     assert record.started_at is record.finished_at is None
     assert record.created_at.utcoffset() is not None
+
+
+def test_an_event_costs_the_same_however_long_the_plan_is(ledger, engine):
+    plan = {"participants": [f"node-{n:05}" for n in range(1000)]}
+    ledger.create_run("long", "x", {}, plan)
+    with engine.connect() as connection:
+        row = connection.execute(select(runs).where(runs.c.id == "long")).one()
+    assert len(str(row)) < 1000
+    assert ledger.plan("long") == plan
 
 
 def test_an_id_is_used_once(ledger, run):
@@ -245,7 +255,7 @@ def test_a_run_s_row_is_what_its_events_amount_to(ledger, steps, priority, label
         ("UPDATE runs SET config = '{'", "record of run r is damaged"),
         ("UPDATE runs SET labels = '[]'", "record of run r is damaged"),
         ("UPDATE events SET data = 'null'", "record of event 1 of run r is damaged"),
-        ("UPDATE runs SET plan = '[[[['", "record of the plan of run r is damaged"),
+        ("UPDATE plans SET plan = '[[[['", "record of the plan of run r is damaged"),
     ],
 )
 def test_a_record_that_was_changed_from_outside_is_refused(ledger, engine, statement, message):
