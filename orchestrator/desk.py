@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from clients.assignment import Assignment
+from clients.evaluate import Evaluation
 from orchestrator.backends.base import Backend, Failure, Result, Started, Stepped
 
 
@@ -23,14 +24,17 @@ class Desk:
         started: called when a worker begins with one.
         stepped: called now and then with how far one is.
         heed: called while :meth:`one` waits; raises where people want the run to stop.
+        clock: returns seconds.
     """
 
     backend: Backend
     started: Started
     stepped: Stepped = lambda assignment, step, steps: None
     heed: Callable[[], None] = lambda: None
+    clock: Callable[[], float] = time.monotonic
     _queue: deque[Assignment] = field(default_factory=deque, init=False)
     _held: deque[Result] = field(default_factory=deque, init=False)
+    _given_up: list[Assignment] = field(default_factory=list, init=False)
     _results: Generator[Result | None] | None = field(default=None, init=False)
 
     def ask(self, assignments: Iterable[Assignment]) -> None:
@@ -39,27 +43,45 @@ class Desk:
 
     def next(self) -> Result | None:
         """Return the next result; None, a tick, if none came for a moment."""
-        return self._held.popleft() if self._held else next(self._open())
+        return self._held.popleft() if self._held else self._take()
 
-    def one(self, assignment: Assignment, timeout: float) -> Result:
+    def one(
+        self,
+        assignment: Assignment,
+        timeout: float,
+        retries: int = 0,
+        retried: Callable[[Failure], None] = lambda failure: None,
+    ) -> Result:
         """Return the result of one assignment, which goes before all others.
 
-        What else comes meanwhile is kept for :meth:`next`.
+        What else comes meanwhile is kept for :meth:`next`. Once it was given up, its answer is
+        nobody's: the next assignment waits for its own.
 
         Args:
-            assignment: of nobody else that is asked now.
-            timeout: seconds until it is a Failure.
+            assignment: no client's own, so that its result is told from theirs.
+            timeout: seconds until it is a Failure, tries together.
+            retries: how often it is tried again when it fails, >= 0.
+            retried: told of each failure after which it is.
         """
-        until = time.monotonic() + timeout
+        until = self.clock() + timeout
         self._queue.appendleft(assignment)
-        while time.monotonic() <= until:
+        while self.clock() <= until:
             self.heed()
-            result = next(self._open())
-            if result is not None and result.client == assignment.client:
-                return result
-            if result is not None:
+            result = self._take()
+            if result is None:
+                continue
+            if not _answers(result, assignment):
                 self._held.append(result)
+            elif isinstance(result, Failure) and retries:
+                retries -= 1
+                retried(result)
+                self._queue.appendleft(assignment)
+            else:
+                return result
+        waiting = len(self._queue)
         self._queue = deque(a for a in self._queue if a is not assignment)
+        if len(self._queue) == waiting:  # it was begun
+            self._given_up.append(assignment)
         return Failure(assignment.client, assignment.round, "missed the round's deadline")
 
     def give_up(self) -> None:
@@ -69,6 +91,16 @@ class Desk:
             self._results = None
         self._queue.clear()
         self._held.clear()
+        self._given_up.clear()
+
+    def _take(self) -> Result | None:
+        """Return the next result that somebody waits for, or None."""
+        result = next(self._open())
+        for assignment in self._given_up:
+            if result is not None and _answers(result, assignment):
+                self._given_up.remove(assignment)
+                return None
+        return result
 
     def _open(self) -> Generator[Result | None]:
         if self._results is None:
@@ -78,3 +110,11 @@ class Desk:
     def _feed(self) -> Iterator[Assignment | None]:
         while True:
             yield self._queue.popleft() if self._queue else None
+
+
+def _answers(result: Result, assignment: Assignment) -> bool:
+    """Return whether a result is this assignment's: of its client, round and kind."""
+    if (result.client, result.round) != (assignment.client, assignment.round):
+        return False
+    scored = isinstance(result, Evaluation)
+    return isinstance(result, Failure) or scored == (assignment.action == "evaluate")

@@ -15,7 +15,7 @@ from clients.assignment import Assignment
 from clients.evaluate import Evaluation
 from orchestrator.acceptance import lazily, moved
 from orchestrator.availability import absent
-from orchestrator.backends.base import Backend, Failure
+from orchestrator.backends.base import Backend, Failure, Result
 from orchestrator.beginning import begin
 from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
 from orchestrator.collecting import Collector, RoundFailed
@@ -263,7 +263,7 @@ class Federation:
         """Return the adapter's first tensors, made where the base model is."""
         self._log("initialising", {"adapter": self.plan.adapter.name})
         asked = plan_init(self.plan, self._inputs(0, "", memory))
-        result = self._desk.one(asked, self.plan.config.deadline_s)
+        result = self._one(asked)
         if isinstance(result, Failure):
             raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
         assert isinstance(result, Update)
@@ -277,12 +277,22 @@ class Federation:
             return
         inputs = self._inputs(round_, done.version, done.memory)
         asked = plan_evaluation(self.plan, inputs, done.state.adapter, chosen)
-        result = self._desk.one(asked, config.deadline_s)
+        result = self._one(asked)
         if isinstance(result, Evaluation):
             self.store.record_metrics(done.version, result.metrics)
             self._log("evaluated", {"round": round_, **result.metrics})
         elif isinstance(result, Failure):
             self._log("evaluation failed", {"round": round_, "reason": result.reason})
+
+    def _one(self, asked: Assignment) -> Result:
+        """Return the result of what no client is asked, tried again as clients are."""
+
+        def retried(failure: Failure) -> None:
+            facts = {"action": asked.action, "round": asked.round, "reason": failure.reason}
+            self._log("retried", facts)
+
+        config = self.plan.config
+        return self._desk.one(asked, config.deadline_s, config.retries, retried)
 
     def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
         return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))
@@ -304,7 +314,7 @@ class Federation:
         round_ = history.open.round if history.open else history.round + 1
         if self._absent[0] != round_:
             self._absent = round_, absent(self.plan, round_, self.ledger)
-        return self._absent[1] | self.ledger.withdrawals.all().keys()
+        return self._absent[1] | self.ledger.withdrawals.names()
 
     def _heed(self) -> None:
         """Stop where people want the run to stop."""

@@ -207,7 +207,7 @@ def plan_evaluation(
     return replace(
         made,
         action="evaluate",
-        client="coordinator",
+        client="",
         data=data,
         privacy=None,
         memory={},

@@ -277,7 +277,7 @@ class Imagined:
     Args:
         first: the adapter's first tensors.
         delays: by (client, round), ticks until the answer; 0 by default.
-        fails: by client, how often it fails before it answers.
+        fails: by client ("" for what is no client's), how often it fails before it answers.
         scores: by round, what the evaluation finds.
     """
 
@@ -305,13 +305,13 @@ class Imagined:
             self.given_up += [asked.client for _, _, asked in running]
 
     def answer(self, asked):
+        if self.fails[asked.client] > 0:
+            self.fails[asked.client] -= 1
+            return Failure(asked.client, asked.round, "out of memory")
         if asked.action == "init":
             return Update("", 0, "", self.first, 0)
         if asked.action == "evaluate":
             return Evaluation(asked.client, asked.round, 1, self.scores.get(asked.round, {}))
-        if self.fails[asked.client] > 0:
-            self.fails[asked.client] -= 1
-            return Failure(asked.client, asked.round, "out of memory")
         generator = torch.Generator().manual_seed(asked.seed)
         sent = asked.broadcast
         trained = {

@@ -46,7 +46,7 @@ def test_nothing_to_do_is_a_tick(imagined):
 
 def test_one_result_is_waited_for_and_the_others_are_kept(imagined, asked):
     (a, b, _), evaluation = asked
-    desk = Desk(imagined({("coordinator", 1): 3}), lambda assignment: None)
+    desk = Desk(imagined({("", 1): 3}), lambda assignment: None)
     desk.ask([a, b])
 
     assert isinstance(desk.one(evaluation, 60), Evaluation)
@@ -61,6 +61,37 @@ def test_one_result_that_does_not_come_in_time_is_a_failure(imagined, asked):
     assert isinstance(desk.one(evaluation, -1), Failure)
     assert results(desk, 1) == ["a"]
     assert desk.next() is None  # it was not begun, and never will be
+
+
+def test_the_answer_of_one_that_was_given_up_is_not_taken_for_the_next(imagined, asked):
+    (a, _, _), first = asked
+    backend = imagined({("", 1): 9, ("", 2): 20, ("a", 1): 15})
+    desk = Desk(backend, lambda assignment: None, clock=lambda: backend.now)
+    desk.ask([a])
+
+    assert isinstance(desk.one(first, 3), Failure)
+    assert desk.one(replace(first, round=2), 60).round == 2
+    assert results(desk, 1) == ["a"]
+
+
+def test_the_answer_of_one_that_was_given_up_is_nobody_s(imagined, asked):
+    (a, _, _), first = asked
+    backend = imagined({("", 1): 9, ("a", 1): 15})
+    desk = Desk(backend, lambda assignment: None, clock=lambda: backend.now)
+
+    assert isinstance(desk.one(first, 3), Failure)
+    desk.ask([a])
+    assert results(desk, 1) == ["a"]
+
+
+def test_one_result_is_tried_for_again_as_often_as_is_said(imagined, asked):
+    _, evaluation = asked
+    told = []
+    desk = Desk(imagined(fails={"": 3}), lambda assignment: None)
+
+    assert isinstance(desk.one(evaluation, 60, 1, told.append), Failure)
+    assert isinstance(desk.one(evaluation, 60, 1, told.append), Evaluation)
+    assert [failure.reason for failure in told] == ["out of memory"] * 2
 
 
 def test_giving_up_ends_what_runs_and_forgets_what_waits(imagined, asked):

@@ -160,7 +160,7 @@ def test_evaluation_scores_the_task_s_labels_with_the_given_tensors(make_plan, i
 
     made = plan_evaluation(make_plan(noise=PRIVACY, task_labels=["dog"]), inputs, given, chosen)
 
-    assert (made.action, made.client, made.head) == ("evaluate", "coordinator", "freeze")
+    assert (made.action, made.client, made.head) == ("evaluate", "", "freeze")
     assert made.data == DataSpec("jsonl:/held-back", {"text": "note"}, labels=("dog",))
     assert made.broadcast.tensors is given
     assert made.labels == ("dog",)

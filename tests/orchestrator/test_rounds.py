@@ -153,6 +153,16 @@ def test_a_failure_is_tried_again_and_then_counts(federation, imagined):
     assert events(none, "retried") == []
 
 
+def test_an_initialisation_and_an_evaluation_are_tried_again_as_clients_are(federation, imagined):
+    wanted = federation("whole", rounds=1, evaluate=HELD_BACK).run()
+    run = federation(backend=imagined(fails={"": 2}), rounds=1, evaluate=HELD_BACK, retries=2)
+    assert run.run() == wanted
+    assert [e["action"] for e in events(run, "retried")] == ["init", "init"]
+    none = federation("none", backend=imagined(fails={"": 1}), rounds=1, retries=0)
+    with pytest.raises(RoundFailed, match="the adapter cannot be initialised: out of memory"):
+        none.run()
+
+
 def test_a_client_that_keeps_failing_is_asked_less_and_less_and_then_no_more(federation, imagined):
     backend = imagined(fails={"b": 99})
     run = federation(backend=backend, rounds=12, retries=0, quarantine_after=3, cohort=4)
@@ -429,7 +439,7 @@ def test_a_pause_is_heeded_while_everybody_trains(federation, imagined):
 
 
 def test_a_pause_is_heeded_while_a_version_is_evaluated(federation, imagined):
-    backend = imagined({("coordinator", 1): 1000})
+    backend = imagined({("", 1): 1000})
     run = federation(backend=backend, rounds=1, evaluate=HELD_BACK)
     run.wanted = lambda: "pause" if backend.now > 20 else "run"
 
