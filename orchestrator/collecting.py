@@ -80,7 +80,7 @@ class Collector:
         """
         history = self.history()
         self._reasons.clear()
-        gone = self.ledger.withdrawals.all()
+        gone = self.ledger.withdrawals.names()
         taken = [one for one in history.taken.values() if one.client not in gone]
         self._recover(opened.closed or taken)
         self._ask(self._lost.values())
@@ -120,7 +120,7 @@ class Collector:
 
     def _ask(self, wanted: Iterable[Asked | Taken]) -> None:
         """Send assignments to those who have none, their spends on the ledger first."""
-        gone = self.ledger.withdrawals.all()
+        gone = self.ledger.withdrawals.names()
         missing = [one for one in wanted if (one.client, one.round) not in self._sent]
         open_ = [one for one in missing if one.client not in gone]
         open_.sort(key=lambda one: (one.round, one.base, one.client))
@@ -170,7 +170,7 @@ class Collector:
             result = misplaced
         key = (result.client, result.round)
         assignment = self._sent[key]
-        if result.client in self.ledger.withdrawals.all():
+        if result.client in self.ledger.withdrawals.names():
             del self._sent[key]
             self._refuse(*key, _WITHDREW)
             return
@@ -234,7 +234,7 @@ class Collector:
     def _close(self, opened: Open, end: End) -> list[Accepted]:
         """Decide what is aggregated and what becomes of the others, and write it down."""
         stale, waiting = self.plan.config.stale, sorted(client for client, _ in self._sent)
-        gone = self.ledger.withdrawals.all()
+        gone = self.ledger.withdrawals.names()
         missed = waiting if end == "deadline" else []
         for client, _ in list(self._taken):
             if client in gone:

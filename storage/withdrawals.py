@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, func, select
 
 from storage.database import insert_missing, writing
 from storage.records import now
@@ -38,6 +38,7 @@ class Withdrawals:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._names: frozenset[str] = frozenset()
 
     def add(self, client: str, who: str, why: str) -> Withdrawal:
         """Record that a client withdrew, and return what is on record: the first time counts."""
@@ -51,3 +52,15 @@ class Withdrawals:
         query = select(withdrawals).order_by(withdrawals.c.client)
         with self._engine.connect() as connection:
             return {row.client: Withdrawal(*row) for row in connection.execute(query)}
+
+    def names(self) -> frozenset[str]:
+        """Return who withdrew: their names alone, read only where somebody did since last time.
+
+        For who asks again and again: nobody ever withdraws from having withdrawn, so that as many
+        names are the same names.
+        """
+        with self._engine.connect() as connection:
+            count = connection.scalar(select(func.count()).select_from(withdrawals))
+            if count != len(self._names):
+                self._names = frozenset(connection.scalars(select(withdrawals.c.client)))
+        return self._names
