@@ -33,13 +33,14 @@ from orchestrator.backends.base import (
     failure,
     unheard,
 )
-from orchestrator.backends.ray_cluster import RayUnavailable, join_ray, room, start_ray
+from orchestrator.backends.ray_cluster import RayUnavailable, SharedRay, free_room, room, share_ray
 from orchestrator.backends.ray_payload import Once, result_of, split
 from orchestrator.backends.ray_pool import Pool, Seat, answered
 from orchestrator.backends.ray_worker import Look
 
 __all__ = ["RayBackend", "RayUnavailable"]
 
+_LOG = logging.getLogger(__name__)
 _LOST = 3
 _LOOK_S = 1.0
 _MEASURED_STEPS = 2  # gradients, optimizer state and a batch's activations have all been there
@@ -223,25 +224,35 @@ class RayBackend:
     recycle_above_mb: float | None = None
     clients: int | None = None
     _pool: Pool = field(init=False)
-    _mine: bool = field(default=False, init=False)
+    _ray: SharedRay | None = field(init=False)
 
     def __post_init__(self) -> None:
-        if not ray.is_initialized():
-            if self.address is None:
-                start_ray((self.workers or 1) * self.threads)
-            else:
-                join_ray(self.address)
-            self._mine = True
+        shared = share_ray(self.address, (self.workers or 1) * self.threads)
+        try:
+            self._pool = self._filled()
+        except BaseException:
+            shared.release()
+            raise
+        self._ray = shared
+
+    def _filled(self) -> Pool:
+        """Return a pool of as many workers as there is room for, which start."""
         gpus = 1.0 if self.gpus is None else self.gpus
-        places = room(self.threads, gpus)
+        places, free = room(self.threads, gpus), free_room(self.threads, gpus)
         wanted = self.workers or min(places, self.clients or places)
+        each = f"each takes {self.threads} CPUs and {gpus:g} GPUs"
         if places < wanted and self.gpus is not None:
-            logging.getLogger(__name__).warning(
-                "Ray has room for %d of the %d workers asked for (each takes %d CPUs and %g GPUs); "
-                "the run goes on with %d",
-                *(places, wanted, self.threads, gpus, places),
+            _LOG.warning(
+                "Ray has room for %d of the %d workers asked for (%s); the run goes on with %d",
+                *(places, wanted, each, places),
             )
-        self._pool = Pool(
+        if free < min(places, wanted):
+            _LOG.warning(
+                "%d of the run's %d workers wait for room (%s): what Ray has is in use by others; "
+                "each starts when there is room for it",
+                *(min(places, wanted) - free, min(places, wanted), each),
+            )
+        pool = Pool(
             min(places, wanted),
             self.threads,
             self.gpus,
@@ -251,7 +262,8 @@ class RayBackend:
             measured=self.workers is not None and self.gpus is not None,
             most=self.workers or self.clients or sys.maxsize,
         )
-        self._pool.fill()
+        pool.fill()
+        return pool
 
     def run(
         self,
@@ -282,7 +294,8 @@ class RayBackend:
             self._pool.leave((ref, running.seat) for ref, running in run.running.items())
 
     def close(self) -> None:
-        """Stop the workers, and Ray if this backend started it."""
+        """Stop the workers, and Ray where it was started for backends and this is the last."""
         self._pool.close()
-        if self._mine:
-            ray.shutdown()
+        if self._ray is not None:
+            self._ray.release()
+            self._ray = None

@@ -7,6 +7,8 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -22,6 +24,66 @@ _WITH_TOKEN = (
 
 class RayUnavailable(RuntimeError):
     """Ray could not be started or joined, or has no room for a worker."""
+
+
+@dataclass(slots=True, eq=False)
+class SharedRay:
+    """The one Ray that a process can be in, and how many backends it has there.
+
+    Attributes:
+        address: of the cluster that was joined, or None for one of this machine.
+        mine: whether it was started or joined here, and so ends here.
+        users: how many use it.
+    """
+
+    address: str | None
+    mine: bool
+    users: int = 0
+
+    def release(self) -> None:
+        """Use it no more; the last one of those who do stops it, or leaves the cluster."""
+        with _LOCK:
+            self.users -= 1
+            if self.mine and not self.users and _current == [self]:
+                _current.clear()
+                ray.shutdown()
+
+
+_LOCK = threading.Lock()
+_current: list[SharedRay] = []
+
+
+def share_ray(address: str | None, cpus: int) -> SharedRay:
+    """Return the process' Ray for one more user; the first of them starts or joins it.
+
+    Args:
+        address: of a cluster to join, or None for a Ray of this machine, or whichever the process
+            was in before any of its users came.
+        cpus: that one of this machine has at least.
+
+    Raises:
+        RayUnavailable: if that fails, or the process is in another one by now.
+    """
+    with _LOCK:
+        if not ray.is_initialized():
+            _current.clear()
+            if address is None:
+                start_ray(cpus)
+            else:
+                join_ray(address)
+            _current.append(SharedRay(address, mine=True))
+        if not _current:
+            _current.append(SharedRay(None, mine=False))
+        [shared] = _current
+        if shared.mine and shared.address != address:
+            place, wanted = (a and f"the Ray cluster at {a}" for a in (shared.address, address))
+            raise RayUnavailable(
+                f"this process works with {place or 'a Ray of its own'} until its runs there end, "
+                f"and this run wants {wanted or 'one of its own'}; drive it from another process, "
+                "such as one more weft coordinator"
+            )
+        shared.users += 1
+        return shared
 
 
 def start_ray(cpus: int) -> None:
@@ -101,6 +163,16 @@ def room(threads: int, gpus: float) -> int:
             "backend.gpus_per_worker, or add a machine"
         )
     return places
+
+
+def free_room(threads: int, gpus: float) -> int:
+    """Return how many such workers the Ray that was joined has nothing else running in place of.
+
+    It is Ray's last word, up to some seconds old, and does not say on which machine.
+    """
+    free = ray.available_resources()
+    fits = int(free.get("CPU", 0.0) // threads)
+    return min(fits, int(free.get("GPU", 0.0) / gpus + 1e-9)) if gpus else fits
 
 
 def _close_to_others() -> None:

@@ -490,6 +490,14 @@ def test_fewer_places_than_workers_are_said_at_once(caplog, act):
     assert "room for 2 of the 3 workers" in caplog.text
 
 
+def test_workers_that_others_leave_no_room_for_are_said_at_once(caplog, act, monkeypatch):
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 5.0})  # it lags by seconds
+    RayBackend(workers=2, threads=2, perform=act).close()
+    assert "wait for room" not in caplog.text
+    RayBackend(workers=3, threads=2, perform=act).close()
+    assert "1 of the run's 3 workers wait for room (each takes 2 CPUs and 0 GPUs)" in caplog.text
+
+
 def test_results_are_not_views_of_the_store(actors, ask):
     results, _ = run(actors, ask("a"))
 

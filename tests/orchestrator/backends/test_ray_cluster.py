@@ -106,6 +106,64 @@ def test_a_cluster_that_is_not_there_is_refused_with_a_way_out(no_ray, monkeypat
         RayBackend(workers=1)
 
 
+@pytest.fixture
+def one_ray(monkeypatch):
+    """Ray that is only noted to start, be joined and shut down, with room for workers."""
+    happened = []
+
+    def end():
+        happened.append("shut down")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def begin(what):
+        happened.append(what)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", end)
+    monkeypatch.setattr(ray_cluster, "start_ray", lambda cpus: begin("started"))
+    monkeypatch.setattr(ray_cluster, "join_ray", begin)
+    monkeypatch.setattr(ray_cluster, "_current", [])
+    return happened
+
+
+def test_the_last_who_uses_a_ray_ends_it_and_not_who_started_it(one_ray):
+    first, second = (ray_cluster.share_ray(None, 1) for _ in range(2))
+    first.release()
+    third = ray_cluster.share_ray(None, 1)
+    second.release()
+    assert one_ray == ["started"]
+    third.release()
+    assert one_ray == ["started", "shut down"]
+    ray_cluster.share_ray(None, 1).release()
+    assert one_ray == ["started", "shut down"] * 2
+
+
+def test_a_ray_that_was_there_before_stays(one_ray, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    ray_cluster.share_ray(None, 1).release()
+    assert one_ray == []
+
+
+def test_who_used_a_ray_that_is_gone_does_not_end_the_next(one_ray, monkeypatch):
+    old = ray_cluster.share_ray(None, 1)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # somebody shut it down
+    ray_cluster.share_ray(None, 1)
+    old.release()
+    assert one_ray == ["started", "started"]
+
+
+def test_a_process_is_in_one_ray_at_a_time(one_ray):
+    here = ray_cluster.share_ray("127.0.0.1:6379", 1)
+    for other in (None, "127.0.0.1:6380"):
+        with pytest.raises(RayUnavailable, match=r"at 127\.0\.0\.1:6379 until its runs .*another"):
+            ray_cluster.share_ray(other, 1)
+    here.release()
+    ray_cluster.share_ray(None, 1)
+    with pytest.raises(RayUnavailable, match=r"a Ray of its own .*at 127\.0\.0\.1:6379"):
+        ray_cluster.share_ray("127.0.0.1:6379", 1)
+
+
 _DRIVER = """
 import json, sys, warnings
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
