@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from orchestrator import service
 from orchestrator.backends import ray_cluster
 from orchestrator.backends.ray import RayBackend, RayUnavailable
 
@@ -183,38 +184,49 @@ print(json.dumps({r.client: r.reason for r in results}))
 """
 
 
-@pytest.fixture
-def cluster():
-    """A head on this machine's network address that asks for a token; its address and the token."""
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head on this machine's network address that asks for a token; its address and a member."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing; says which address would
         host = probe.getsockname()[0]
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
+    token = tmp_path_factory.mktemp("cluster") / "token"
+    token.write_text(secrets.token_hex(32))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
-    command += [f"--node-ip-address={host}", "--include-dashboard=false", "--disable-usage-stats"]
     # A folder of its own: in the usual one, Ray notes this cluster for whoever starts one next.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # pytest's is too long for a socket's name
-    command += ["--object-store-memory=100000000", f"--temp-dir={folder}"]
-    head = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    yield f"{host}:{port}", environment
-    head.terminate()
-    head.wait(30)
+    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    processes = [node(environment, host, *head)]
+    address = f"{host}:{port}"
+    ready = [RAY, "health-check", "--address", address]
+    while subprocess.run(ready, env=environment, capture_output=True, check=False).returncode:
+        pass  # the head is starting; the test's time limit ends this
+    yield address, environment, processes
+    for process in reversed(processes):
+        process.terminate()
+        process.wait(30)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def drive(address, environment, site):
+def node(environment, host, *options):
+    """Start a machine of a cluster with one CPU: a raylet of its own."""
+    command = [RAY, "start", "--block", "--num-cpus=1", f"--node-ip-address={host}", *options]
+    command += ["--disable-usage-stats", "--object-store-memory=100000000"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+
+
+def drive(address, environment, place, program=_DRIVER):
     return subprocess.run(
-        [sys.executable, "-c", _DRIVER, address, str(site)],
+        [sys.executable, "-c", program, address, str(place)],
         env=environment,
         capture_output=True,
         text=True,
@@ -225,10 +237,7 @@ def drive(address, environment, site):
 
 @pytest.mark.slow
 def test_a_cluster_with_a_token_is_joined_by_who_has_it_and_by_nobody_else(cluster, tmp_path):
-    address, environment = cluster
-    ready = [RAY, "health-check", "--address", address]
-    while subprocess.run(ready, env=environment, capture_output=True, check=False).returncode:
-        pass  # the head is starting; the test's time limit ends this
+    address, environment, _ = cluster
 
     joined = drive(address, environment, tmp_path / "site")
     stranger = {k: v for k, v in environment.items() if not k.startswith("RAY_AUTH")}
@@ -241,3 +250,77 @@ def test_a_cluster_with_a_token_is_joined_by_who_has_it_and_by_nobody_else(clust
     assert all("gone.jsonl" in reason for reason in reasons.values())  # each was really begun
     assert "is not joined" in refused.stderr
     assert "cannot be joined" in wrong.stderr
+
+
+_RUN = """
+import json, os, signal, sys
+from pathlib import Path
+import ray
+from clients.worker import perform
+from orchestrator import service
+from orchestrator.backends.ray import RayBackend
+from orchestrator.config import parse_config
+
+address, folder = sys.argv[1], Path(sys.argv[2])
+
+def noted(assignment, stepped):
+    if assignment.action != "train":
+        return perform(assignment, stepped)
+    here = ray.get_runtime_context().get_node_id()
+    trained = folder / here
+    first, drivers = not trained.exists(), (folder / "driver").read_text() == here
+    with trained.open("a") as file:
+        file.write(f"{os.getpid()} {assignment.round} {assignment.client}\\n")
+    if first:  # each machine waits for the other's first one
+        (folder / "meet").open("r" if drivers else "w").close()
+    elif not drivers:
+        os.kill(os.getppid(), signal.SIGKILL)  # the raylet of the machine that it is on
+        signal.pause()
+    return perform(assignment, stepped)
+
+options = {"address": address, "perform": noted, "heartbeat_s": 60.0}
+before, backend = RayBackend(1, **options), RayBackend(2, **options)
+before.close()  # it joined the cluster, and the other one stays there
+os.mkfifo(folder / "meet")
+(folder / "driver").write_text(ray.get_runtime_context().get_node_id())
+workspace = service.open_workspace(folder / "elsewhere")
+config = parse_config(json.loads((folder / "config.json").read_text()))
+version = service.launch(workspace, config, backend=backend)
+backend.close()
+events = [e.kind for e in workspace.ledger.events(workspace.ledger.run("task-1").id)]
+print(json.dumps({"version": version, "events": events}))
+"""
+_MEMBERS = """
+import sys
+from ray._raylet import GcsClient
+sys.exit(len(GcsClient(address=sys.argv[1]).get_all_node_info()) < 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_over_two_machines_goes_on_when_one_of_them_is_lost(
+    cluster, workspace, tiny, notes, tmp_path
+):
+    """Each trains; the raylet of one is killed in mid-assignment, which the other takes over."""
+    address, environment, processes = cluster
+    processes.append(node(environment, address.partition(":")[0], f"--address={address}"))
+    simulate = {"data": notes("rows", size=48), "by": "iid", "parts": 4, "public": True}
+    config = tiny(rounds=3, strategy="fedsvd", clients={"simulate": simulate}, retries=0)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    wanted = service.launch(workspace, config)
+    members = [sys.executable, "-c", _MEMBERS, address]
+    while subprocess.run(members, env=environment, capture_output=True, check=False).returncode:
+        pass  # the other machine is joining
+
+    done = drive(address, environment, tmp_path, _RUN)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["version"] == wanted
+    assert processes[-1].wait(60) != 0
+    assert "refused" not in found["events"]
+    driver = (tmp_path / "driver").read_text()
+    nodes = {file.name: file.read_text().splitlines() for file in tmp_path.glob("?" * len(driver))}
+    [lost] = [trained for node, trained in nodes.items() if node != driver]
+    assert len(lost) == 2  # it was killed at its second
+    assert lost[1].split()[1:] in [trained.split()[1:] for trained in nodes[driver]]
