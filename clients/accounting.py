@@ -15,14 +15,15 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+from strategies.spends import PrivacySpend
 
-from strategies.base import PrivacySpend
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-# Opacus is imported where it is used: it takes two seconds, and most commands never account.
+# Opacus, and NumPy, are imported where they are used: seconds, and most commands never account.
 
 Accountant: TypeAlias = Literal["prv", "rdp"]
 _Event: TypeAlias = tuple[float, float, int]  # noise multiplier, sample rate, steps
@@ -239,6 +240,7 @@ def _renyi_curve(noise: float, rate: float) -> npt.NDArray[np.float64]:
     ``(order - 1) * divergence`` is convex in the order and 0 at 1, so that a straight line between
     two knots lies above it.
     """
+    import numpy as np
     from opacus.accountants.analysis.rdp import compute_rdp
 
     def moment(order: float) -> float:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from strategies.base import Broadcast, Tensors
+if TYPE_CHECKING:  # torch takes seconds, and a config needs the specs alone
+    from strategies.base import Broadcast, Tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,50 +179,9 @@ class Assignment:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation.
-        A tensor that several assignments share is read once: see :func:`_tensor_digest`.
+        A tensor that several assignments share is read once: see :mod:`clients.digests`.
         """
-        document = {
-            f.name: _plain(getattr(self, f.name))
-            for f in fields(self)
-            if f.name not in ("run", "site")
-        }
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        from clients.digests import digest_of
 
-
-_DIGESTS: MutableMapping[torch.Tensor, tuple[int, str]] = WeakTensorKeyDictionary()
-"""What tensors that live hashed to, and how often they had been written to when they did."""
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON, tensors as digests of dtype, shape and bytes."""
-    if isinstance(value, torch.Tensor):
-        return _tensor_digest(value)
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    """Return the digest of a tensor; of one that is as it was, without reading it again.
-
-    A round's clients share its broadcast: here, and at a worker, which keeps it. What torch writes
-    to a tensor it counts, so that a changed one is read anew; a write past that count, through
-    ``data`` or a NumPy view, is what the types of an assignment forbid.
-    """
-    known = _DIGESTS.get(tensor)
-    if known is None or known[0] != tensor._version:
-        known = _DIGESTS[tensor] = tensor._version, _hashed(tensor)
-    return known[1]
-
-
-def _hashed(tensor: torch.Tensor) -> str:
-    data = tensor.detach().contiguous().cpu()
-    head = f"{data.dtype}{tuple(data.shape)}".encode()
-    total = hashlib.sha256(head)
-    total.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return digest_of({k: v for k, v in named.items() if k not in ("run", "site")})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clients.site import sync
+from clients.files import sync
 
 
 class FolderTaken(FileExistsError):

@@ -5,7 +5,6 @@ Everything lies under one folder that no Update, Version, log or recipe ever sho
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from clients.files import sync, write_durably
+from clients.keys import run_folder
 from clients.noise import insecure_key, new_key
 from strategies.base import Tensors
 
@@ -125,7 +126,7 @@ class Site:
         (self._folder / f"error-{client}.txt").write_text(text, "utf-8")
 
     def _run_folder(self, run: str, client: str) -> Path:
-        folder = self._folder / _folder_name(run, client)
+        folder = run_folder(self._folder, run, client)
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
@@ -145,41 +146,3 @@ class Site:
                 draft.unlink()
             sync(path.parent)  # a key must not be lost once something was made with it
         return path.read_bytes()
-
-
-def has_key(folder: Path, run: str, client: str) -> bool:
-    """Return whether the site in ``folder`` has drawn the key of (run, client)."""
-    return (folder / _folder_name(run, client) / "key").is_file()
-
-
-def _folder_name(run: str, client: str) -> str:
-    return hashlib.sha256(f"{run}\0{client}".encode()).hexdigest()[:32]
-
-
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` so that after a crash ``path`` holds all of it or is not there.
-
-    Raises:
-        OSError: naming ``path``, if there is no space; then nothing is left beside it.
-    """
-    handle, draft = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(draft).replace(path)
-        sync(path.parent)
-    except OSError as error:
-        Path(draft).unlink(missing_ok=True)
-        error.filename = str(path)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Make durable what a file holds, or which names a folder has."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

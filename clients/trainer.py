@@ -40,7 +40,8 @@ from clients.session import (
 )
 from clients.site import Site
 from clients.wire import pack, unpack
-from strategies.base import PrivacySpend, Update
+from strategies.base import Update
+from strategies.spends import PrivacySpend
 
 _VERIFIED: set[tuple[str, ...]] = set()
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from strategies.base import PrivacySpend, Update
+from strategies.base import Update
+from strategies.spends import PrivacySpend
 
 _FORMAT = "weft-update-1"
 _MALFORMED = (

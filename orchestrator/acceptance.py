@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from clients.assignment import Assignment
+from clients.files import write_durably
 from clients.session import returned_names
-from clients.site import write_durably
 from clients.trainer import spend_of
 from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken

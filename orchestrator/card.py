@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.spending import Epsilon
+from orchestrator.epsilons import Epsilon
 from storage.lineage import Lineage, Version
 
 

@@ -12,13 +12,13 @@ from clients import models
 from clients.adapters import ADAPTERS
 from orchestrator.cohort import asked_a_round
 from orchestrator.config import RunConfig
+from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
 from orchestrator.observers.of_run import observers_of
 from orchestrator.plan import Plan
-from orchestrator.spending import Epsilon, composed
 from storage.ledger import Ledger
 from storage.store import AdapterStore
-from strategies.base import PrivacySpend
+from strategies.spends import PrivacySpend
 
 _ACTIVATIONS_PER_TOKEN = 34  # values kept a token, layer and hidden unit for the backward pass
 _FLOAT = 4

@@ -136,14 +136,14 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
 @app.command()
 def show(ref: str, as_json: JsonFlag = False) -> None:
     """Show one version."""
-    from orchestrator import report, service, views
+    from orchestrator import provenance, report, views
 
     workspace = workspace_here()
     version = workspace.store.version(ref)
     if as_json:
         print_json(views.version_json(version))
     else:
-        ancestry = service.lineage(workspace, version.id)
+        ancestry = provenance.lineage(workspace, version.id)
         out.print(report.version_table(version, ancestry.epsilons))
 
 
@@ -213,10 +213,10 @@ def plugins(
     as_json: JsonFlag = False,
 ) -> None:
     """List plug-ins, of one kind or all; with a name, its options."""
-    from orchestrator import report, views
+    from orchestrator import catalogue, report
     from orchestrator.config import find_plugin
 
-    rows = list(views.plugin_table(kind))
+    rows = list(catalogue.plugin_table(kind))
     if name is not None:
         assert kind is not None
         wanted = find_plugin(kind, name).name

@@ -91,11 +91,11 @@ def clients_list(
 @clients_app.command("show")
 def clients_show(name: str, as_json: JsonFlag = False) -> None:
     """Show a client and what its population has spent."""
-    from orchestrator import report, service, views
+    from orchestrator import epsilons, report, views
 
     workspace = workspace_here()
     record = workspace.ledger.client(name)
-    spent = service.spent_by_population(workspace, record.population)
+    spent = epsilons.spent_by_population(workspace, record.population)
     if as_json:
         print_json({**views.client_json(record), "spent": spent})
         return

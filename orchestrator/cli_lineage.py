@@ -31,20 +31,21 @@ def lineage(  # noqa: PLR0913  (one option each)
     as_json: JsonFlag = False,
 ) -> None:
     """Print what a version is made of, down to client updates, or what was made of it."""
-    from orchestrator import drawing, report, service, views
+    from orchestrator import drawing, provenance, report, views
 
     workspace = workspace_here()
     if contains_client is not None:
-        deployed = service.deployed_with(workspace, contains_client)
+        deployed = provenance.deployed_with(workspace, contains_client)
         if as_json:
             print_json(views.deployments_json(deployed))
         else:
             out.print(report.deployments_table(deployed))
         return
     if ref is None:
-        raise service.BadSelection("a lineage is of a version: give its REF, or --contains-client")
-    ask = service.descendants if descendants else service.lineage
-    found = ask(workspace, ref, service.Selection(tuple(kind), depth, client, run))
+        message = "a lineage is of a version: give its REF, or --contains-client"
+        raise provenance.BadSelection(message)
+    ask = provenance.descendants if descendants else provenance.lineage
+    found = ask(workspace, ref, provenance.Selection(tuple(kind), depth, client, run))
     if as_json:
         print_json(views.lineage_json(found))
     elif form == "tree":
@@ -56,11 +57,11 @@ def lineage(  # noqa: PLR0913  (one option each)
 
 def diff(first: str, second: str, as_json: JsonFlag = False) -> None:
     """Print what the second version changed against the first."""
-    from orchestrator import diff_report, service, views
+    from orchestrator import diff_report, differences
 
-    found = service.diff(workspace_here(), first, second)
+    found = differences.diff(workspace_here(), first, second)
     if as_json:
-        print_json(views.diff_json(found))
+        print_json(diff_report.as_json(found))
         return
     for part in diff_report.tables(found):
         out.print(part, highlight=False)

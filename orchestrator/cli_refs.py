@@ -25,11 +25,11 @@ def promote(
     seen: Seen = None,
 ) -> None:
     """Point NAME@ALIAS at a version."""
-    from orchestrator import service
+    from orchestrator import deploying
 
     workspace = workspace_here()
-    owner = name or service.name_of(workspace, ref)
-    move = service.promote(workspace, owner, to, ref, why, seen)
+    owner = name or deploying.name_of(workspace, ref)
+    move = deploying.promote(workspace, owner, to, ref, why, seen)
     out.print(f"{owner}@{to}  {move.version}", highlight=False, markup=False)
 
 
@@ -42,9 +42,9 @@ def rollback(
     seen: Seen = None,
 ) -> None:
     """Point NAME@ALIAS back at the version before."""
-    from orchestrator import service
+    from orchestrator import deploying
 
-    move = service.rollback(workspace_here(), pointer, to, why, seen)
+    move = deploying.rollback(workspace_here(), pointer, to, why, seen)
     left = (move.before or "")[:12]
     out.print(f"{pointer}  {move.version}  (was {left})", highlight=False, markup=False)
 
@@ -55,9 +55,9 @@ def yank(
     undo: Annotated[bool, typer.Option("--undo", help="Take it back into use.")] = False,
 ) -> None:
     """Take a bad version out of use; it stays in the history."""
-    from orchestrator import service
+    from orchestrator import deploying
 
-    done = service.yank(workspace_here(), ref, reason, undo)
+    done = deploying.yank(workspace_here(), ref, reason, undo)
     word = "yanked" if done.yank.yanked else "in use again"
     out.print(f"{done.yank.version}  {word}", highlight=False, markup=False)
     for pointer in done.aliases if done.yank.yanked else ():
@@ -110,9 +110,9 @@ def alias_log(
     pointer: Annotated[str, typer.Argument(metavar="NAME@ALIAS")], as_json: JsonFlag = False
 ) -> None:
     """Show every move of an alias: who, when, from where to where, and why; newest first."""
-    from orchestrator import report, service, views
+    from orchestrator import deploying, report, views
 
-    moves = service.alias_log(workspace_here(), pointer)
+    moves = deploying.alias_log(workspace_here(), pointer)
     if as_json:
         print_json([views.move_json(move) for move in moves])
     else:

@@ -215,9 +215,9 @@ def runs_log(
     as_json: JsonFlag = False,
 ) -> None:
     """Print a run's events in order."""
-    from orchestrator import service, views
+    from orchestrator import views, watching
 
-    for event in service.log(workspace_here(), ref, follow):
+    for event in watching.log(workspace_here(), ref, follow):
         if as_json:
             sys.stdout.write(json.dumps(views.event_json(event)) + "\n")
             sys.stdout.flush()
@@ -239,9 +239,9 @@ def runs_wait(
     as_json: JsonFlag = False,
 ) -> None:
     """Wait until runs have ended; exit code 1 if one of them failed or was cancelled."""
-    from orchestrator import service, views
+    from orchestrator import views, watching
 
-    records = service.wait(workspace_here(), refs, timeout)
+    records = watching.wait(workspace_here(), refs, timeout)
     if as_json:
         print_json([views.run_json(r) for r in records])
     else:

@@ -17,6 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.history import History
 from orchestrator.plan import Participant, Plan, seed_for
 from orchestrator.policy import Cohort, share
+from orchestrator.quarantine import quarantined
 
 _LONGEST_REST = 20  # doublings; no run has so many rounds
 
@@ -134,14 +135,6 @@ def asked_next(
     rest = resting(config, history, opened.round)
     found = draw(known, count, seed, barred | rest)
     return found if found or history.pending else draw(known, count, seed, barred)
-
-
-def quarantined(config: RunConfig, history: History) -> tuple[str, ...]:
-    """Return who is asked no more: after so many faults in a row, until it is released."""
-    limit = config.quarantine_after
-    if limit is None:
-        return ()
-    return tuple(sorted(c for c, f in history.faults.items() if f.in_a_row >= limit))
 
 
 def resting(config: RunConfig, history: History, round_: int) -> set[str]:

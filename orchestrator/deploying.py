@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.workspace import Workspace
 from storage.aliases import AliasMove, Yank
+from storage.refs import AmbiguousRef
 
 
 class BadPointer(ValueError):
@@ -137,3 +138,15 @@ def _log(workspace: Workspace, kind: str, version: str, facts: Mapping[str, Any]
     """Tell the runs that ended in a version."""
     for run in workspace.ledger.runs_at(version):
         workspace.ledger.record(run, kind, facts)
+
+
+def name_of(workspace: Workspace, ref: str) -> str:
+    """Return the one name of a version.
+
+    Raises:
+        AmbiguousRef: if it has none or several.
+    """
+    names = sorted({name.partition(":")[0] for name in workspace.store.version(ref).names})
+    if len(names) != 1:
+        raise AmbiguousRef(f"{ref} has {len(names)} names ({', '.join(names)}); choose with --name")
+    return names[0]

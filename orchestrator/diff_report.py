@@ -1,15 +1,32 @@
-"""The difference of two versions as people read it."""
+"""The difference of two versions as people and programs read it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.differences import Diff
+
+
+def as_json(found: Diff) -> dict[str, Any]:
+    """Return in what two versions differ as JSON; pairs are (first, second)."""
+    return {
+        "first": found.first,
+        "second": found.second,
+        "norms": list(found.norms),
+        "change": found.change,
+        "layers": [{**asdict(x), "relative": x.relative} for x in found.layers],
+        "tensors": [{**asdict(x), "relative": x.relative} for x in found.tensors],
+        "metrics": {key: list(pair) for key, pair in found.metrics.items()},
+        "recipe": {key: list(pair) for key, pair in found.recipe.items()},
+        "clients": [list(names) for names in found.clients],
+    }
 
 
 def tables(found: Diff) -> Iterator[RenderableType]:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.tree import Tree
 
+from orchestrator.epsilons import Epsilon
 from orchestrator.provenance import Ancestry, Leaf
-from orchestrator.spending import Epsilon
 from storage.lineage import Edge, Version
 
 _KEEP = 3

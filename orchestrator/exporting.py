@@ -7,13 +7,14 @@ from pathlib import Path
 
 from clients.export import export_kept, export_peft
 from clients.folders import whole_folder
+from orchestrator.bases import base_of
 from orchestrator.card import version_card
 from orchestrator.manifest import write_manifest, write_signature
 from orchestrator.merging import effective
 from orchestrator.provenance import lineage
 from orchestrator.signing import admitted, keys
 from orchestrator.versions import refuse_unusable
-from orchestrator.workspace import Workspace, base_of
+from orchestrator.workspace import Workspace
 
 
 def export(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from clients.importing import Imported, NotImportable, read_peft
+from orchestrator.bases import remember_base
 from orchestrator.manifest import MANIFEST, check_manifest
 from orchestrator.recipes import import_recipe
 from orchestrator.signing import heed, keys, policy
-from orchestrator.workspace import Workspace, remember_base
+from orchestrator.workspace import Workspace
 from storage.refs import UnknownVersion, check_name
 
 

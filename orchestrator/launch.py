@@ -15,11 +15,12 @@ from clients.accounting import BudgetSpent
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, Privacy
 from orchestrator.config import BadConfig, RunConfig
+from orchestrator.epsilons import spend_from_row
 from orchestrator.merging import refuse_kept, refuse_offset
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.sections import Simulate
-from orchestrator.spending import calibrated, spend_from_row
+from orchestrator.spending import calibrated
 from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version
 from storage.refs import did_you_mean

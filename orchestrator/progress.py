@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.config import RunConfig
+from orchestrator.epsilons import Epsilon
 from orchestrator.plan import Plan
-from orchestrator.spending import Epsilon
 
 _STATES = {
     "waiting": "dim",

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.spending import Composed, Epsilon, epsilon_by
+from orchestrator.epsilons import Composed, Epsilon, epsilon_by
 from orchestrator.workspace import Workspace
 from storage.contributions import Deployment
 from storage.lineage import PARENT_KINDS, Edge, Lineage, Towards, Version

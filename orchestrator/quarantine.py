@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from orchestrator.cohort import quarantined
 from orchestrator.config import RunConfig
 from orchestrator.history import History
 from storage.ledger import Ledger
@@ -10,6 +9,14 @@ from storage.ledger import Ledger
 
 class NotAtFault(LookupError):
     """The client's last answer in the run was no failure."""
+
+
+def quarantined(config: RunConfig, history: History) -> tuple[str, ...]:
+    """Return who is asked no more: after so many faults in a row, until it is released."""
+    limit = config.quarantine_after
+    if limit is None:
+        return ()
+    return tuple(sorted(c for c, f in history.faults.items() if f.in_a_row >= limit))
 
 
 def quarantined_in(ledger: Ledger, run: str) -> tuple[str, ...]:

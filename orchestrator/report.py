@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from clients.data import DataReport
 from orchestrator.drawing import epsilon_line
-from orchestrator.spending import Epsilon
+from orchestrator.epsilons import Epsilon
 from storage.aliases import AliasMove
 from storage.contributions import Deployment
 from storage.ledger import ClientRecord, RunRecord
 from storage.lineage import Version
 from storage.listing import NameRow
 from storage.records import now
+
+if TYPE_CHECKING:
+    from clients.data import DataReport
 
 
 def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clients.site import write_durably
+from clients.files import write_durably
 from clients.wire import digest
 from orchestrator.policy import Retention, Staleness
 from storage.withdrawals import Withdrawal

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from clients import data, models
 from clients.assignment import DataSpec, ModelSpec, PluginChoice
 from orchestrator.backends.base import Backend
+from orchestrator.bases import remember_base
 from orchestrator.config import BadConfig, RunConfig, find_plugin
 from orchestrator.coordinator import (
     Driving,
@@ -19,8 +19,9 @@ from orchestrator.coordinator import (
     make_backend,
     serve,
 )
-from orchestrator.deploying import YankResult, alias_log, promote, rollback, yank
+from orchestrator.deploying import YankResult, alias_log, name_of, promote, rollback, yank
 from orchestrator.differences import BadDiff, Diff, diff
+from orchestrator.epsilons import spent_by_population
 from orchestrator.exporting import export
 from orchestrator.federation import Observe
 from orchestrator.importing import import_adapter
@@ -47,17 +48,13 @@ from orchestrator.registering import register_client, register_clients
 from orchestrator.replay import replay
 from orchestrator.retraining import retrain
 from orchestrator.signing import admitted
-from orchestrator.spending import composed, spend_from_row
 from orchestrator.steering import (
     RunRefused,
-    WaitedTooLong,
     cancel,
     clone,
     extend,
-    log,
     pause,
     requeue,
-    wait,
 )
 from orchestrator.versions import (
     EvaluationFailed,
@@ -65,8 +62,9 @@ from orchestrator.versions import (
     evaluate_many,
     use,
 )
+from orchestrator.watching import WaitedTooLong, log, wait
 from orchestrator.withdrawing import withdraw
-from orchestrator.workspace import Workspace, open_workspace, remember_base
+from orchestrator.workspace import Workspace, open_workspace
 from storage.ledger import Queueing, RunRecord
 
 __all__ = [
@@ -119,9 +117,6 @@ __all__ = [
     "withdraw",
     "yank",
 ]
-
-_DELTA = 1e-5
-
 
 # --- launch -----------------------------------------------------------------------------------
 
@@ -221,18 +216,6 @@ def resume(
 # --- clients ----------------------------------------------------------------------------------
 
 
-def spent_by_population(workspace: Workspace, population: str) -> dict[str, Any]:
-    """Return what a population has spent in all, as JSON; ``text`` says it in words."""
-    rows = workspace.ledger.spends(population)
-    budget = workspace.ledger.budget(population)
-    if not rows:
-        return {"epsilon": 0.0, "text": "nothing"}
-    delta = budget[1] if budget else _DELTA
-    spent = composed(population, [spend_from_row(r) for r in rows], delta)
-    limit = f" of {budget[0]:g}" if budget else ""
-    return {**asdict(spent), "text": f"{spent}{limit}, in {len(rows)} rounds"}
-
-
 def check_data(
     spec: DataSpec, labels: Sequence[str], model: str | None, max_length: int
 ) -> data.DataReport:
@@ -299,15 +282,3 @@ def merge(
     )
     store.name(into, version)
     return version
-
-
-def name_of(workspace: Workspace, ref: str) -> str:
-    """Return the one name of a version.
-
-    Raises:
-        BadConfig: if it has none or several.
-    """
-    names = sorted({name.partition(":")[0] for name in workspace.store.version(ref).names})
-    if len(names) != 1:
-        raise BadConfig(f"{ref} has {len(names)} names ({', '.join(names)}); choose with --name")
-    return names[0]

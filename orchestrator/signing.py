@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from clients.site import write_durably
+from clients.files import write_durably
 from orchestrator.manifest import Checked, check_manifest
 from orchestrator.workspace import Workspace
 from storage.canonical import canonical_json

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from clients.accounting import Accountant, BudgetSpent, epsilon, noise_for
+from clients.accounting import BudgetSpent, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
 from clients.trainer import spend_of
+from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
 from orchestrator.sections import PrivacyConfig
 from storage.ledger import Ledger, SpendRow
-from strategies.base import PrivacySpend
+from strategies.spends import PrivacySpend
 
 _LOW = 0.8  # of a budget: from here on, people are told
 
 
-@dataclass(frozen=True, slots=True)
-class Epsilon:
-    """An ε that can be read alone.
-
-    Attributes:
-        population: whose privacy.
-        epsilon: spent.
-        delta: at this δ.
-        unit: whose presence is hidden.
-        adjacency: in which sense.
-        public: whether the data are public, so that nothing is at stake.
-    """
-
-    population: str
-    epsilon: float
-    delta: float
-    unit: str
-    adjacency: str
-    public: bool = False
-
-    def __str__(self) -> str:
-        return f"ε = {self.epsilon:.2f} (δ = {self.delta:g}, unit {self.unit}, {self.adjacency})"
-
-
 Low: TypeAlias = dict[str, dict[str, Any]]
 """Facts of budgets that get low, by population."""
-
-
-Composed: TypeAlias = dict[tuple[str, float, frozenset[str]], Epsilon]
-"""ε by population, δ and the digests of the updates that cost it."""
 
 
 class Log(Protocol):
@@ -165,59 +137,6 @@ def spent_by_run(plan: Plan, ledger: Ledger) -> dict[str, Epsilon]:
         )
         for population, own in sorted(rows.items())
     }
-
-
-def composed(
-    population: str,
-    spends: Sequence[PrivacySpend],
-    delta: float,
-    accountant: Accountant = "prv",
-    public: bool = False,
-) -> Epsilon:
-    """Return the ε of all ``spends`` together."""
-    first = spends[0]
-    value = epsilon(spends, delta, accountant)
-    return Epsilon(population, value, delta, first.unit, first.adjacency, public)
-
-
-def epsilon_by(
-    recipes: Iterable[Mapping[str, Any]],
-    key: Callable[[Mapping[str, Any]], tuple[str, ...]],
-    known: Composed | None = None,
-) -> dict[tuple[str, ...], Epsilon]:
-    """Return the ε that a version has inherited, by what ``key`` makes of a leaf, sorted.
-
-    Each event counts once, however many merge parents inherit it.
-
-    Args:
-        recipes: of the version and all its ancestors.
-        key: of a leaf; leaves of one key are of one population.
-        known: what was composed before, to which this adds: composing takes its time.
-    """
-    events: dict[tuple[str, ...], dict[str, list[PrivacySpend]]] = {}
-    facts: dict[tuple[str, ...], tuple[str, float, bool]] = {}
-    for recipe in recipes:
-        for leaf in recipe.get("updates", ()):
-            if leaf["spends"]:
-                own = key(leaf)
-                spends = [PrivacySpend(**s) for s in leaf["spends"]]
-                events.setdefault(own, {})[leaf["digest"]] = spends
-                delta = min(recipe["privacy"]["delta"], facts[own][1] if own in facts else 1.0)
-                facts[own] = (leaf["population"], delta, leaf["public"])
-    composed_before = {} if known is None else known
-    found = {}
-    for own, (population, delta, public) in sorted(facts.items()):
-        same = (population, delta, frozenset(events[own]))
-        if same not in composed_before:
-            spends = [spend for spends in events[own].values() for spend in spends]
-            composed_before[same] = composed(population, spends, delta, public=public)
-        found[own] = composed_before[same]
-    return found
-
-
-def spend_from_row(row: SpendRow) -> PrivacySpend:
-    """Return the composable part of a ledger row."""
-    return PrivacySpend(row.mechanism, row.unit, row.adjacency, row.parameters)
 
 
 def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, BudgetSpent], Low]:

@@ -1,4 +1,4 @@
-"""What people do to a run that exists: pause, resume, cancel, extend, clone, watch, wait.
+"""What people do to a run that exists: pause, resume, cancel, extend, clone.
 
 A decision is made on what the run's record says and written only if nothing has happened to the run
 since; otherwise it is made again. So no command undoes what it did not see.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import getpass
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from orchestrator.cohort import draw, quorum, roster
@@ -18,11 +17,8 @@ from orchestrator.config import RunConfig, parse_config
 from orchestrator.plan import Plan, seed_for
 from orchestrator.retention import drop_after_close, folder_of
 from orchestrator.workspace import Workspace
-from storage.ledger import Event, Ledger, RunChanged, RunFields, RunRecord
+from storage.ledger import Ledger, RunChanged, RunFields, RunRecord
 from storage.records import FINAL
-
-_PAGE = 1000
-_POLL_S = 0.5
 
 Decision: TypeAlias = tuple[str, dict[str, Any], RunFields] | None
 """An event's kind, facts and changes; None where the run stands as it should."""
@@ -30,10 +26,6 @@ Decision: TypeAlias = tuple[str, dict[str, Any], RunFields] | None
 
 class RunRefused(ValueError):
     """What is asked of a run is impossible as it stands."""
-
-
-class WaitedTooLong(RuntimeError):
-    """A run did not end in the time that was given."""
 
 
 def pause(workspace: Workspace, ref: str) -> RunRecord:
@@ -131,66 +123,6 @@ def clone(workspace: Workspace, ref: str, overrides: Iterable[str] = ()) -> RunC
     for kind in ("adapter", "strategy", "optimizer"):  # {name, options} on record, flat in a file
         document[kind] = {"name": document[kind]["name"], **document[kind]["options"]}
     return parse_config(document, overrides)
-
-
-def log(
-    workspace: Workspace, ref: str, follow: bool = False, poll_s: float = _POLL_S
-) -> Iterator[Event]:
-    """Yield a run's events in order; with ``follow`` also those to come, until the run has ended.
-
-    Args:
-        workspace: where.
-        ref: the run.
-        follow: whether to wait for more.
-        poll_s: seconds between looks, > 0.
-
-    Raises:
-        UnknownRun: if there is no such run.
-    """
-    ledger, after = workspace.ledger, 0
-    run = ledger.run(ref).id
-    while True:
-        # looked at before the events: what is written before the end is read after it
-        ended = not follow or ledger.run(run).status in FINAL
-        page = ledger.events(run, after, _PAGE)
-        yield from page
-        after = page[-1].seq if page else after
-        if len(page) == _PAGE:
-            continue
-        if ended:
-            return
-        time.sleep(poll_s)
-
-
-def wait(
-    workspace: Workspace,
-    refs: Sequence[str],
-    timeout_s: float | None = None,
-    poll_s: float = _POLL_S,
-) -> list[RunRecord]:
-    """Wait until all of ``refs`` have ended and return their records.
-
-    Args:
-        workspace: where.
-        refs: runs.
-        timeout_s: seconds at most; None for no limit.
-        poll_s: seconds between looks, > 0.
-
-    Raises:
-        UnknownRun: if there is no such run.
-        WaitedTooLong: if one has not ended in time.
-    """
-    end = None if timeout_s is None else time.monotonic() + timeout_s
-    runs = [workspace.ledger.run(ref).id for ref in refs]
-    while True:
-        found = [workspace.ledger.run(run) for run in runs]
-        going = [record for record in found if record.status not in FINAL]
-        if not going:
-            return found
-        if end is not None and time.monotonic() >= end:
-            stands = ", ".join(f"{r.id} is {r.status}" for r in going)
-            raise WaitedTooLong(f"after {timeout_s:g} s {stands}; wait longer, or see: weft runs")
-        time.sleep(poll_s)
 
 
 def _steer(

@@ -60,12 +60,12 @@ def pairs(texts: list[str], option: str) -> dict[str, str]:
     Raises:
         BadConfig: if one is not of this form.
     """
-    from orchestrator.config import BadConfig
-
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key or not value:
+            from orchestrator.config import BadConfig  # most commands read no config
+
             raise BadConfig(f"{option} takes key=value, got {text!r}")
         found[key] = value
     return found

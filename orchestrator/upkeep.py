@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from clients.site import has_key, write_durably
+from clients.files import write_durably
+from clients.keys import has_key
 from orchestrator.workspace import Workspace, open_workspace, place_of
 from storage import backup, garbage, restoring
 from storage import fsck as checking

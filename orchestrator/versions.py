@@ -10,9 +10,10 @@ from clients.assignment import Assignment, DataSpec, PluginChoice
 from clients.evaluate import Evaluation
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
+from orchestrator.bases import base_of
 from orchestrator.merging import adapter_of, effective, refuse_kept, refuse_offset
 from orchestrator.signing import admitted
-from orchestrator.workspace import Workspace, base_of
+from orchestrator.workspace import Workspace
 from storage.lineage import Version
 from strategies.base import Broadcast, Tensors
 

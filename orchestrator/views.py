@@ -1,15 +1,13 @@
-"""What people may ask to see, as JSON: plug-ins, runs, versions, lineages."""
+"""What people may ask to see, as JSON: runs, versions, lineages, what keeps a store sound."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import FAMILIES
-from orchestrator.differences import Diff
 from orchestrator.provenance import Ancestry
 from orchestrator.upkeep import HomeCheckup
 from storage.aliases import AliasMove
@@ -18,34 +16,6 @@ from storage.garbage import Collection
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from storage.restoring import Restored
-from strategies.plugins import UnknownPlugin
-
-
-def plugin_table(kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield every plug-in of one kind, or of all, as JSON.
-
-    Raises:
-        UnknownPlugin: if there is no such kind.
-    """
-    if kind is not None and kind not in FAMILIES:
-        raise UnknownPlugin(f"no kind of plug-in is called {kind!r} ({', '.join(FAMILIES)})")
-    for family_kind, family in FAMILIES.items():
-        if kind in (None, family_kind):
-            for name in family.names():
-                plugin = family.get(name)
-                yield {
-                    "kind": family_kind,
-                    "name": name,
-                    "summary": plugin.summary,
-                    "source": plugin.source,
-                    "options": {
-                        o.name: {
-                            "type": o.describe_type(),
-                            **({} if o.required else {"default": o.default}),
-                        }
-                        for o in plugin.options.values()
-                    },
-                }
 
 
 def run_json(record: RunRecord) -> dict[str, Any]:
@@ -118,21 +88,6 @@ def _base(version: Version) -> dict[str, Any]:
 def deployments_json(deployed: Sequence[Deployment]) -> list[dict[str, Any]]:
     """Return deployed versions that contain a client's contribution as JSON."""
     return [{"alias": d.pointer, "version": d.version} for d in deployed]
-
-
-def diff_json(found: Diff) -> dict[str, Any]:
-    """Return in what two versions differ as JSON; pairs are (first, second)."""
-    return {
-        "first": found.first,
-        "second": found.second,
-        "norms": list(found.norms),
-        "change": found.change,
-        "layers": [{**asdict(x), "relative": x.relative} for x in found.layers],
-        "tensors": [{**asdict(x), "relative": x.relative} for x in found.tensors],
-        "metrics": {key: list(pair) for key, pair in found.metrics.items()},
-        "recipe": {key: list(pair) for key, pair in found.recipe.items()},
-        "clients": [list(names) for names in found.clients],
-    }
 
 
 def client_json(record: ClientRecord) -> dict[str, Any]:

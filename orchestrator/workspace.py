@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine
 
-from clients import models
-from clients.assignment import ModelSpec
-from clients.site import write_durably
 from storage.blobs import BlobStore
 from storage.buckets import open_place
 from storage.database import open_database
 from storage.ledger import Ledger
-from storage.lineage import Version
 from storage.places import Folder
 from storage.store import AdapterStore
 
@@ -86,33 +81,3 @@ def open_blobs(home: Path, blobs: str | None = None) -> BlobStore:
 def home_folder(home: str | Path | None = None) -> Path:
     """Return where the workspace is: ``home``, else ``$WEFT_HOME``, else ``.weft``."""
     return Path(home or os.environ.get("WEFT_HOME") or ".weft").absolute()
-
-
-def remember_base(workspace: Workspace, model: ModelSpec) -> None:
-    """Note where a base model was seen: recipes name it by hash, not by place."""
-    folder = workspace.home / "bases"
-    folder.mkdir(exist_ok=True)
-    place = str(Path(model.id).absolute()) if Path(model.id).exists() else model.id
-    note = json.dumps({"id": place, "revision": model.revision})
-    write_durably(folder / f"{model.hash}.json", note.encode())
-
-
-def base_of(workspace: Workspace, version: Version, model: str | None = None) -> ModelSpec:
-    """Return the base model of a version, with the place where it is loaded from.
-
-    Raises:
-        models.ModelNotFound: if nobody says where it is.
-    """
-    recipe = dict(version.recipe["model"])
-    recipe["labels"] = tuple(recipe["labels"])
-    note = workspace.home / "bases" / f"{recipe['hash']}.json"
-    if model is not None:
-        recipe["id"] = model
-    elif recipe["id"] is None:
-        if not note.exists():
-            raise models.ModelNotFound(
-                f"the base model {recipe['hash'][:12]} of this version was a local folder that "
-                "this home has not seen; say where it is with --model DIR"
-            )
-        recipe["id"] = json.loads(note.read_text("utf-8"))["id"]
-    return ModelSpec(**recipe)

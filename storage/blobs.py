@@ -11,13 +11,14 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load
-from torch import Tensor
-
-from storage.encoding import DTYPES, encoded
 from storage.places import Folder, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Encoding is imported where it is used: torch takes seconds, and most commands read no tensor.
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -28,10 +29,6 @@ class BlobMissing(LookupError):
 
 class BlobCorrupt(RuntimeError):
     """A blob's bytes are not those that its name says."""
-
-
-class BadTensor(ValueError):
-    """A tensor that no blob may hold."""
 
 
 class BlobStore:
@@ -56,6 +53,8 @@ class BlobStore:
                 name cannot be stored.
             OSError, BlobsUnavailable: if they cannot be written; nothing is stored.
         """
+        from storage.encoding import canonical_bytes
+
         return self.put_bytes(canonical_bytes(tensors))
 
     def put_bytes(self, data: bytes) -> str:
@@ -76,7 +75,9 @@ class BlobStore:
             BlobCorrupt: if the file was changed or cut short.
             BlobsUnavailable: if their place cannot be reached.
         """
-        return dict(sorted(load(self.get_bytes(digest)).items()))
+        from storage.encoding import decoded
+
+        return decoded(self.get_bytes(digest))
 
     def get_bytes(self, digest: str) -> bytes:
         """Return the bytes called ``digest``, verified. Raises as :meth:`get`."""
@@ -134,6 +135,8 @@ class BlobStore:
         Raises:
             BadTensor: as :meth:`put`.
         """
+        from storage.encoding import canonical_bytes
+
         return hashlib.sha256(canonical_bytes(tensors)).hexdigest()
 
     def _remember(self, name: str, data: bytes) -> None:
@@ -159,38 +162,3 @@ def digest_of(name: str) -> str | None:
     """Return which blob's file this is by its name, or None if it is none's."""
     digest = name.replace("/", "", 1)
     return digest if _DIGEST.fullmatch(digest) and name[2] == "/" else None
-
-
-def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return what a blob of ``tensors`` holds: the same for equal tensors.
-
-    Raises:
-        BadTensor: as :meth:`BlobStore.put`.
-    """
-    plain: dict[str, Tensor] = {}
-    for name in sorted(tensors):
-        if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
-            raise BadTensor(
-                f"a tensor cannot be called {name[:60]!r}: safetensors keeps that name for itself, "
-                "or it is no UTF-8; rename it"
-            )
-        tensor = tensors[name].detach()
-        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
-            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
-            raise BadTensor(
-                f"tensor {name!r} is {tensor.layout} {tensor.dtype}; "
-                f"the store takes strided tensors of {allowed}"
-            )
-        plain[name] = tensor.cpu().contiguous()
-        if tensor.is_floating_point() and not _is_finite(plain[name]):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise BadTensor(
-                f"tensor {name!r} has {count} of {tensor.numel()} values that are not finite; "
-                "a version holds only finite values"
-            )
-    return encoded(plain)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # The extremes are infinite or NaN if any value is; a mask of all would be written and read.
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

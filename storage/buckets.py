@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import fsspec
-
 from storage.places import BadBlobsUrl, BlobsUnavailable, Entry, Folder, Place
 
 _WHOLE = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
@@ -52,8 +50,10 @@ class Bucket:
     def __init__(self, url: str) -> None:
         self._url = _checked(url)
         self._scheme = urlsplit(url).scheme
+        from fsspec.core import url_to_fs  # most homes keep their blobs in a folder
+
         try:
-            self._files, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+            self._files, root = url_to_fs(self._url, use_listings_cache=False)
         except ImportError as error:
             raise BlobsUnavailable(
                 f"blobs at {self._scheme}:// need a package that is not installed ({error}); for "

@@ -10,7 +10,13 @@ import json
 from collections.abc import Mapping
 
 import torch
+from safetensors.torch import load
 from torch import Tensor
+
+
+class BadTensor(ValueError):
+    """A tensor that no blob may hold."""
+
 
 DTYPES = {
     torch.int64: "I64",
@@ -33,6 +39,11 @@ _INTEGERS = {
     4: torch.int32,
     8: torch.int64,
 }  # numpy has no bfloat16
+
+
+def decoded(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors in the bytes of a blob, in order of their names."""
+    return dict(sorted(load(data).items()))
 
 
 def encoded(tensors: Mapping[str, Tensor]) -> bytes:
@@ -61,3 +72,38 @@ def _bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's own memory; a copy on big-endian machines."""
     values = tensor.view(_INTEGERS[tensor.element_size()]).reshape(-1).numpy()
     return values.astype(values.dtype.newbyteorder("<"), copy=False).data
+
+
+def canonical_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what a blob of ``tensors`` holds: the same for equal tensors.
+
+    Raises:
+        BadTensor: as :meth:`BlobStore.put`.
+    """
+    plain: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
+            raise BadTensor(
+                f"a tensor cannot be called {name[:60]!r}: safetensors keeps that name for itself, "
+                "or it is no UTF-8; rename it"
+            )
+        tensor = tensors[name].detach()
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            allowed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+            raise BadTensor(
+                f"tensor {name!r} is {tensor.layout} {tensor.dtype}; "
+                f"the store takes strided tensors of {allowed}"
+            )
+        plain[name] = tensor.cpu().contiguous()
+        if tensor.is_floating_point() and not _is_finite(plain[name]):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise BadTensor(
+                f"tensor {name!r} has {count} of {tensor.numel()} values that are not finite; "
+                "a version holds only finite values"
+            )
+    return encoded(plain)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes are infinite or NaN if any value is; a mask of all would be written and read.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

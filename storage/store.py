@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, insert, select
-from torch import Tensor
 
 from storage import schema
 from storage.aliases import (
@@ -43,6 +43,9 @@ from storage.listing import (
 from storage.references import claim
 from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
 from storage.schema import named_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "AdapterStore",

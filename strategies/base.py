@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from strategies.spends import PrivacySpend
+
 Tensors: TypeAlias = Mapping[str, Tensor]
 """An adapter's tensors by state-dict name.
 
@@ -34,24 +36,6 @@ class ClientSpec:
     name: str
     rank: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PrivacySpend:
-    """One composable privacy event: a mechanism applied to one population's data.
-
-    Attributes:
-        mechanism: ``"gaussian"`` for DP-SGD (a Poisson-subsampled Gaussian mechanism).
-        unit: whose presence is hidden: ``"example"`` or a column name such as ``"patient_id"``.
-        adjacency: ``"add-remove"``.
-        parameters: for ``gaussian``: ``noise_multiplier`` (> 0), ``sample_rate`` (0..1],
-            ``steps`` (a whole number >= 1).
-    """
-
-    mechanism: str
-    unit: str
-    adjacency: str
-    parameters: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

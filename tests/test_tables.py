@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from orchestrator.views import plugin_table
+from orchestrator.catalogue import plugin_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- plugins -->\n", "<!-- end of plugins -->"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
-
-from clients.initialisations import InitInputs
-from strategies.base import Tensors
 from strategies.plugins import Family
+
+if TYPE_CHECKING:  # a config only asks which plug-ins there are
+    from torch import Tensor, nn
+
+    from clients.initialisations import InitInputs
+    from strategies.base import Tensors
 
 ADAPTERS = Family("adapter", "clients.adapters")
 

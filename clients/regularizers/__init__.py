@@ -11,12 +11,14 @@ else is a function of released values, and free.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
-
-from strategies.base import Tensors
 from strategies.plugins import Family
+
+if TYPE_CHECKING:  # a config only asks which plug-ins there are
+    from torch import Tensor, nn
+
+    from strategies.base import Tensors
 
 REGULARIZERS = Family("regularizer", "clients.regularizers")
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from clients.wire import digest, unpack
+from orchestrator.bases import base_of
 from orchestrator.service import open_workspace
 from orchestrator.upkeep import fsck
-from orchestrator.workspace import Workspace, base_of
+from orchestrator.workspace import Workspace
 from storage.blobs import digest_of
 from storage.ledger import RunRecord
 

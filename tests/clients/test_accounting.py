@@ -9,7 +9,7 @@ from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy import integrate, optimize, stats
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
-from strategies.base import PrivacySpend
+from strategies.spends import PrivacySpend
 
 DELTA = 1e-5
 BOTH = pytest.mark.parametrize("accountant", ["prv", "rdp"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients import assignment as module
+from clients import digests as module
 from strategies.base import Broadcast
 
 

@@ -1,7 +1,5 @@
 """What stays at a client stays private, whole, and the same for everyone who asks at once."""
 
-import errno
-import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.site import Site, UpdateGone, write_durably
+from clients.site import Site, UpdateGone
 
 
 @pytest.fixture
@@ -103,18 +101,6 @@ def test_a_state_that_is_written_again_is_replaced(site):
     assert int(site.state("run", "a", 1)["x"]) == 2
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "file"
-    write_durably(path, b"old")
-
-    with pytest.raises(TypeError):
-        write_durably(path, "not bytes")
-
-    assert path.read_bytes() == b"old"
-    write_durably(path, memoryview(b"new"))
-    assert path.read_bytes() == b"new"
-
-
 def test_a_private_update_that_was_dropped_may_not_be_made_again(site):
     site.store_update("run", "a", "first", b"one", private=True)
     site.store_update("run", "a", "second", b"two", private=True)
@@ -122,15 +108,3 @@ def test_a_private_update_that_was_dropped_may_not_be_made_again(site):
     assert site.stored_update("run", "a", "second") == b"two"
     with pytest.raises(UpdateGone, match="already sent an update"):
         site.stored_update("run", "a", "first")
-
-
-def test_a_full_disk_is_named_by_the_file_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write_durably(tmp_path / "update", b"first")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*/update'"):
-        write_durably(tmp_path / "update", b"second")
-    assert [p.name for p in tmp_path.iterdir()] == ["update"]
-    assert (tmp_path / "update").read_bytes() == b"first"

@@ -12,8 +12,8 @@ from clients.evaluate import evaluate
 from clients.site import Site, UpdateGone
 from clients.trainer import NothingToTrain, spend_of, train
 from clients.wire import pack
-from strategies.base import PrivacySpend
 from strategies.plugins import BadOptions
+from strategies.spends import PrivacySpend
 from strategies.tensors import B_AND_HEAD
 
 ALL = r"(?!.*\.scaling$).*"

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save
 
 from clients.wire import BadUpdate, digest, pack, unpack
-from strategies.base import PrivacySpend, Update
+from strategies.base import Update
+from strategies.spends import PrivacySpend
 
 UPDATE = Update(
     client="clinic-7",

@@ -11,7 +11,8 @@ from clients.wire import digest, pack
 from orchestrator.acceptance import lazily, moved, refusal, spill, spilled
 from orchestrator.history import Taken
 from orchestrator.plan import RoundInputs, plan_round
-from strategies.base import Broadcast, PrivacySpend, Update
+from strategies.base import Broadcast, Update
+from strategies.spends import PrivacySpend
 from strategies.tensors import B_AND_HEAD
 
 PRIVACY = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)

@@ -17,7 +17,7 @@ from orchestrator.config import parse_config
 from orchestrator.manifest import check_manifest
 from orchestrator.merging import NotAModel
 from orchestrator.signing import BadPolicy, Unsigned
-from storage.blobs import BadTensor
+from storage.encoding import BadTensor
 from storage.keys import UnknownKey
 from storage.refs import BadName
 

@@ -7,11 +7,13 @@ import pytest
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
 from orchestrator import spending
+from orchestrator.epsilons import epsilon_by
 from orchestrator.plan import RoundInputs, plan_round
 from orchestrator.sections import PrivacyConfig
-from orchestrator.spending import calibrated, epsilon_by, reserve, spent_by_run
+from orchestrator.spending import calibrated, reserve, spent_by_run
 from storage.ledger import ClientRecord
-from strategies.base import Broadcast, PrivacySpend
+from strategies.base import Broadcast
+from strategies.spends import PrivacySpend
 
 RDP = PrivacyConfig(epsilon=2.0, delta=1e-5, accountant="rdp")
 NOISE = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1)

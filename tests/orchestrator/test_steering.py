@@ -245,7 +245,7 @@ def test_a_log_is_read_to_its_end_and_followed_to_the_run_s(workspace, run):
 
 
 def test_a_log_longer_than_a_page_is_read_whole_and_once(workspace, run, monkeypatch):
-    monkeypatch.setattr("orchestrator.steering._PAGE", 3)
+    monkeypatch.setattr("orchestrator.watching._PAGE", 3)
     for n in range(7):
         workspace.ledger.record(run, "tick", {"n": n})
     assert [e.seq for e in service.log(workspace, run)] == list(range(1, 9))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from sqlalchemy import event
 
-from storage.blobs import BadTensor, BlobStore
+from storage.blobs import BlobStore
 from storage.canonical import NotJson
 from storage.database import BadText, DatabaseUnavailable, connect, open_database
+from storage.encoding import BadTensor
 from storage.fsck import fsck
 from storage.ledger import UnknownClient, UnknownRun
 from storage.store import AdapterStore, BadMetric, BadName, UnknownVersion

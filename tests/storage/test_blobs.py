@@ -10,7 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.blobs import BadTensor, BlobCorrupt, BlobMissing, BlobStore
+from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
+from storage.encoding import BadTensor
 
 
 def lora() -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.spending import Epsilon
+from orchestrator.epsilons import Epsilon
 
 
 class Clock:

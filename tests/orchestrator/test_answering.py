@@ -1,0 +1,75 @@
+"""Commands that only look answer at once: they load nothing that learns."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from storage.ledger import ClientRecord
+
+HEAVY = ("torch", "transformers", "peft", "ray", "opacus", "datasets", "numpy", "scipy")
+COMMANDS = (
+    "--help",
+    "names",
+    "versions --json",
+    "show bot",
+    "lineage bot",
+    "lineage bot --descendants --json",
+    "lineage bot --format dot",
+    "lineage --contains-client a --json",
+    "promote bot:v1 --to production",
+    "rollback bot@production --to bot:v2",
+    "yank bot:v1 --reason leaks",
+    "alias log bot@production",
+    "runs",
+    "runs list --json",
+    "runs show task-1",
+    "runs log task-1",
+    "clients list --label site=north",
+    "clients show a",
+    "clients budget a --epsilon 4 --delta 1e-5",
+    "keys list",
+    "fsck",
+    "gc",
+)
+SCRIPT = """
+import json
+import sys
+
+import orchestrator.cli
+
+heavy, commands = json.load(sys.stdin)
+for command in commands:
+    sys.argv = ["weft", *command.split()]
+    try:
+        orchestrator.cli.main()
+    except SystemExit as stop:
+        if stop.code:
+            sys.exit(f"{command} failed")
+    if loaded := [name for name in heavy if name in sys.modules]:
+        sys.exit(f"{command} loaded {loaded}")
+"""
+
+
+@pytest.fixture
+def kept(home, grow, make_plan):
+    """Return a home with versions, an alias, clients and a run."""
+    grow("bot", private=False)
+    grow("bot", {"bot:v1": "round"}, clients=("a",), private=False)
+    config = make_plan(quarantine_after=2).config
+    home.ledger.create_run("r1", "task-1", config.model_dump(mode="json"), {})
+    home.ledger.add_client(ClientRecord("c", "jsonl:/c", "c", labels={"site": "north"}))
+    return home.home
+
+
+def test_a_command_that_reads_no_tensor_loads_no_library_that_learns(kept, monkeypatch):
+    monkeypatch.setenv("WEFT_HOME", str(kept))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps([HEAVY, COMMANDS]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
