@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from sqlalchemy import text
 
 from storage.database import connect
+from storage.ledger import SpendRow
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -187,6 +188,28 @@ def own_postgres() -> Iterator[str]:
     """URL of an empty database on a server of the test's own, which it may kill."""
     with _started() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def spend() -> Callable[..., SpendRow]:
+    """Makes a row of the ledger: what a round of one client spent."""
+
+    def make(event: str = "run-1/clinic-7/3", **changes: Any) -> SpendRow:
+        row = SpendRow(
+            event=event,
+            population="patients",
+            client="clinic-7",
+            run="run-1",
+            round=3,
+            assignment="ab" * 32,
+            mechanism="gaussian",
+            unit="example",
+            adjacency="add-remove",
+            parameters={"noise_multiplier": 1.0, "sample_rate": 0.006, "steps": 40},
+        )
+        return replace(row, **changes)
+
+    return make
 
 
 @pytest.fixture

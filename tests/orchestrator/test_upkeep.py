@@ -3,7 +3,6 @@
 import os
 import sqlite3
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,20 +11,6 @@ from alembic import command
 from clients.site import Site
 from orchestrator.service import open_workspace
 from storage import database
-from storage.ledger import SpendRow
-
-SPEND = SpendRow(
-    event="e1",
-    population="ward",
-    client="north",
-    run="run-1",
-    round=1,
-    assignment="a",
-    mechanism="gaussian",
-    unit="example",
-    adjacency="add-remove",
-    parameters={"steps": 4},
-)
 
 
 @pytest.fixture
@@ -145,14 +130,14 @@ def test_restoring_over_something_newer_is_refused_unless_it_is_asked_for(
 
 
 def test_an_unfinished_private_run_is_cancelled_where_its_clients_keys_are_not(
-    ok, read, home, tmp_path, monkeypatch
+    ok, read, home, tmp_path, monkeypatch, spend
 ):
     """With new keys, clients would answer the same assignment twice, and the ledger count once."""
     workspace = open_workspace(home)
     for run, privacy in (("private", {"epsilon": 8}), ("plain", None)):
         config = {"privacy": privacy}
         workspace.ledger.create_run(run, run, config=config, plan={}, rounds=3)
-        workspace.ledger.record_spend(replace(SPEND, run=run, event=run))
+        workspace.ledger.record_spend(spend(run, run=run, client="north"))
     Site(home / "sites").run_key("private", "north")
     workspace.close()
     ok("store", "backup", tmp_path / "copy")

@@ -1,7 +1,8 @@
 """Stores on SQLite and on a real PostgreSQL server; both run every test of store and ledger."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sqlalchemy import Engine
 
 from storage.blobs import BlobStore
 from storage.database import open_database
-from storage.ledger import Ledger
+from storage.ledger import ClientRecord, Ledger
 from storage.schema import metadata
 from storage.store import AdapterStore
 
@@ -88,3 +89,23 @@ def store(engine: Engine, blobs: BlobStore) -> AdapterStore:
 @pytest.fixture
 def ledger(engine: Engine) -> Ledger:
     return Ledger(engine)
+
+
+@pytest.fixture
+def clinic() -> Callable[..., ClientRecord]:
+    """Makes the record of a client."""
+
+    def make(name: str = "clinic-7", **changes: Any) -> ClientRecord:
+        record = ClientRecord(
+            name=name,
+            data="jsonl:/data/notes.jsonl",
+            population="patients",
+            fields={"text": "note", "label": "dx"},
+            num_examples=5310,
+            epsilon=8.0,
+            delta=1e-5,
+            labels={"gpu": "a100"},
+        )
+        return replace(record, **changes)
+
+    return make

@@ -1,6 +1,5 @@
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,51 +11,45 @@ from storage.blobs import BlobStore
 from storage.database import connect, migrate, open_database, revision, writing
 from storage.fsck import fsck
 from storage.garbage import collect
-from storage.ledger import ClientRecord, Ledger, Queueing, SpendRow
+from storage.ledger import ClientRecord, Ledger, Queueing
 from storage.restoring import StoreNotEmpty, restore
 from storage.schema import HEAD
 from storage.store import AdapterStore
 
-SPEND = SpendRow(
-    event="e1",
-    population="ward",
-    client="north",
-    run="run-1",
-    round=1,
-    assignment="a",
-    mechanism="gaussian",
-    unit="example",
-    adjacency="add-remove",
-    parameters={"noise_multiplier": 1.0, "steps": 4},
-)
+NORTH = {"population": "ward", "client": "north", "round": 1}
 
 
 def adapter(value: float) -> dict[str, torch.Tensor]:
     return {"q.lora_A.weight": torch.full((2, 3), value)}
 
 
-def fill(store: AdapterStore, ledger: Ledger) -> list[str]:
-    """Something in every table; returns the versions."""
-    made: list[str] = []
-    for value in range(3):
-        parents = {made[-1]: "round"} if made else {}
-        made.append(
-            store.commit(
-                adapter(value),
-                auxiliary={"m": torch.ones(value + 1)},
-                parents=parents,
-                recipe={"round": value, "ε": "ü"},
-                metrics={"loss": value / 3},
+@pytest.fixture
+def fill(spend):
+    """Writes something into every table; returns the versions."""
+
+    def write(store: AdapterStore, ledger: Ledger) -> list[str]:
+        made: list[str] = []
+        for value in range(3):
+            parents = {made[-1]: "round"} if made else {}
+            made.append(
+                store.commit(
+                    adapter(value),
+                    auxiliary={"m": torch.ones(value + 1)},
+                    parents=parents,
+                    recipe={"round": value, "ε": "ü"},
+                    metrics={"loss": value / 3},
+                )
             )
-        )
-        store.name("task-1", made[-1])
-    store.promote("task-1", "production", made[1], who="me", why="good")
-    ledger.add_client(ClientRecord("north", "jsonl:/x", "ward", epsilon=8.0, delta=1e-5))
-    waiting = Queueing(owner="me:1", labels={"gpu": "a"})
-    ledger.create_run("run-1", "task-1", {}, {"cohort": ["north"]}, 3, waiting)
-    ledger.record("run-1", "committed", {"round": 1}, version=made[1], round=1)
-    ledger.record_spend(SPEND)
-    return made
+            store.name("task-1", made[-1])
+        store.promote("task-1", "production", made[1], who="me", why="good")
+        ledger.add_client(ClientRecord("north", "jsonl:/x", "ward", epsilon=8.0, delta=1e-5))
+        waiting = Queueing(owner="me:1", labels={"gpu": "a"})
+        ledger.create_run("run-1", "task-1", {}, {"cohort": ["north"]}, 3, waiting)
+        ledger.record("run-1", "committed", {"round": 1}, version=made[1], round=1)
+        ledger.record_spend(spend("e1", **NORTH))
+        return made
+
+    return write
 
 
 def facts(store: AdapterStore, ledger: Ledger) -> dict[str, object]:
@@ -85,7 +78,7 @@ def fresh(tmp_path):
 
 
 def test_a_backup_brings_everything_back_whatever_database_it_came_from(
-    engine, blobs, store, ledger, fresh, tmp_path
+    engine, blobs, store, ledger, fresh, tmp_path, fill
 ):
     fill(store, ledger)
     wanted = facts(store, ledger)
@@ -97,7 +90,9 @@ def test_a_backup_brings_everything_back_whatever_database_it_came_from(
     assert fsck(fresh[0], fresh[1]).problems == ()
 
 
-def test_a_backup_is_restored_into_any_database(engine, blobs, store, ledger, fresh, tmp_path):
+def test_a_backup_is_restored_into_any_database(
+    engine, blobs, store, ledger, fresh, tmp_path, fill
+):
     fill(*fresh[2:])
     wanted = facts(*fresh[2:])
     back_up(fresh[0], fresh[1], tmp_path / "backup")
@@ -109,7 +104,7 @@ def test_a_backup_is_restored_into_any_database(engine, blobs, store, ledger, fr
 
 
 def test_a_run_that_was_going_on_is_paused_and_its_driver_may_write_no_more(
-    engine, blobs, store, ledger, fresh, tmp_path
+    engine, blobs, store, ledger, fresh, tmp_path, fill
 ):
     fill(store, ledger)
     token = ledger.run("run-1").token
@@ -121,23 +116,23 @@ def test_a_run_that_was_going_on_is_paused_and_its_driver_may_write_no_more(
     assert fresh[3].queue.claim("you:1", 60) is None
 
 
-def test_restoring_never_lowers_what_was_spent(engine, blobs, store, ledger, tmp_path):
+def test_restoring_never_lowers_what_was_spent(engine, blobs, store, ledger, tmp_path, fill, spend):
     fill(store, ledger)
-    ledger.record_spend(replace(SPEND, event="e2"))
+    ledger.record_spend(spend("e2", **NORTH))
     ledger.void_spend("e2", "never sent")
-    ledger.record_spend(replace(SPEND, event="e3"))
+    ledger.record_spend(spend("e3", **NORTH))
     back_up(engine, blobs, tmp_path / "backup")
     ledger.void_spend("e1", "not sent either")  # the backup counts it
     ledger.void_spend("e3", "nor this")
-    ledger.record_spend(replace(SPEND, event="e2"))  # counts again, the backup has it void
-    ledger.record_spend(replace(SPEND, event="e4", round=2))  # the backup has it not
+    ledger.record_spend(spend("e2", **NORTH))  # counts again, the backup has it void
+    ledger.record_spend(spend("e4", **NORTH | {"round": 2}))  # the backup has it not
     restored = restore(engine, blobs, tmp_path / "backup")
     assert sorted(row.event for row in ledger.spends("ward")) == ["e1", "e2", "e3", "e4"]
     assert restored.num_spends == 4
 
 
 def test_a_client_that_withdrew_since_the_backup_does_not_come_back(
-    engine, blobs, store, ledger, tmp_path
+    engine, blobs, store, ledger, tmp_path, fill
 ):
     fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
@@ -149,17 +144,19 @@ def test_a_client_that_withdrew_since_the_backup_does_not_come_back(
     assert len(ledger.spends("ward")) == 1
 
 
-def test_one_event_that_is_two_spends_is_refused(engine, blobs, store, ledger, fresh, tmp_path):
+def test_one_event_that_is_two_spends_is_refused(
+    engine, blobs, store, ledger, fresh, tmp_path, fill, spend
+):
     fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
-    fresh[3].record_spend(replace(SPEND, parameters={"steps": 9}))
+    fresh[3].record_spend(spend("e1", **NORTH, parameters={"steps": 9}))
     with pytest.raises(BadBackup, match="the spend e1 of 'ward' is another one in this store"):
         restore(fresh[0], fresh[1], tmp_path / "backup")
     assert fresh[2].versions() == []
 
 
 def test_what_the_backup_lacks_is_lost_only_if_that_is_asked_for(
-    engine, blobs, store, ledger, tmp_path
+    engine, blobs, store, ledger, tmp_path, fill
 ):
     made = fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
@@ -176,7 +173,7 @@ def test_what_the_backup_lacks_is_lost_only_if_that_is_asked_for(
     assert fsck(engine, blobs).problems == ()
 
 
-def test_restoring_twice_changes_nothing(engine, blobs, store, ledger, fresh, tmp_path):
+def test_restoring_twice_changes_nothing(engine, blobs, store, ledger, fresh, tmp_path, fill):
     fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
     restore(fresh[0], fresh[1], tmp_path / "backup")
@@ -186,7 +183,7 @@ def test_restoring_twice_changes_nothing(engine, blobs, store, ledger, fresh, tm
 
 
 def test_a_second_backup_into_the_same_folder_adds_what_is_new(
-    engine, blobs, store, ledger, fresh, tmp_path
+    engine, blobs, store, ledger, fresh, tmp_path, fill
 ):
     folder = tmp_path / "backup"
     made = fill(store, ledger)
@@ -203,7 +200,7 @@ def test_a_second_backup_into_the_same_folder_adds_what_is_new(
 
 
 def test_a_backup_without_room_leaves_the_earlier_one_whole(
-    engine, blobs, store, ledger, tmp_path, monkeypatch
+    engine, blobs, store, ledger, tmp_path, monkeypatch, fill
 ):
     folder = tmp_path / "backup"
     made = fill(store, ledger)
@@ -222,7 +219,7 @@ def test_a_backup_without_room_leaves_the_earlier_one_whole(
 
 
 def test_a_restore_that_fails_in_the_middle_leaves_no_row(
-    engine, blobs, store, ledger, fresh, tmp_path
+    engine, blobs, store, ledger, fresh, tmp_path, fill
 ):
     fill(*fresh[2:])
     back_up(fresh[0], fresh[1], tmp_path / "backup")
@@ -243,7 +240,7 @@ def test_a_restore_that_fails_in_the_middle_leaves_no_row(
 
 
 def test_a_blob_that_gc_took_before_a_backup_comes_back_is_put_again(
-    engine, blobs, store, ledger, tmp_path
+    engine, blobs, store, ledger, tmp_path, fill
 ):
     made = fill(store, ledger)
     back_up(engine, blobs, tmp_path / "backup")
@@ -257,7 +254,7 @@ def test_a_blob_that_gc_took_before_a_backup_comes_back_is_put_again(
 
 
 def test_blobs_that_are_gone_are_named_and_the_rest_comes_back(
-    engine, blobs, store, ledger, fresh, tmp_path
+    engine, blobs, store, ledger, fresh, tmp_path, fill
 ):
     made = fill(store, ledger)
     lost = store.version(made[0]).tensors
@@ -309,7 +306,7 @@ def test_a_folder_of_something_else_is_not_written_into(fresh, tmp_path):
 
 @pytest.mark.parametrize("schema", ["0001", "0002", "0005"])
 def test_a_backup_of_an_older_schema_is_brought_up_to_date_on_the_way_back(
-    empty_url, tmp_path, schema, fresh
+    empty_url, tmp_path, schema, fresh, fill
 ):
     """With data in it, on both databases: ids, tensors, logs and spends are the same after."""
     made = fill(*fresh[2:])

@@ -1,49 +1,16 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
 from storage.canonical import NotJson
 from storage.database import open_database
 from storage.ledger import (
-    ClientRecord,
     Ledger,
     SpendConflict,
-    SpendRow,
     UnknownSpend,
 )
-
-
-def clinic(name: str = "clinic-7", **changes) -> ClientRecord:
-    record = ClientRecord(
-        name=name,
-        data="jsonl:/data/notes.jsonl",
-        population="patients",
-        fields={"text": "note", "label": "dx"},
-        num_examples=5310,
-        epsilon=8.0,
-        delta=1e-5,
-        labels={"gpu": "a100"},
-    )
-    return replace(record, **changes)
-
-
-def spend(event: str = "run-1/clinic-7/3", **changes) -> SpendRow:
-    row = SpendRow(
-        event=event,
-        population="patients",
-        client="clinic-7",
-        run="run-1",
-        round=3,
-        assignment="ab" * 32,
-        mechanism="gaussian",
-        unit="example",
-        adjacency="add-remove",
-        parameters={"noise_multiplier": 1.0, "sample_rate": 0.006, "steps": 40},
-    )
-    return replace(row, **changes)
 
 
 def allow(population, existing, new):
@@ -53,7 +20,7 @@ def allow(population, existing, new):
 # ---- spends
 
 
-def test_a_removed_client_is_gone_and_its_spends_stay(ledger):
+def test_a_removed_client_is_gone_and_its_spends_stay(ledger, clinic, spend):
     ledger.add_client(clinic())
     ledger.record_spend(spend())
     ledger.remove_client("clinic-7")
@@ -61,20 +28,20 @@ def test_a_removed_client_is_gone_and_its_spends_stay(ledger):
     assert ledger.spends("patients") == [spend()]
 
 
-def test_a_spend_is_recorded_once(ledger):
+def test_a_spend_is_recorded_once(ledger, spend):
     assert ledger.record_spend(spend()) is True
     assert ledger.record_spend(spend()) is False
     assert ledger.spends("patients") == [spend()]
 
 
-def test_a_spend_is_there_after_the_database_is_opened_again(ledger, url):
+def test_a_spend_is_there_after_the_database_is_opened_again(ledger, url, spend):
     ledger.record_spend(spend())
     engine = open_database(url)
     assert Ledger(engine).spends("patients") == [spend()]
     engine.dispose()
 
 
-def test_spends_are_listed_in_order_by_population_and_by_run(ledger):
+def test_spends_are_listed_in_order_by_population_and_by_run(ledger, spend):
     rows = [
         spend("z", run="r1"),
         spend("a", run="r2"),
@@ -91,14 +58,14 @@ def test_spends_are_listed_in_order_by_population_and_by_run(ledger):
 @pytest.mark.parametrize(
     "change", [{"parameters": {"noise_multiplier": 9.0}}, {"population": "x"}, {"round": 4}]
 )
-def test_another_spend_with_the_same_event_is_refused(ledger, change):
+def test_another_spend_with_the_same_event_is_refused(ledger, change, spend):
     ledger.record_spend(spend())
     with pytest.raises(SpendConflict, match="'run-1/clinic-7/3' is recorded as another spend"):
         ledger.record_spend(spend(**change))
     assert ledger.spends("patients") == [spend()]
 
 
-def test_a_void_spend_does_not_count(ledger):
+def test_a_void_spend_does_not_count(ledger, spend):
     ledger.record_spend(spend("a"))
     ledger.record_spend(spend("b"))
     ledger.void_spend("a", "the worker never started")
@@ -106,7 +73,7 @@ def test_a_void_spend_does_not_count(ledger):
     assert ledger.spends_of_run("run-1") == [spend("b")]
 
 
-def test_a_void_spend_that_comes_again_counts_again(ledger):
+def test_a_void_spend_that_comes_again_counts_again(ledger, spend):
     ledger.record_spend(spend())
     ledger.void_spend(spend().event, "the worker never started")
     checked = []
@@ -116,7 +83,7 @@ def test_a_void_spend_that_comes_again_counts_again(ledger):
     assert ledger.spends("patients") == [spend()]
 
 
-def test_voiding_needs_a_spend_and_a_reason(ledger):
+def test_voiding_needs_a_spend_and_a_reason(ledger, spend):
     with pytest.raises(UnknownSpend, match="no spend has the event 'x'"):
         ledger.void_spend("x", "because")
     ledger.record_spend(spend("x"))
@@ -124,7 +91,7 @@ def test_voiding_needs_a_spend_and_a_reason(ledger):
         ledger.void_spend("x", "")
 
 
-def test_a_check_sees_what_was_spent_and_what_would_be(ledger):
+def test_a_check_sees_what_was_spent_and_what_would_be(ledger, spend):
     old = spend("old")
     ledger.record_spend(old)
     new = [spend("p1"), spend("o1", population="others"), spend("p2")]
@@ -135,7 +102,7 @@ def test_a_check_sees_what_was_spent_and_what_would_be(ledger):
     assert ledger.spends("patients") == [old, new[0], new[2]]
 
 
-def test_a_check_that_refuses_one_population_records_none(ledger):
+def test_a_check_that_refuses_one_population_records_none(ledger, spend):
     def refuse(population, existing, new):
         if population == "patients":
             raise PermissionError("budget spent")
@@ -145,7 +112,7 @@ def test_a_check_that_refuses_one_population_records_none(ledger):
     assert ledger.spends("others") == ledger.spends("patients") == []
 
 
-def test_a_retry_is_not_checked_and_spends_nothing(ledger):
+def test_a_retry_is_not_checked_and_spends_nothing(ledger, spend):
     ledger.record_spends_within([spend()], allow)
 
     def refuse(population, existing, new):
@@ -154,13 +121,13 @@ def test_a_retry_is_not_checked_and_spends_nothing(ledger):
     assert ledger.record_spends_within([spend(), spend()], refuse) == []
 
 
-def test_one_event_given_twice_is_one_spend(ledger):
+def test_one_event_given_twice_is_one_spend(ledger, spend):
     assert ledger.record_spends_within([spend(), spend()], allow) == [spend()]
     with pytest.raises(SpendConflict):
         ledger.record_spends_within([spend("x"), spend("x", round=9)], allow)
 
 
-def test_parameters_are_compared_as_they_are_stored(ledger):
+def test_parameters_are_compared_as_they_are_stored(ledger, spend):
     row = spend(parameters={"orders": (2, 3)})
     assert ledger.record_spend(row) is True
     assert ledger.record_spend(row) is False
@@ -168,7 +135,7 @@ def test_parameters_are_compared_as_they_are_stored(ledger):
         ledger.record_spend(spend("y", parameters={"q": float("nan")}))
 
 
-def test_threads_that_race_cannot_spend_more_than_the_budget(ledger):
+def test_threads_that_race_cannot_spend_more_than_the_budget(ledger, spend):
     def at_most_ten(population, existing, new):
         if len(existing) + len(new) > 10:
             raise PermissionError
@@ -220,7 +187,7 @@ def test_processes_that_race_cannot_spend_more_than_the_budget(ledger, url):
     assert refused == 3 * 5 - 7
 
 
-def test_all_budgets_are_read_at_once(ledger):
+def test_all_budgets_are_read_at_once(ledger, clinic):
     ledger.add_client(clinic("a", population="north"))
     ledger.add_client(clinic("b", population="south", epsilon=None, delta=None))
 
