@@ -320,8 +320,7 @@ def _record_end(workspace: Workspace, record: RunRecord, error: BaseException) -
     elif isinstance(error, Paused):
         ledger.record(run, "paused", {}, token=token, status="paused")
     elif isinstance(error, Cancelled):
-        withdrawn = ledger.withdrawals.all().values()
-        drop_after_close(folder_of(home, run), record.config, withdrawn)
+        drop_after_close(workspace.store, run, folder_of(home, run), record.config)
         ledger.record(run, "cancelled", {}, token=token, status="cancelled")
     else:
         reason = str(error) or type(error).__name__

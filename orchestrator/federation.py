@@ -32,7 +32,7 @@ from orchestrator.plan import (
     plan_round,
 )
 from orchestrator.recipes import final_recipe, round_recipe
-from orchestrator.retention import bury, drop_after_close, drop_after_round, folder_of
+from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
 from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
@@ -143,6 +143,8 @@ class Federation:
             recipe=round_recipe(self.plan, opened.round, [a.leaf for a in accepted], done.offset),
             metrics=state.metrics,
         )
+        if self.plan.config.retention.keep != "none":
+            keep_round(self.store, self.plan.run, version, opened.round, accepted)
         faults = {client: list(fault) for client, fault in self._history().faults.items()}
         facts = {
             "round": opened.round,
@@ -217,7 +219,7 @@ class Federation:
             result = self._commits.of(top.version) if top else done
         version = self._settled(result)
         document = self.plan.config.model_dump(mode="json")
-        drop_after_close(self._collector.folder, document, self.ledger.withdrawals.all().values())
+        drop_after_close(self.store, self.plan.run, self._collector.folder, document)
         name = self.store.name(self.plan.config.name, version)
         facts = {"version": version, "name": name}
         self._log("completed", facts, status="completed", version=version)
@@ -225,9 +227,9 @@ class Federation:
 
     def _forget(self, round_: int) -> None:
         """Delete the updates that are not kept after a round, and bury those withdrawn by now."""
-        folder, config = self._collector.folder, self.plan.config
-        drop_after_round(folder, config.retention, round_, config.stale)
-        bury(folder, self.ledger.withdrawals.all().values())
+        folder, retention = self._collector.folder, self.plan.config.retention
+        drop_after_round(self.store, self.plan.run, folder, retention, round_)
+        self.store.updates.bury()
 
     @property
     def _chooses(self) -> bool:

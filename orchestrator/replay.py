@@ -11,9 +11,9 @@ from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
 from orchestrator.recipes import drift
-from orchestrator.retention import is_buried, kept_update
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
+from storage.updates import UpdateGone
 from strategies import STRATEGIES
 from strategies.base import ServerState, Strategy, Update
 
@@ -136,12 +136,12 @@ def _updates(workspace: Workspace, leaves: Sequence[Mapping[str, Any]]) -> Itera
     for leaf in leaves:
         client, sha256 = leaf["client"], leaf["digest"]
         asked_in = asked_round(workspace, leaf)
-        data = kept_update(workspace.home, client, asked_in, sha256)
-        if data is None:
-            buried = is_buried(workspace.home, client, sha256)
-            why = "was withdrawn" if buried else "is not kept (see retention)"
-            raise _Gone(f"the update {sha256[:12]} of {client} in round {asked_in} {why}")
-        yield unpack(data)
+        try:
+            yield unpack(workspace.store.updates.read(sha256))
+        except UpdateGone as gone:
+            raise _Gone(
+                f"the update {sha256[:12]} of {client} in round {asked_in} {gone.args[0]}"
+            ) from gone
 
 
 def asked_round(workspace: Workspace, leaf: Mapping[str, Any]) -> int:

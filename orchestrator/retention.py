@@ -1,109 +1,136 @@
-"""Which client updates are kept, for how long, and what is left of those that were withdrawn.
+"""Which client updates are kept, and for how long.
 
-An accepted update lies under its run's folder, by round and client; its digest is in the lineage
-for ever, whatever becomes of its bytes. Deleting is safe at any moment at which it is done here:
-after a commit a run needs no update any more that it had taken.
+An accepted update lies in its run's folder, by round and client, until the version that is made of
+it is on the run's log. By then what is kept is in the store (:mod:`storage.updates`), and the
+folder is emptied: a run needs nothing again that it has aggregated. An update's digest is in the
+lineage for ever, whatever becomes of its bytes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clients.files import write_durably
 from clients.wire import digest
-from orchestrator.policy import Retention, Staleness
-from storage.withdrawals import Withdrawal
+from orchestrator.acceptance import Accepted
+from orchestrator.policy import Retention
+from orchestrator.replay import asked_round
+from orchestrator.workspace import Workspace
+from storage.store import AdapterStore
+from storage.updates import Leaf
 
 _SUFFIX, _TOMB = ".safetensors", ".withdrawn.json"
 
 
 def folder_of(home: Path, run: str) -> Path:
-    """Return where a run's updates are."""
+    """Return where a run's updates are while it needs them."""
     return home / "runs" / run
 
 
-def drop_after_round(
-    folder: Path, retention: Retention, round_: int, stale: Staleness | None
+def keep_round(
+    store: AdapterStore, run: str, version: str, round_: int, accepted: Sequence[Accepted]
 ) -> None:
-    """Delete the updates that are not kept once ``round_`` is committed.
+    """Keep the updates of a version that was just committed, as blobs of the store.
 
     Args:
+        store: where.
+        run: the run's id.
+        version: the version's id.
+        round_: its round.
+        accepted: what it was aggregated from.
+
+    Raises:
+        OSError, BlobsUnavailable: if they cannot be stored.
+    """
+    leaves = [Leaf(one.leaf["client"], one.leaf["digest"], one.path) for one in accepted]
+    store.updates.keep(run, version, round_, leaves)
+
+
+def drop_after_round(
+    store: AdapterStore, run: str, folder: Path, retention: Retention, round_: int
+) -> None:
+    """Delete what is not kept once a round's version is on the log.
+
+    Args:
+        store: where updates are kept.
+        run: the run's id.
         folder: the run's.
         retention: what is kept.
-        round_: the newest committed round.
-        stale: how old an update may be that is aggregated: one of the last rounds may be older.
+        round_: the round.
     """
-    if retention.keep == "none":
-        _drop(folder, round_)
-    elif retention.last is not None:
-        _drop(folder, round_ - retention.last - (stale.max_staleness if stale else 0))
+    _empty(folder)
+    if retention.last is not None:
+        store.updates.drop(run, round_ - retention.last)
 
 
 def drop_after_close(
-    folder: Path, config: Mapping[str, Any], withdrawn: Iterable[Withdrawal]
+    store: AdapterStore, run: str, folder: Path, config: Mapping[str, Any]
 ) -> None:
-    """Delete the updates that are not kept once the run is closed: completed or cancelled.
+    """Delete what is not kept once a run is closed: completed or cancelled.
 
     Args:
+        store: where updates are kept.
+        run: the run's id.
         folder: the run's.
         config: the run's, JSON; one of before there was a retention has the default.
-        withdrawn: whose updates are buried, however long they would be kept.
     """
-    bury(folder, withdrawn)
+    _empty(folder)
     if Retention.model_validate(config.get("retention", {})).keep in ("none", "until-closed"):
-        _drop(folder, None)
+        store.updates.drop(run)
 
 
-def bury(folder: Path, withdrawn: Iterable[Withdrawal]) -> int:
-    """Put a tombstone in the place of each update of who withdrew, and return how many there were.
+def bury_waiting(folder: Path, clients: Collection[str]) -> int:
+    """Delete the updates of clients that a run has not aggregated; return how many those were."""
+    found = [path for client in clients for path in folder.glob(f"round-*/{client}{_SUFFIX}")]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
-    Args:
-        folder: the run's.
-        withdrawn: who withdrew.
+
+def take_in(workspace: Workspace) -> int:
+    """Keep in the store what an older weft kept in folders of runs; return how many updates.
+
+    Whatever is there of versions on a run's log is taken in, tombstones too. It can be cut short
+    and done again.
+
+    Raises:
+        OSError, BlobsUnavailable: if they cannot be stored.
     """
     count = 0
-    for one in withdrawn:
-        facts = {"client": one.client, "who": one.who, "why": one.why}
-        for path in sorted(folder.glob(f"round-*/{one.client}{_SUFFIX}")):
-            when = one.created_at.isoformat()
-            document = {**facts, "withdrawn_at": when, "digest": digest(path.read_bytes())}
-            text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
-            write_durably(path.with_name(one.client + _TOMB), f"{text}\n".encode())
-            path.unlink(missing_ok=True)
-            count += 1
+    for record in workspace.ledger.runs(limit=1_000_000):
+        folder = folder_of(workspace.home, record.id)
+        if any(folder.glob("round-*/*")):
+            for event in workspace.ledger.events(record.id):
+                if event.kind == "committed":
+                    facts = event.data["version"], event.data["round"]
+                    count += _take_in(workspace, record.id, folder, *facts)
     return count
 
 
-def is_buried(home: Path, client: str, sha256: str) -> bool:
-    """Return whether a tombstone says that an update was withdrawn."""
-    tombs = home.glob(f"runs/*/round-*/{client}{_TOMB}")
-    return any(json.loads(tomb.read_text("utf-8"))["digest"] == sha256 for tomb in tombs)
+def _take_in(workspace: Workspace, run: str, folder: Path, version: str, round_: int) -> int:
+    """Keep a version's updates that lie in its run's folder."""
+    leaves, old = [], []
+    for leaf in workspace.store.version(version).recipe["updates"]:
+        there = folder / f"round-{asked_round(workspace, leaf)}"
+        path, tomb = (there / f"{leaf['client']}{suffix}" for suffix in (_SUFFIX, _TOMB))
+        is_it = path.exists() and digest(path.read_bytes()) == leaf["digest"]
+        if is_it or tomb.exists():
+            leaves.append(Leaf(leaf["client"], leaf["digest"], path))
+            old += [path, tomb]
+    workspace.store.updates.keep(run, version, round_, leaves)
+    for path in old:
+        path.unlink(missing_ok=True)
+    for place in {path.parent for path in old}:
+        if not any(place.iterdir()):
+            place.rmdir()
+    return len(leaves)
 
 
-def kept_update(home: Path, client: str, round_: int, sha256: str) -> bytes | None:
-    """Return an accepted update's bytes, from whichever run has them, or None.
-
-    Args:
-        home: the workspace's folder.
-        client: who sent it.
-        round_: the round it was asked in.
-        sha256: its digest in the lineage; bytes of another are not it.
-    """
-    for path in sorted(home.glob(f"runs/*/round-{round_}/{client}{_SUFFIX}")):
-        data = path.read_bytes()
-        if digest(data) == sha256:
-            return data
-    return None
-
-
-def _drop(folder: Path, until: int | None) -> None:
-    """Delete the updates that were asked for in rounds up to ``until``; None is all of them."""
+def _empty(folder: Path) -> None:
+    """Delete the updates that wait to be aggregated."""
     for place in folder.glob("round-*"):
-        if until is None or int(place.name.removeprefix("round-")) <= until:
-            for path in place.glob(f"*{_SUFFIX}"):
-                path.unlink(missing_ok=True)
-            if not any(place.iterdir()):
-                place.rmdir()
+        for path in place.glob(f"*{_SUFFIX}"):
+            path.unlink(missing_ok=True)
+        if not any(place.iterdir()):
+            place.rmdir()

@@ -47,8 +47,8 @@ def cancel(workspace: Workspace, ref: str) -> RunRecord:
     """
     record = _steer(workspace, ref, _cancel)
     if record.status == "cancelled":
-        withdrawn = workspace.ledger.withdrawals.all().values()
-        drop_after_close(folder_of(workspace.home, record.id), record.config, withdrawn)
+        folder = folder_of(workspace.home, record.id)
+        drop_after_close(workspace.store, record.id, folder, record.config)
     return record
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clients.files import write_durably
 from clients.keys import has_key
+from orchestrator.retention import take_in
 from orchestrator.workspace import Workspace, open_workspace, place_of
 from storage import backup, garbage, restoring
 from storage import fsck as checking
@@ -124,13 +125,15 @@ def upgrade(
 ) -> tuple[str | None, Path | None, HomeCheckup]:
     """Bring a store of an older weft up to date: back its rows up, migrate them, check it.
 
-    Blobs are the same in every schema and are not copied.
+    Blobs are the same in every schema and are not copied. Client updates that an older weft kept in
+    the home become blobs of the store, even where the schema is the newest already.
 
     Returns:
         The schema that it had, the backup (None where nothing was to do), and what ``fsck`` says.
 
     Raises:
         NewerSchema: if a newer weft wrote it.
+        OSError, BlobsUnavailable: if updates cannot be stored; do it again when they can.
     """
     place, url = place_of(home, database)
     engine, saved = connect(url), None
@@ -146,6 +149,7 @@ def upgrade(
         engine.dispose()
     workspace = open_workspace(place, url)
     try:
+        take_in(workspace)
         return before, saved, fsck(workspace)
     finally:
         workspace.close()

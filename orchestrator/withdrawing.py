@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.history import History
-from orchestrator.retention import bury, folder_of
+from orchestrator.retention import bury_waiting, folder_of
 from orchestrator.workspace import Workspace
 from storage.contributions import Deployment
 from storage.ledger import RunRecord, UnknownClient
@@ -30,9 +30,10 @@ class Withdrawn:
 
     Attributes:
         record: what is on record.
-        buried: how many of its updates were replaced by tombstones.
+        buried: how many of its updates' bytes were removed; where a version was made of them, a
+            tombstone says so.
         later: runs that still need one of its updates for the round they are in, or are being
-            driven; they bury what is left when that round is committed.
+            driven; they bury it when that round is committed.
         deployed: aliases that point at versions with its updates in their history.
     """
 
@@ -59,8 +60,10 @@ def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
         with suppress(UnknownClient):  # somebody was faster
             ledger.remove_client(name)
     later = tuple(run.id for run in runs if _needs_updates(workspace, run))
-    buried = sum(
-        bury(folder_of(workspace.home, run.id), [record]) for run in runs if run.id not in later
+    buried = workspace.store.updates.bury() + sum(
+        bury_waiting(folder_of(workspace.home, run.id), [name])
+        for run in runs
+        if run.id not in later
     )
     try:
         deployed = workspace.store.deployed_with(name)

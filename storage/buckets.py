@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,9 @@ from storage.places import BadBlobsUrl, BlobsUnavailable, Entry, Folder, Place
 
 _WHOLE = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
 """Where a file appears at once, with all its bytes, or not at all."""
+
+_AT_ONCE = 8
+"""Files that are uploaded at once; each is held in memory."""
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")
 
@@ -104,6 +108,18 @@ class Bucket:
             self._files.makedirs(folder, exist_ok=True)
             self._files.pipe_file(draft, data)
             self._files.mv(draft, path)
+
+    def take(self, files: Mapping[str, Path]) -> None:
+        """Upload files of this machine, a few at once; each as :meth:`write`."""
+
+        def upload(name: str) -> None:
+            data = files[name].read_bytes()
+            if self.size(name) != len(data):
+                self.write(name, data)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(upload, files):
+                pass  # raises what went wrong
 
     def remove(self, name: str) -> None:
         """Remove a file; what is not there is no error."""

@@ -26,12 +26,21 @@ class Deployment:
     version: str
 
 
-def record_contributions(connection: Connection, version: str, recipe: Mapping[str, Any]) -> None:
-    """Make a version findable by the clients whose updates its recipe lists."""
-    found = contributors(recipe)
+def record_contributions(connection: Connection, recipes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make versions findable by the clients whose updates their recipes list.
+
+    Args:
+        connection: of a transaction that writes.
+        recipes: by version, some hundreds at most.
+    """
+    found = {version: names for version, one in recipes.items() if (names := contributors(one))}
     if found:
-        number = connection.scalar(select(versions.c.number).where(versions.c.id == version))
-        rows = [{"client": client, "number": number} for client in sorted(found)]
+        numbers = select(versions.c.id, versions.c.number).where(versions.c.id.in_(found))
+        rows = [
+            {"client": client, "number": number}
+            for version, number in connection.execute(numbers)
+            for client in sorted(found[version])
+        ]
         insert_missing(connection, contributions, rows)
 
 

@@ -143,7 +143,7 @@ class _Mend:
 
     def __call__(self, problem: Problem, digest: str, is_reached: bool) -> Problem:
         """Return the problem, with what was done about it."""
-        if not is_reached and discard(self.engine, self.blobs, digest):
+        if not is_reached and discard(self.engine, self.blobs, [digest]):
             return replace(problem, repaired="removed: no row names it")
         if self.blobs.cache is not None:
             with suppress(BlobMissing, BlobCorrupt, OSError):

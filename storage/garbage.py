@@ -6,7 +6,7 @@ short, and drafts of writers that died.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -25,6 +25,9 @@ DRAFT_S = 3_600.0
 """Seconds after which a draft's writer is taken for dead: writing one takes seconds."""
 
 _BATCH = 50
+
+Named = Callable[[Connection, Sequence[str]], set[str]]
+"""``named(connection, digests)`` returns which of these a row names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +179,40 @@ def _removed(
         yield from (batch[digest] for digest in digests)
 
 
-def discard(engine: Engine, blobs: BlobStore, digest: str) -> bool:
-    """Remove a blob at once if no row names it, and return whether that is so.
+def discard(
+    engine: Engine, blobs: BlobStore, digests: Sequence[str], named: Named | None = None
+) -> list[str]:
+    """Remove blobs at once that no row names, and return which.
 
-    A writer that is about to name it finds it gone and puts it again.
+    A writer that is about to name one finds it gone and puts it again.
+
+    Args:
+        engine: the database that reaches blobs.
+        blobs: where they are.
+        digests: of which blobs.
+        named: returns which of some digests a row names, where less than a look at every row of
+            every table tells.
     """
-    with writing(engine) as connection:
-        lock(connection, LOCK)
-        if any(
-            connection.execute(select(column).where(column == digest).limit(1)).first()
-            for column in blob_columns()
-        ):
-            return False
-        at = datetime.now(UTC)
-        row = {"digest": digest, "size_bytes": 0, "condemned_at": at, "removed_at": at}
-        insert_or_update(connection, condemned, [row])
-        blobs.remove(digest)
-    return True
+    removed: list[str] = []
+    for start in range(0, len(digests), _BATCH):
+        batch = digests[start : start + _BATCH]
+        with writing(engine) as connection:
+            lock(connection, LOCK)
+            kept = (named or _named)(connection, batch)
+            due = sorted({*batch} - kept)
+            at = datetime.now(UTC)
+            row = {"size_bytes": 0, "condemned_at": at, "removed_at": at}
+            insert_or_update(connection, condemned, [{**row, "digest": digest} for digest in due])
+            for digest in due:
+                blobs.remove(digest)
+        removed += due
+    return removed
+
+
+def _named(connection: Connection, digests: Sequence[str]) -> set[str]:
+    """Return which digests any row names; reads every row."""
+    return {
+        digest
+        for column in blob_columns()
+        for digest in connection.scalars(select(column).where(column.in_(digests)))
+    }

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, or_, select, text
@@ -22,6 +23,7 @@ from storage.records import Event
 from storage.schema import (
     contributions,
     events,
+    kept_updates,
     metadata,
     named_versions,
     parents,
@@ -39,9 +41,8 @@ class Problem:
     """One thing that is wrong with a store.
 
     Attributes:
-        kind: ``database``, ``reference``, ``version``, ``contribution``, ``edge``, ``name``,
-            ``alias``, ``run``,
-            ``blob-missing`` or ``blob-corrupt``.
+        kind: ``database``, ``reference``, ``version``, ``contribution``, ``update``, ``edge``,
+            ``name``, ``alias``, ``run``, ``blob-missing`` or ``blob-corrupt``.
         subject: what it is about, such as a version's id or a blob's digest.
         text: a sentence.
         repaired: what was done about it, or None.
@@ -62,6 +63,7 @@ def row_problems(connection: Connection) -> Iterator[Problem]:
     yield from _damage(connection)
     yield from _dangling(connection)
     yield from _wrong_versions(connection)
+    yield from _wrong_updates(connection)
     yield from _backward_edges(connection)
     yield from _gaps(connection, named_versions, ("name",), "name")
     yield from _gaps(connection, promotions, ("name", "alias"), "alias")
@@ -129,6 +131,31 @@ def _wrong_versions(connection: Connection) -> Iterator[Problem]:
                     f"than its recipe says: {', '.join(sorted(wrong)[:_SHOWN])}",
                 )
         last = rows[-1].number
+
+
+def _wrong_updates(connection: Connection) -> Iterator[Problem]:
+    """Kept updates that their version was not made of, by its recipe."""
+    query = select(kept_updates).order_by(kept_updates.c.version)
+    found = connection.execute(query.execution_options(yield_per=_PAGE))
+    for version, rows in groupby(found, key=lambda row: row.version):
+        recipe = connection.scalar(select(versions.c.recipe).where(versions.c.id == version))
+        leaves = _leaves(recipe)
+        for row in rows:
+            if (row.client, row.digest) not in leaves or row.blob not in (None, row.digest):
+                yield Problem(
+                    "update",
+                    row.digest,
+                    f"run {row.run} keeps the update {row.digest[:12]} of {row.client}, of which "
+                    f"version {version[:12]} was not made",
+                )
+
+
+def _leaves(recipe: str | None) -> set[tuple[str, str]]:
+    """Return whose updates, with which digests, a recipe lists; none where it cannot be read."""
+    try:
+        return {(leaf["client"], leaf["digest"]) for leaf in json.loads(recipe or "")["updates"]}
+    except (ValueError, TypeError, KeyError):
+        return set()
 
 
 def _id_of(row: Row[Any], came_from: list[Parent]) -> str | None:

@@ -7,12 +7,15 @@ writer died.
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+_NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES})
 
 
 class BlobsUnavailable(ConnectionError):
@@ -55,6 +58,14 @@ class Place(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Make a file hold ``data``, durably: whoever reads it meanwhile reads old or new bytes."""
+        ...
+
+    def take(self, files: Mapping[str, Path]) -> None:
+        """Make files hold, durably, what files of this machine hold, which stay as they are.
+
+        Args:
+            files: by name; a file that is there already, and as long, is left alone.
+        """
         ...
 
     def remove(self, name: str) -> None:
@@ -102,6 +113,19 @@ class Folder:
         """
         _write_atomically(self._root / name, data)
 
+    def take(self, files: Mapping[str, Path]) -> None:
+        """Make files hold what others do: as links where the disk is the same, else as copies."""
+        folders = {self._root}
+        for name, path in files.items():
+            target = self._root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(target.parent)  # even of what was there: who linked it may have died
+            size = self.size(name)
+            if size != path.stat().st_size and not (size is None and _is_linked(path, target)):
+                self.write(name, path.read_bytes())
+        for folder in sorted(folders):
+            _sync_folder(folder)
+
     def remove(self, name: str) -> None:
         """Remove a file; what is not there is no error."""
         (self._root / name).unlink(missing_ok=True)
@@ -117,6 +141,17 @@ class Folder:
                     continue
                 name = path.relative_to(self._root).as_posix()
                 yield Entry(name, found.st_size, found.st_mtime)
+
+
+def _is_linked(path: Path, target: Path) -> bool:
+    """Make ``target`` another name of a file; return whether the disk, or disks, can do that."""
+    try:
+        target.hardlink_to(path)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    return True
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

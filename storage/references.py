@@ -21,6 +21,7 @@ LOCK = "weft blobs"
 """Held shared by who writes rows that name blobs, alone by who removes blobs."""
 
 _PAGE = 10_000
+_AT_ONCE = 500
 
 
 def blob_columns() -> list[Column[str]]:
@@ -60,9 +61,12 @@ def claim(connection: Connection, blobs: BlobStore, digests: Sequence[str | None
     """
     wanted = [digest for digest in digests if digest is not None]
     lock(connection, LOCK, shared=True)
-    known = condemned.c.digest.in_(wanted)
-    found = connection.scalars(select(condemned.c.digest).where(known)).all()
-    gone = [digest for digest in found if not blobs.has(digest)]
-    if found and not gone:
-        connection.execute(delete(condemned).where(known))
+    gone = []
+    for start in range(0, len(wanted), _AT_ONCE):
+        known = condemned.c.digest.in_(wanted[start : start + _AT_ONCE])
+        found = connection.scalars(select(condemned.c.digest).where(known)).all()
+        lost = [digest for digest in found if not blobs.has(digest)]
+        if found and not lost:
+            connection.execute(delete(condemned).where(known))
+        gone += lost
     return gone

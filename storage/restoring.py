@@ -27,7 +27,15 @@ from storage.database import connect, insert_missing, lock, migrate, reading, wr
 from storage.places import Folder
 from storage.references import claim, references
 from storage.runs import append
-from storage.schema import clients, metadata, runs, spends, versions, withdrawals
+from storage.schema import (
+    clients,
+    kept_updates,
+    metadata,
+    runs,
+    spends,
+    versions,
+    withdrawals,
+)
 
 UNITED = (
     "versions",
@@ -43,7 +51,6 @@ UNITED = (
 SKIPPED = ("condemned_blobs", "contributions")
 """Tables about the blobs of one place, which say nothing about another's, and what recipes say."""
 
-_PAGE = 500
 _OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")
 
 
@@ -95,13 +102,14 @@ def restore(
         if not replace:
             with reading(engine) as target:
                 _refuse_losses(source, target)
-        wanted = sorted(references(source))
+        with reading(engine) as target:
+            wanted = sorted(references(source).keys() - _buried(source, target))
         copies = BlobStore(Folder(folder / "blobs"))
         while True:
             missing = tuple(_fetched(copies, blobs, wanted, progress))
             with writing(engine) as target:
                 lock(target, "weft restore")
-                if _claimed(target, blobs, sorted({*wanted} - {*missing})):
+                if not claim(target, blobs, sorted({*wanted} - {*missing})):
                     _unite_spends(source, target)
                     _write(source, target)
                     paused = tuple(_pause(target))
@@ -125,14 +133,6 @@ def _opened(folder: Path) -> Iterator[tuple[Backup, Connection]]:
             source.dispose()
 
 
-def _claimed(target: Connection, blobs: BlobStore, digests: Sequence[str]) -> bool:
-    """Return whether all of these are stored still; see :func:`storage.references.claim`."""
-    return not any(
-        claim(target, blobs, digests[start : start + _PAGE])
-        for start in range(0, len(digests), _PAGE)
-    )
-
-
 def _replaced() -> list[Table]:
     return [t for t in metadata.sorted_tables if t.name not in (*UNITED, *SKIPPED)]
 
@@ -142,7 +142,11 @@ def _refuse_losses(source: Connection, target: Connection) -> None:
     for table in _replaced():
         if target.execute(select(table).limit(1)).first() is None:
             continue
-        columns = [column for column in table.columns if column is not _number_of(table)]
+        columns = [
+            column
+            for column in table.columns
+            if column is not _number_of(table) and not column.info.get("blob")
+        ]
         known = {tuple(row) for row in source.execute(select(*columns))}
         lost = sum(tuple(row) not in known for row in target.execute(select(*columns)))
         if lost:
@@ -167,6 +171,14 @@ def _fetched(
         progress(done, len(wanted))
 
 
+def _buried(source: Connection, target: Connection) -> set[str]:
+    """Return which updates of the backup are of clients that withdrew, by now or by then."""
+    absent = {*source.scalars(select(withdrawals.c.client))}
+    absent |= {*target.scalars(select(withdrawals.c.client))}
+    kept = select(kept_updates.c.blob).where(kept_updates.c.client.in_(absent))
+    return {digest for digest in source.scalars(kept) if digest is not None}
+
+
 def _write(source: Connection, target: Connection) -> None:
     for table in reversed(_replaced()):
         target.execute(delete(table))
@@ -180,9 +192,12 @@ def _write(source: Connection, target: Connection) -> None:
                 page = [{k: v for k, v in row.items() if k != number.name} for row in page]
             insert_missing(target, table, page)
             if table is versions:
-                for row in page:
-                    record_contributions(target, row["id"], json.loads(row["recipe"]))
-    target.execute(delete(clients).where(clients.c.name.in_(select(withdrawals.c.client))))
+                recipes = {row["id"]: json.loads(row["recipe"]) for row in page}
+                record_contributions(target, recipes)
+    absent = select(withdrawals.c.client)
+    target.execute(delete(clients).where(clients.c.name.in_(absent)))
+    buried = kept_updates.c.client.in_(absent)
+    target.execute(update(kept_updates).where(buried).values(blob=None))
 
 
 def _number_of(table: Table) -> Any:

@@ -279,6 +279,20 @@ events = Table(
     Column("changes", Text, nullable=False, server_default="{}"),
 )
 
+# Accepted updates whose bytes a run keeps, and those whose client withdrew, which have no `blob`
+# any more. Of what is kept no longer there is no row; recipes have the digests for ever. Each run
+# keeps its own: another may have made the same versions of them, and keep them less long.
+kept_updates = Table(
+    "kept_updates",
+    metadata,
+    Column("digest", String, primary_key=True),
+    Column("run", String, ForeignKey("runs.id"), primary_key=True, index=True),
+    Column("client", String, nullable=False, index=True),
+    Column("round", Integer, nullable=False),
+    Column("version", String, ForeignKey("versions.id"), nullable=False, index=True),
+    Column("blob", String, info=BLOB),
+)
+
 # Blobs that nothing reached when `gc` looked. A row without `removed_at` may be rescued, which
 # deletes it; one with it says for ever when the blob was removed.
 condemned = Table(

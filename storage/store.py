@@ -43,6 +43,7 @@ from storage.listing import (
 from storage.references import claim
 from storage.refs import AmbiguousRef, BadName, UnknownVersion, check_name, newest_of, resolve
 from storage.schema import named_versions
+from storage.updates import Updates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,11 +93,15 @@ class AdapterStore(Aliases):
     Args:
         engine: from :func:`storage.database.open_database`.
         blobs: where the tensors are.
+
+    Attributes:
+        updates: the client updates that are kept.
     """
 
     def __init__(self, engine: Engine, blobs: BlobStore) -> None:
         super().__init__(engine)
         self._blobs = blobs
+        self.updates = Updates(engine, blobs)
 
     def commit(
         self,
@@ -154,7 +159,7 @@ class AdapterStore(Aliases):
                     continue  # removed since they were put, so they are put again
                 insert_missing(connection, schema.versions, [row])
                 _insert_parents(connection, content, lineage)
-                record_contributions(connection, content, recipe)
+                record_contributions(connection, {content: recipe})
                 _write_metrics(connection, content, measured)
             return content
 

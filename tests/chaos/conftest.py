@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from orchestrator.upkeep import fsck
 from orchestrator.workspace import Workspace
 from storage.blobs import digest_of
 from storage.ledger import RunRecord
+from storage.updates import UpdateGone
 
 Spends = frozenset[tuple[str, int, str, str]]
 
@@ -52,7 +54,7 @@ class Left:
         versions: ids of all versions; each was read and checked against its content.
         names: what names them.
         blobs: digests of all blobs; each was hashed again.
-        spilled: digest of each client's accepted bytes, by round.
+        kept: digest of each client's accepted bytes, by round.
         spends: (client, round, assignment, parameters) of every privacy event.
     """
 
@@ -60,7 +62,7 @@ class Left:
     versions: frozenset[str]
     names: Mapping[str, str]
     blobs: frozenset[str]
-    spilled: Mapping[str, str]
+    kept: Mapping[str, str]
     spends: Spends
     problems: Sequence[str] = field(default=())
 
@@ -154,12 +156,15 @@ def _left(workspace: Workspace) -> Left:
             problems.append(f"version {version.id} has no base: {error!r}")
     problems += [p for record in records for p in _log_problems(workspace, record)]
     recorded = {leaf["digest"] for v in versions.values() for leaf in v.recipe["updates"]}
-    spilled = {}
-    for path in sorted(home.glob("runs/*/round-*/*.safetensors")):
-        data = path.read_bytes()
-        unpack(data)
-        spilled[f"{path.parent.name}/{path.stem}"] = digest(data)
-    problems += [f"no spilled update hashes to {d}" for d in recorded - set(spilled.values())]
+    kept = {}
+    for version in versions.values():
+        for leaf in version.recipe["updates"]:
+            with suppress(UpdateGone):
+                data = store.updates.read(leaf["digest"])
+                unpack(data)
+                kept[f"round-{version.recipe['round']}/{leaf['client']}"] = digest(data)
+    problems += [f"no kept update hashes to {d}" for d in recorded - set(kept.values())]
+    problems += [f"{path} was left behind" for path in home.glob("runs/*/round-*/*.safetensors")]
     return Left(
         statuses={record.name: record.status for record in records},
         versions=frozenset(versions),
@@ -167,7 +172,7 @@ def _left(workspace: Workspace) -> Left:
         blobs=frozenset(
             d for e in workspace.blobs.place.entries() if (d := digest_of(e.name)) is not None
         ),
-        spilled=spilled,
+        kept=kept,
         spends=_spends(workspace),
         problems=tuple(problems),
     )

@@ -86,7 +86,7 @@ def test_a_run_that_meets_a_full_disk_or_a_lost_database_says_so_and_can_be_resu
         if answer["error"]:
             problems.append(f"{where}: it cannot be resumed: {answer['error']}")
         found = left(home)
-        if found.spilled.keys() == wanted.spilled.keys():
+        if found.kept.keys() == wanted.kept.keys():
             problems += [f"{where}: {p}" for p in _differences(found, wanted)]
         else:  # a client was refused: another version, and nothing wrong with it
             problems += [f"{where}: {p}" for p in found.problems]
@@ -99,7 +99,7 @@ def test_a_run_that_meets_a_full_disk_or_a_lost_database_says_so_and_can_be_resu
 def _differences(found: Any, wanted: Any) -> list[str]:
     """Return what is wrong with a home, or other than it would be."""
     problems = list(found.problems)
-    for name in ("statuses", "versions", "names", "blobs", "spilled", "spends"):
+    for name in ("statuses", "versions", "names", "blobs", "kept", "spends"):
         if getattr(found, name) != getattr(wanted, name):
             problems.append(f"{name}: {getattr(found, name)}, not {getattr(wanted, name)}")
     return problems

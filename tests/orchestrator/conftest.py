@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import yaml
+from sqlalchemy import select
 
 from clients.assignment import DataSpec
 from clients.evaluate import Evaluation
@@ -16,6 +17,7 @@ from orchestrator.config import parse_config
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.service import open_workspace
 from storage.ledger import ClientRecord
+from storage.schema import kept_updates
 from strategies.base import Update
 
 LABELS = ("cat", "dog", "model", "rank")
@@ -36,6 +38,24 @@ WORDS = ("the", "a", "learns", "weaves", "thread", "adapter", "private", "data",
 def workspace(tmp_path):
     """Return an empty workspace under the test's folder."""
     return open_workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def kept():
+    """Return a function that lists the updates a store keeps: (round, client), with each digest.
+
+    ``buried`` lists the tombstones instead.
+    """
+
+    def read(workspace, buried=False):
+        query = select(kept_updates).where(kept_updates.c.blob.is_(None) == buried)
+        with workspace.engine.connect() as connection:
+            rows = connection.execute(query.order_by(kept_updates.c.round, kept_updates.c.client))
+            found = {(row.round, row.client): row.digest for row in rows}
+        assert all(workspace.blobs.has(digest) != buried for digest in found.values())
+        return found
+
+    return read
 
 
 @pytest.fixture

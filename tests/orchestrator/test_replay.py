@@ -1,6 +1,7 @@
 """What was made can be made again: from stored updates, and from the data."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from orchestrator import service
 from orchestrator.federation import Federation
 from orchestrator.replay import NotReplayable, Replayed
 from orchestrator.retraining import NoiseSecret
+from orchestrator.upkeep import back_up, fsck, gc, restore
+from orchestrator.workspace import open_workspace
+from storage.blobs import name_of
 from storage.refs import UnknownVersion
 
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
 
 
-def updates(home):
-    return sorted(home.home.glob("runs/*/round-*/*.safetensors"))
+def waiting(home):
+    return sorted(home.home.glob("runs/*/round-*/*"))
 
 
 def outcomes(found):
@@ -80,20 +84,37 @@ def test_stale_updates_are_aggregated_again_as_they_were(
     assert rounds <= same
 
 
-def test_an_altered_update_is_not_taken_for_the_one_in_the_lineage(home, tiny):
+def test_an_altered_update_is_not_taken_for_the_one_in_the_lineage(home, tiny, kept):
     service.launch(home, tiny(retention="all"))
-    path = updates(home)[0]
-    update = unpack(path.read_bytes())
+    sha256 = kept(home)[1, "b"]
+    update = unpack(home.blobs.fetch(sha256))
     name = next(iter(update.tensors))
     tensors = {**update.tensors, name: update.tensors[name] + 1}
-    path.write_bytes(pack(type(update)(**{**fields(update), "tensors": tensors})))
+    home.blobs.place.write(name_of(sha256), pack(replace(update, tensors=tensors)))
 
     [found] = service.replay(home, "task-1")
-    assert (found.outcome, path.stem in found.why) == ("gone", True)
+    assert found.outcome == "gone"
+    assert f"of b in round 1 cannot be read: blob {sha256[:12]} is corrupt" in found.why
+    [problem] = fsck(home).store.problems
+    assert (problem.kind, problem.subject) == ("blob-corrupt", sha256)
 
 
-def fields(update):
-    return {name: getattr(update, name) for name in update.__slots__}
+def test_a_version_is_aggregated_again_where_only_database_and_blobs_are(home, tiny, tmp_path):
+    service.launch(home, tiny(rounds=2, retention="all"))
+    assert waiting(home) == []
+    there = open_workspace(tmp_path / "there", str(home.engine.url), home.blobs.place.where())
+    assert outcomes(service.replay(there, "task-1", whole=True)) == [(2, "same"), (1, "same")]
+    there.close()
+
+
+def test_kept_updates_are_in_a_backup_and_come_back(home, tiny, tmp_path):
+    service.launch(home, tiny(retention="all"))
+    assert back_up(home, tmp_path / "backup").missing == ()
+    there = open_workspace(tmp_path / "there")
+    _, _, found = restore(there, tmp_path / "backup")
+    assert found.store.is_sound
+    assert outcomes(service.replay(there, "task-1")) == [(1, "same")]
+    there.close()
 
 
 def test_an_aggregate_that_is_another_is_found(home, tiny, monkeypatch):
@@ -129,7 +150,7 @@ def test_what_is_not_made_of_updates_is_refused(home, tiny):
 
 
 @pytest.mark.parametrize(
-    ("retention", "kept"),
+    ("retention", "rounds"),
     [
         (None, set()),
         ("until-closed", set()),
@@ -139,14 +160,17 @@ def test_what_is_not_made_of_updates_is_refused(home, tiny):
         ({"last": 9}, {1, 2, 3}),
     ],
 )
-def test_updates_are_kept_as_the_run_says(home, tiny, retention, kept):
+def test_updates_are_kept_as_the_run_says(home, tiny, retention, rounds, kept):
     changes = {} if retention is None else {"retention": retention}
     service.launch(home, tiny(rounds=3, steps=1, **changes))
 
-    assert {path.parent.name for path in updates(home)} == {f"round-{n}" for n in kept}
+    assert set(kept(home)) == {(n, client) for n in rounds for client in "ab"}
+    assert waiting(home) == []
     wanted = {1: "same", 0: "gone"}
     found = outcomes(service.replay(home, "task-1", whole=True))
-    assert found == [(n, wanted[n in kept]) for n in (3, 2, 1)]
+    assert found == [(n, wanted[n in rounds]) for n in (3, 2, 1)]
+    assert fsck(home).store.orphans == ()
+    assert gc(home, delete=True, grace_s=0)[0].removed == ()
 
 
 def test_retention_changes_no_id(home, tiny):
@@ -154,18 +178,26 @@ def test_retention_changes_no_id(home, tiny):
     assert len(ids) == 1
 
 
-def test_updates_are_there_until_a_run_is_closed(home, tiny):
+def test_what_one_run_keeps_is_not_dropped_with_another_that_made_the_same(home, tiny, kept):
+    service.launch(home, tiny(retention="all"))
+    before = kept(home)
+    service.launch(home, tiny(name="again"))
+    assert kept(home) == before
+    assert outcomes(service.replay(home, "again")) == [(1, "same")]
+
+
+def test_updates_are_there_until_a_run_is_closed(home, tiny, kept):
     seen = {}
 
     def observe(kind, data):
-        seen.setdefault(kind, []).append(len(updates(home)))
+        seen.setdefault(kind, []).append(len(kept(home)))
 
     service.launch(home, tiny(rounds=2), observe)
     assert seen["committed"] == [2, 4]
     assert seen["completed"] == [0]
 
 
-def test_a_run_keeps_its_updates_while_it_can_go_on_and_not_when_it_is_cancelled(home, tiny):
+def test_a_run_keeps_its_updates_while_it_can_go_on_and_not_when_it_is_cancelled(home, tiny, kept):
     def observe(kind, data):
         if kind == "committed":
             raise KeyboardInterrupt
@@ -174,13 +206,13 @@ def test_a_run_keeps_its_updates_while_it_can_go_on_and_not_when_it_is_cancelled
         service.launch(home, tiny(rounds=2), observe)
     run = home.ledger.runs()[0].id
     service.requeue(home, run)
-    assert len(updates(home)) == 2
+    assert len(kept(home)) == 2
 
     service.cancel(home, run)
-    assert updates(home) == []
+    assert (kept(home), waiting(home)) == ({}, [])
 
 
-def test_a_run_that_is_cancelled_while_it_is_driven_keeps_no_updates(home, tiny):
+def test_a_run_that_is_cancelled_while_it_is_driven_keeps_no_updates(home, tiny, kept):
     def observe(kind, data):
         if kind == "committed":
             service.cancel(home, home.ledger.runs()[0].id)
@@ -188,7 +220,7 @@ def test_a_run_that_is_cancelled_while_it_is_driven_keeps_no_updates(home, tiny)
     with pytest.raises(RuntimeError, match="is cancelled"):
         service.launch(home, tiny(rounds=2), observe)
     assert home.ledger.runs()[0].status == "cancelled"
-    assert updates(home) == []
+    assert (kept(home), waiting(home)) == ({}, [])
 
 
 @pytest.mark.parametrize("value", ["some", {"last": 0}, {"last": "many"}, {"keep": "last"}, 3])

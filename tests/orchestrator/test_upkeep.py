@@ -9,8 +9,12 @@ import torch
 from alembic import command
 
 from clients.site import Site
+from orchestrator.federation import Federation
+from orchestrator.replay import replay
 from orchestrator.service import open_workspace
+from orchestrator.upkeep import upgrade
 from storage import database
+from storage.schema import HEAD
 
 
 @pytest.fixture
@@ -177,6 +181,39 @@ def test_an_older_store_is_refused_by_all_but_upgrade_which_backs_it_up(
     monkeypatch.setenv("WEFT_BLOBS", str(home / "blobs"))
     ok("store", "restore", found["backup"])
     assert read("show", "bot") == wanted
+
+
+def test_updates_that_an_older_weft_kept_in_folders_become_blobs_of_the_store(
+    workspace, make_plan, imagined, kept
+):
+    plan = make_plan(rounds=2, retention="all")
+    workspace.ledger.create_run("run-1", "task-1", plan.config.model_dump(mode="json"), {})
+    made = (plan, workspace.store, workspace.ledger, imagined(), workspace.home)
+    version = Federation(*made).run()
+    wanted, folder = kept(workspace), workspace.home / "runs" / "run-1"
+    for (round_, client), digest in wanted.items():
+        path = folder / f"round-{round_}" / f"{client}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(workspace.store.updates.read(digest))
+    (folder / "round-2" / "c.safetensors").rename(folder / "round-2" / "c.withdrawn.json")
+    (folder / "round-3").mkdir()
+    (folder / "round-3" / "a.safetensors").write_bytes(b"of a round that is not decided")
+    workspace.store.updates.drop("run-1")
+    workspace.ledger.withdrawals.add("c", "me", "")
+    workspace.close()
+    downgrade(workspace.home, "0005")
+
+    for schema in ("0005", HEAD):
+        before, _, found = upgrade(workspace.home)
+        assert before == schema
+        assert found.store.problems == found.store.orphans == ()
+        here = open_workspace(workspace.home)
+        assert (len(kept(here)), len(kept(here, buried=True))) == (4, 2)
+        assert {**kept(here), **kept(here, buried=True)} == wanted
+        [found] = replay(here, version)
+        assert found.why.endswith("of c in round 2 was withdrawn")
+        assert [p.name for p in folder.rglob("*.*")] == ["a.safetensors"]
+        here.close()
 
 
 def test_a_newer_store_is_not_upgraded(refused, ok, home):

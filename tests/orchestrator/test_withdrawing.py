@@ -1,12 +1,11 @@
 """A client that withdraws is used no more, and what it sent is buried; no id changes."""
 
-import json
-
 import pytest
 
 from orchestrator import service
 from orchestrator.federation import Federation, RoundFailed
 from orchestrator.registering import ClientWithdrew
+from orchestrator.upkeep import back_up, fsck, restore
 from storage.contributions import Deployment
 from storage.ledger import ClientRecord, UnknownClient
 
@@ -28,26 +27,30 @@ def test_a_withdrawn_client_is_registered_no_more(home, tiny, notes):
     assert clients_of(home, "task-1") == ["b"]
 
 
-def test_its_updates_give_way_to_tombstones_that_say_who_and_why(home, tiny):
+def test_its_updates_give_way_to_tombstones(home, tiny, kept):
     version = service.launch(home, tiny(rounds=2, retention="all"))
     before = home.store.lineage(version)
+    its = {at: digest for at, digest in kept(home).items() if at[1] == "a"}
     done = service.withdraw(home, "a", "asked to")
 
     assert (done.buried, done.later) == (2, ())
-    assert [p.rpartition("/")[2] for p in files(home, "round-*/a*")] == ["a.withdrawn.json"] * 2
-    assert len(files(home, "round-*/b.safetensors")) == 2
-    tomb = json.loads((home.home / files(home, "round-1/a*")[0]).read_text())
-    [leaf] = [
-        leaf
-        for v in before.nodes.values()
-        for leaf in v.recipe["updates"]
-        if leaf["client"] == "a" and v.recipe["round"] == 1
-    ]
-    assert (tomb["client"], tomb["why"], tomb["digest"]) == ("a", "asked to", leaf["digest"])
+    assert set(kept(home)) == {(1, "b"), (2, "b")}
+    assert kept(home, buried=True) == its
+    assert fsck(home).store.problems == fsck(home).store.orphans == ()
 
     assert home.store.lineage(version) == before
     [found] = service.replay(home, version)
     assert (found.outcome, found.why.endswith("of a in round 2 was withdrawn")) == ("gone", True)
+
+
+def test_what_was_buried_does_not_come_back_with_a_backup(home, tiny, kept, tmp_path):
+    service.launch(home, tiny(retention="all"))
+    back_up(home, tmp_path / "backup")
+    service.withdraw(home, "a")
+    before = set(home.blobs.place.entries())
+    restore(home, tmp_path / "backup")
+    assert (set(kept(home)), set(kept(home, buried=True))) == ({(1, "b")}, {(1, "a")})
+    assert set(home.blobs.place.entries()) == before
 
 
 def test_it_says_which_deployed_versions_contain_the_client(home, tiny):
@@ -89,7 +92,7 @@ def going(workspace, make_plan, imagined):
     return make
 
 
-def test_a_run_that_goes_on_uses_it_no_more(workspace, going):
+def test_a_run_that_goes_on_uses_it_no_more(workspace, going, kept):
     def observe(kind, data):
         if kind == "committed" and data["round"] == 1:
             workspace.ledger.withdrawals.add("a", "me", "")
@@ -98,7 +101,7 @@ def test_a_run_that_goes_on_uses_it_no_more(workspace, going):
     newest, first, _ = workspace.store.lineage(version).nodes
     assert clients_of(workspace, first) == ["a", "b", "c"]
     assert clients_of(workspace, newest) == ["b", "c"]
-    assert files(workspace, "round-*/a*") == ["runs/run-1/round-1/a.withdrawn.json"]
+    assert set(kept(workspace, buried=True)) == {(1, "a")}
 
 
 @pytest.mark.parametrize("when", ["assigned", "accepted"])
@@ -109,10 +112,10 @@ def test_an_update_under_way_is_not_used(workspace, going, when):
 
     version = going(observe, rounds=1, retention="all").run()
     assert clients_of(workspace, version) == ["b", "c"]
-    assert files(workspace, "round-1/a.safetensors") == []
+    assert files(workspace, "round-1/*") == []
 
 
-def test_a_round_that_is_decided_is_finished_and_buried_after(workspace, going):
+def test_a_round_that_is_decided_is_finished_and_buried_after(workspace, going, kept):
     def killed(kind, data):
         if kind == "closed":
             raise KeyboardInterrupt
@@ -125,10 +128,11 @@ def test_a_round_that_is_decided_is_finished_and_buried_after(workspace, going):
 
     version = going(rounds=1, retention="all").run()
     assert clients_of(workspace, version) == ["a", "b", "c"]
-    assert files(workspace, "round-1/a*") == ["runs/run-1/round-1/a.withdrawn.json"]
+    assert (set(kept(workspace)), files(workspace, "round-1/*")) == ({(1, "b"), (1, "c")}, [])
+    assert set(kept(workspace, buried=True)) == {(1, "a")}
 
 
-def test_a_decided_round_that_is_cancelled_is_buried_too(workspace, going):
+def test_a_decided_round_that_is_cancelled_leaves_no_update(workspace, going):
     def killed(kind, data):
         if kind == "closed":
             raise KeyboardInterrupt
@@ -137,8 +141,7 @@ def test_a_decided_round_that_is_cancelled_is_buried_too(workspace, going):
         going(killed, rounds=1, retention="all").run()
     service.withdraw(workspace, "a")
     service.cancel(workspace, "run-1")
-    assert files(workspace, "round-1/a*") == ["runs/run-1/round-1/a.withdrawn.json"]
-    assert len(files(workspace, "round-1/*.safetensors")) == 2
+    assert files(workspace, "round-1/*") == []
 
 
 def test_a_run_that_stopped_before_it_decided_goes_on_without_it(workspace, going):

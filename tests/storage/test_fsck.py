@@ -184,7 +184,8 @@ def test_every_reference_of_every_table_is_checked(engine, blobs, history, ledge
     metric = f"INSERT INTO metrics VALUES ('{history[0]}', 'loss', 0.5)"
     name, number = column.name, isinstance(column.type, Integer)
     other = f"{name} + 1000" if number else f"{name} || '-nowhere'"
-    unchecked(engine, metric, f"UPDATE {column.table.name} SET {name} = {other}")
+    kept = f"INSERT INTO kept_updates VALUES ('d', 'run-1', 'north', 1, '{history[1]}', NULL)"
+    unchecked(engine, metric, kept, f"UPDATE {column.table.name} SET {name} = {other}")
     assert ("reference", str(column)) in kinds(fsck(engine, blobs))
 
 
