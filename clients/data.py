@@ -1,34 +1,19 @@
-"""A client's data: read, validate, select, split, check. The door to everything about data sets.
+"""A client's data: read, validate, select, split. The door to everything that training reads.
 
 A URI is opened in :mod:`clients.sources`, its records are validated in :mod:`clients.records`, and
-examples become tensors in :mod:`clients.examples`; one data set is split in
-:mod:`clients.partition`.
+examples become tensors in :mod:`clients.tokens`; one data set is split in
+:mod:`clients.partition`. What is in one, and wrong with it, :mod:`clients.inspection` says.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
-
-from transformers import PreTrainedTokenizerBase
 
 from clients import partition as splitting
 from clients.assignment import DataSpec, ModelSpec, Shard
-from clients.examples import (
-    Batch,
-    Encoded,
-    Example,
-    by_length,
-    collate,
-    digest,
-    encode,
-    padding_id,
-    record_digest,
-)
+from clients.examples import Example, digest, record_digest
 from clients.records import BadSelection, listed, validated
 from clients.sources import (
     BadDataURI,
@@ -42,6 +27,7 @@ from clients.sources import (
     parse_uri,
     source_state,
 )
+from clients.tokens import Batch, Encoded, by_length, collate, encode, padding_id
 
 __all__ = [
     "BadDataURI",
@@ -49,15 +35,12 @@ __all__ = [
     "BadSelection",
     "Batch",
     "DataNotFound",
-    "DataReport",
     "DataURI",
     "Encoded",
     "Example",
-    "Lengths",
     "MissingExtra",
     "absolute",
     "by_length",
-    "check",
     "collate",
     "encode",
     "examples",
@@ -225,113 +208,3 @@ def _selected(spec: DataSpec, model: ModelSpec) -> list[tuple[Example, str]]:
         if not wanted or record.example.label in wanted:
             found.append((record.example, record.value))
     return found
-
-
-# --- what `weft data check` shows ------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Lengths of examples in tokens, before truncation.
-
-    Attributes:
-        shortest: the smallest.
-        median: the middle one.
-        percentile_95: what 95 % do not exceed.
-        longest: the largest.
-        num_truncated: examples longer than the model's ``max_length``.
-    """
-
-    shortest: int
-    median: float
-    percentile_95: int
-    longest: int
-    num_truncated: int
-
-
-@dataclass(frozen=True, slots=True)
-class DataReport:
-    """What is in a data set, and what is wrong with it.
-
-    Attributes:
-        total: records, bad ones too.
-        num_bad: records that a run would refuse.
-        problems: of the first 20 of them, where and what.
-        labels: number of good examples by label, in index order; empty without labels.
-        num_duplicates: good examples that repeat an earlier one.
-        lengths: None without a tokenizer or without a good example.
-    """
-
-    total: int
-    num_bad: int
-    problems: tuple[str, ...]
-    labels: Mapping[str, int]
-    num_duplicates: int
-    lengths: Lengths | None
-
-
-def check(
-    spec: DataSpec,
-    model: ModelSpec | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> DataReport:
-    """Return what is in the whole data set of ``spec``, whichever labels and shard it selects.
-
-    Bad records are counted, never raised.
-
-    Args:
-        spec: the data set.
-        model: what the records are for. Without one any record that has a text is good, and labels
-            are counted as they are written.
-        tokenizer: measures lengths; without a model nothing is truncated.
-
-    Raises:
-        BadDataURI, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
-        BadSelection: for a mapping of a column that weft does not have.
-    """
-    good: list[Example] = []
-    written: list[str] = []
-    problems: list[str] = []
-    for record in validated(spec, model):
-        if record.example is None:
-            problems.append(f"{record.place}: {record.problem}")
-        else:
-            good.append(record.example)
-            written.append(record.value)
-    return DataReport(
-        total=len(good) + len(problems),
-        num_bad=len(problems),
-        problems=tuple(problems[:20]),
-        labels=_label_counts(good, written, model),
-        num_duplicates=len(good) - len(set(good)),
-        lengths=_lengths(good, tokenizer, model) if tokenizer is not None and good else None,
-    )
-
-
-def _label_counts(
-    good: list[Example], written: list[str], model: ModelSpec | None
-) -> dict[str, int]:
-    if model is None:
-        return dict(sorted(Counter(label for label in written if label).items()))
-    counts = Counter(example.label for example in good)
-    return {name: counts[index] for index, name in enumerate(model.labels)}
-
-
-def _lengths(
-    good: list[Example], tokenizer: PreTrainedTokenizerBase, model: ModelSpec | None
-) -> Lengths:
-    limit = sys.maxsize if model is None else model.max_length
-    kind = "causal-lm" if model is None else model.kind
-    unlimited = ModelSpec(id="", kind=kind, max_length=2**31 - 1)
-    lengths = sorted(
-        len(encoded.input_ids)
-        for start in range(0, len(good), 1000)  # not all tokens of a large data set at once
-        for encoded in encode(good[start : start + 1000], tokenizer, unlimited)
-    )
-    return Lengths(
-        shortest=lengths[0],
-        median=statistics.median(lengths),
-        percentile_95=lengths[round(0.95 * (len(lengths) - 1))],
-        longest=lengths[-1],
-        num_truncated=sum(length > limit for length in lengths),
-    )

@@ -243,11 +243,12 @@ def data_check(
     from dataclasses import asdict
 
     from clients.assignment import DataSpec
-    from orchestrator import report, service
+    from clients.inspection import inspect
+    from orchestrator import report
 
     spec = DataSpec(uri, pairs(fields.split(",") if fields else [], "--fields"))
     names = tuple(labels.split(",")) if labels else ()
-    found = service.check_data(spec, names, model, max_length)
+    found = inspect(spec, names, model, max_length)
     if as_json:
         print_json(asdict(found))
     else:

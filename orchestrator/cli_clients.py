@@ -32,7 +32,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
     ] = None,
 ) -> None:
     """Register a client, a data set that takes part, or all that a file lists."""
-    from orchestrator import service
+    from orchestrator import registering
     from orchestrator.config import BadConfig
     from storage.ledger import ClientRecord
 
@@ -42,7 +42,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
             raise BadConfig(
                 "--from FILE describes its clients itself; only --no-check goes with it"
             )
-        made = service.register_clients(workspace_here(), file, check)
+        made = registering.register_clients(workspace_here(), file, check)
         out.print(f"registered {len(made)} clients of {file}", highlight=False, markup=False)
         return
     if name is None or data is None:
@@ -58,7 +58,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
         labels=pairs(label, "--label"),
         public=public,
     )
-    record = service.register_client(workspace_here(), record, check)
+    record = registering.register_client(workspace_here(), record, check)
     budget = f"ε {record.epsilon:g} (δ {record.delta:g})" if record.epsilon is not None else "none"
     out.print(
         f"registered {record.name}: {record.num_examples} examples, budget {budget}",

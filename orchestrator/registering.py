@@ -11,8 +11,16 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from clients import data
 from clients.assignment import DataSpec
+from clients.inspection import check as checked
+from clients.sources import (
+    BadDataURI,
+    BadRecord,
+    DataNotFound,
+    MissingExtra,
+    absolute,
+    is_public,
+)
 from orchestrator.config import BadConfig
 from orchestrator.policy import Strict
 from orchestrator.workspace import Workspace
@@ -69,10 +77,10 @@ class Line(Strict):
 _OF_ONE = (
     BadConfig,
     ClientWithdrew,
-    data.DataNotFound,
-    data.BadDataURI,
-    data.BadRecord,
-    data.MissingExtra,
+    DataNotFound,
+    BadDataURI,
+    BadRecord,
+    MissingExtra,
 )
 
 
@@ -87,7 +95,7 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
     Raises:
         ClientExists: if the name is taken.
         ClientWithdrew: if a client of this name withdrew.
-        data.DataNotFound: if its data set is not there.
+        DataNotFound: if its data set is not there.
         BadConfig: if its data set holds no readable record.
     """
     record = _checked(record, check, workspace.ledger.withdrawals.all())
@@ -196,15 +204,15 @@ def _checked(
             f"{withdrawn[record.name].created_at:%Y-%m-%d}, and is used no more; register another "
             "under another name"
         )
-    record = replace(record, data=data.absolute(record.data))
+    record = replace(record, data=absolute(record.data))
     if check:
-        report = data.check(DataSpec(record.data, dict(record.fields)), None, None)
+        report = checked(DataSpec(record.data, dict(record.fields)), None, None)
         if report.total == report.num_bad:
             why = f" ({report.problems[0]})" if report.problems else ""
             raise BadConfig(f"{record.data} holds no readable record{why}")
         if record.num_examples is None:
             record = replace(record, num_examples=_rounded(report.total))
-    if data.is_public(record.data):
+    if is_public(record.data):
         record = replace(record, public=True)
     return record
 

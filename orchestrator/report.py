@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from clients.inspection import DataReport
 from orchestrator.drawing import epsilon_line
 from orchestrator.epsilons import Epsilon
 from storage.aliases import AliasMove
@@ -17,9 +18,6 @@ from storage.ledger import ClientRecord, RunRecord
 from storage.lineage import Version
 from storage.listing import NameRow
 from storage.records import now
-
-if TYPE_CHECKING:
-    from clients.data import DataReport
 
 
 def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:

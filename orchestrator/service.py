@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clients import data, models
-from clients.assignment import DataSpec, ModelSpec, PluginChoice
+from clients.assignment import PluginChoice
 from orchestrator.backends.base import Backend
 from orchestrator.bases import remember_base
 from orchestrator.config import BadConfig, RunConfig, find_plugin
@@ -83,7 +82,6 @@ __all__ = [
     "YankResult",
     "alias_log",
     "cancel",
-    "check_data",
     "clone",
     "deployed_with",
     "descendants",
@@ -211,25 +209,6 @@ def resume(
     return drive(
         workspace, record, observe, Driving(backend, max_claims=None, accept_drift=accept_drift)
     )
-
-
-# --- clients ----------------------------------------------------------------------------------
-
-
-def check_data(
-    spec: DataSpec, labels: Sequence[str], model: str | None, max_length: int
-) -> data.DataReport:
-    """Return what is in a data set and what is wrong with it.
-
-    Args:
-        spec: the data set.
-        labels: the label set; empty to take labels as they are written.
-        model: base model whose tokenizer counts lengths, or None.
-        max_length: tokens kept of an example.
-    """
-    form = ModelSpec(model or "", "classification", labels=tuple(labels), max_length=max_length)
-    tokenizer = models.tokenizer(form) if model else None
-    return data.check(spec, form if labels else None, tokenizer)
 
 
 # --- merge ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from clients import data
+from clients import data, inspection
 from clients.assignment import DataSpec, ModelSpec, Shard
 from clients.data import BadRecord, BadSelection, Example
 from clients.examples import digest
@@ -160,25 +160,25 @@ def test_a_fingerprint_of_public_data_is_the_same_everywhere():
 def test_a_check_counts_what_a_run_would_refuse(jsonl, tokenizer):
     bad = [row(label=CANARY * 9)] * 25
     uri = jsonl(row(1), row(1), row(2, "str"), row(3, text="w1 " * 10), *bad)
-    report = data.check(DataSpec(uri, labels=("int",)), MODEL, tokenizer)
+    report = inspection.check(DataSpec(uri, labels=("int",)), MODEL, tokenizer)
     assert (report.total, report.num_bad, len(report.problems)) == (29, 25, 20)
     assert report.problems[0].startswith("notes.jsonl, line 5: label of 108 characters")
     assert report.labels == {"int": 3, "float": 0, "str": 1}
     assert report.num_duplicates == 1
-    assert report.lengths == data.Lengths(1, 1.0, 10, 10, num_truncated=1)
+    assert report.lengths == inspection.Lengths(1, 1.0, 10, 10, num_truncated=1)
     assert CANARY not in repr(report)
 
 
 def test_a_check_without_a_model_counts_labels_as_they_are_written(jsonl):
     uri = jsonl(row(1, "b"), row(2, "a"), row(3, "b"), {"text": "w4"}, {"prompt": "w5"}, "{")
-    report = data.check(DataSpec(uri))
+    report = inspection.check(DataSpec(uri))
     assert (report.total, report.num_bad) == (6, 2)
     assert report.labels == {"a": 1, "b": 2}
     assert report.lengths is None
 
 
 def test_a_check_of_an_empty_file_reports_nothing(jsonl, tokenizer):
-    report = data.check(DataSpec(jsonl()), MODEL, tokenizer)
+    report = inspection.check(DataSpec(jsonl()), MODEL, tokenizer)
     assert (report.total, report.num_bad, report.lengths) == (0, 0, None)
 
 
@@ -187,6 +187,6 @@ def test_a_check_finds_the_shared_data_sets_good():
     if not file.exists():
         pytest.skip(f"{file} is not here")
     model = ModelSpec(id="m", kind="classification", labels=("no", "yes"))
-    report = data.check(DataSpec(f"jsonl:{file}"), model)
+    report = inspection.check(DataSpec(f"jsonl:{file}"), model)
     assert (report.total, report.num_bad) == (800, 0)
     assert report.labels == {"no": 400, "yes": 400}

@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 
-from clients import data
+from clients import data, inspection
 from clients.assignment import DataSpec, ModelSpec
 from clients.data import BadRecord, BadSelection, Example
 
@@ -56,7 +56,7 @@ def test_bytes_that_are_not_utf8_are_a_bad_record(tmp_path):
     for name, scheme in (("a.jsonl", "jsonl"), ("a.csv", "csv")):
         (tmp_path / name).write_bytes(b"text,label\n\xff\xfe,int\n")
         spec = DataSpec(f"{scheme}:{tmp_path / name}")
-        problems = data.check(spec, MODEL).problems
+        problems = inspection.check(spec, MODEL).problems
         assert "not UTF-8" in problems[-1]
         assert "line 2" in problems[-1]
 
@@ -83,7 +83,7 @@ def test_a_gzip_that_breaks_off_is_a_bad_record(tmp_path):
     spec = DataSpec(f"jsonl:{tmp_path / 'a.jsonl.gz'}")
     with pytest.raises(BadRecord, match="the gzip file is damaged from here on"):
         data.examples(spec, MODEL)
-    report = data.check(spec, MODEL)
+    report = inspection.check(spec, MODEL)
     assert report.num_bad == 1
     assert report.total > 1
 

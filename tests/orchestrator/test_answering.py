@@ -28,6 +28,8 @@ COMMANDS = (
     "runs log task-1",
     "clients list --label site=north",
     "clients show a",
+    "clients add b2 --data {data} --label site=south",
+    "data check {data}",
     "clients budget a --epsilon 4 --delta 1e-5",
     "keys list",
     "fsck",
@@ -63,11 +65,12 @@ def kept(home, grow, make_plan):
     return home.home
 
 
-def test_a_command_that_reads_no_tensor_loads_no_library_that_learns(kept, monkeypatch):
+def test_a_command_that_reads_no_tensor_loads_no_library_that_learns(kept, notes, monkeypatch):
     monkeypatch.setenv("WEFT_HOME", str(kept))
+    commands = [command.format(data=notes()) for command in COMMANDS]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([HEAVY, COMMANDS]),
+        input=json.dumps([HEAVY, commands]),
         capture_output=True,
         text=True,
         timeout=120,
