@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,21 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def killed() -> Callable[..., None]:
+def killed() -> Iterator[Callable[..., None]]:
     """Runs a federation in a process of its own until it is killed at an event."""
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("die_at.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
 
-    def run(home: Path, document: Mapping[str, Any], kind: str, count: int) -> None:
-        script = str(Path(__file__).with_name("die_at.py"))
-        arguments = [str(home), json.dumps(document), kind, str(count)]
-        done = subprocess.run([sys.executable, script, *arguments], timeout=120, check=False)
-        assert done.returncode == -signal.SIGKILL
+        def run(home: Path, document: Mapping[str, Any], kind: str, count: int) -> None:
+            job = {"folder": str(Path.cwd()), "home": str(home), "config": document}
+            process.stdin.write(json.dumps({**job, "kind": kind, "count": count}) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == f"{-signal.SIGKILL}\n"
 
-    return run
+        yield run
