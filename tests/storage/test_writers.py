@@ -28,9 +28,9 @@ def write(url, folder, writer, ready):
 
 @pytest.fixture
 def processes():
-    """A server that has imported the store once and forks from there: torch takes seconds."""
+    """A server that has imported the store and torch once, which takes seconds, and forks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["storage.store"])
+    context.set_forkserver_preload(["storage.store", "storage.encoding"])
     return context
 
 
