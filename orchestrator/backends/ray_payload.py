@@ -25,7 +25,7 @@ Work: TypeAlias = tuple[dict[str, Any], tuple[str, str], dict[str, str]]
 """Plain fields, what is trainable and what personal, and the keys of the parts that are tensors."""
 
 _REMEMBERED = 20
-"""Mappings; a round has five at most, and clients that are late train from earlier ones."""
+"""Mappings; a round has five for each kind of clients that it sends something else."""
 
 _FIELDS = [f.name for f in fields(Assignment) if f.name not in ("broadcast", "underlay", "memory")]
 
@@ -33,21 +33,31 @@ _FIELDS = [f.name for f in fields(Assignment) if f.name not in ("broadcast", "un
 class Once:
     """Puts a mapping of tensors into the object store once, by identity.
 
-    Of many rounds it remembers what was asked for last: the others may leave the store.
+    It remembers what two rounds sent, and of them what was asked for last: the rest may leave the
+    store. Who trains from an older one and is tried again has it put once more.
     """
 
     def __init__(self) -> None:
-        self._refs: dict[int, tuple[Tensors, Any]] = {}
+        self._refs: dict[int, tuple[Tensors, Any, int]] = {}
+        self._newest = 0
 
-    def __call__(self, tensors: Tensors) -> Any:
-        """Return the reference under which the store has ``tensors``."""
+    def __call__(self, tensors: Tensors, round_: int) -> Any:
+        """Return the reference under which the store has ``tensors``, for a client of a round."""
         known = self._refs.pop(id(tensors), None)
         if known is None:
-            known = tensors, ray.put(to_arrays(tensors))  # kept, so that the id stays theirs
-        self._refs[id(tensors)] = known
+            known = (
+                tensors,
+                ray.put(to_arrays(tensors)),
+                round_,
+            )  # kept, so that the id stays theirs
+        kept, ref, last = known
+        self._refs[id(tensors)] = kept, ref, max(last, round_)
+        if round_ > self._newest:
+            self._newest = round_
+            self._refs = {key: one for key, one in self._refs.items() if one[2] >= round_ - 1}
         while len(self._refs) > _REMEMBERED:
             del self._refs[next(iter(self._refs))]
-        return known[1]
+        return ref
 
 
 def split(assignment: Assignment, put: Once) -> tuple[Any, ...]:
@@ -64,7 +74,7 @@ def split(assignment: Assignment, put: Once) -> tuple[Any, ...]:
         "underlay": assignment.underlay,
         "memory": assignment.memory,
     }
-    refs = {name: put(part) for name, part in parts.items() if part}
+    refs = {name: put(part, assignment.round) for name, part in parts.items() if part}
     values = {name: getattr(assignment, name) for name in _FIELDS}
     patterns = sent.trainable, sent.personal
     return (values, patterns, {name: ref.hex() for name, ref in refs.items()}), *refs.values()

@@ -90,8 +90,13 @@ class Pool:
         known = len(self._idle) + len(self._busy) + len(self._starting) + len(self._leaving)
         gpus = 1.0 if self.gpus is None else self.gpus
         for _ in range(self.size - known):
-            options = {"num_cpus": self.threads, "num_gpus": gpus, "max_restarts": 0}
-            kind = ray.remote(concurrency_groups={"aside": 1}, **options)(Worker)
+            kind = ray.remote(
+                num_cpus=self.threads,
+                num_gpus=gpus,
+                max_restarts=0,
+                concurrency_groups={"aside": 1},
+                enable_task_events=False,  # Ray's server keeps 4 kB of each call, for 100,000
+            )(Worker)
             actor = kind.remote(self.threads, self.perform)
             self._starting[actor.ping.remote()] = Seat(actor, gpus)
 

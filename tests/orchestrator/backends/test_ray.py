@@ -18,6 +18,7 @@ from orchestrator.backends import ray_cluster, ray_pool, ray_worker
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.ray import RayBackend, RayUnavailable
 from orchestrator.backends.ray_cluster import start_ray
+from orchestrator.backends.ray_payload import Once
 from orchestrator.backends.ray_pool import Seat
 from orchestrator.plan import RoundInputs, plan_round
 from storage.ledger import ClientRecord
@@ -185,6 +186,20 @@ def test_what_a_round_s_clients_share_is_put_into_the_store_once(actors, ask, mo
     run(actors, ask(*"abcdef", memory={"add": torch.tensor(1.0)}))
 
     assert len(puts) == 2  # the broadcast and the memory
+
+
+def test_only_what_two_rounds_sent_is_remembered(monkeypatch):
+    puts = []
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or len(puts))
+    underlay, sent = {"u": torch.ones(1)}, [{"a": torch.full((1,), i)} for i in range(9)]
+    once = Once()
+
+    for round_, tensors in enumerate(sent):
+        assert [once(underlay, round_), once(tensors, round_), once(tensors, round_)][0] == 1
+    assert len(puts) == 10  # each of these once
+    assert [once(tensors, 8) for tensors in sent[-2:]] == [9, 10]
+    assert once(sent[0], 0) == 11  # a client that was late is tried again
+    assert len(once._refs) <= 4
 
 
 def test_an_evaluation_comes_back_as_it_is(actors, ask):
