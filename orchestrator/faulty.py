@@ -202,7 +202,7 @@ class FaultyBackend:
         with closing(self.backend.run(self._noted(assignments), started, stepped)) as results:
             for result in results:
                 yield from self._of_the_away()
-                if not isinstance(result, Update):
+                if not isinstance(result, Update) or not result.client:
                     yield result
                     continue
                 kind = client_fault(self.faults, result.round, result.client)

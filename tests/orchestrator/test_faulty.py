@@ -213,3 +213,20 @@ def test_a_replayed_update_is_the_one_of_the_round_before_however_often_it_is_as
     asked = [SimpleNamespace(action="train", round=r, client="c") for r in (1, 2, 2)]
     rounds = [list(backend.run([a], lambda a: None)) for a in asked]
     assert [[(u.round, u.base) for u in round_] for round_ in rounds] == [[(1, "base-1")]] * 3
+
+
+@pytest.mark.parametrize("kind", ["replay", "drop", "duplicate"])
+def test_an_initialisation_is_no_client_s_and_arrives_once_whoever_is_faulty(tmp_path, kind):
+    faults = Faults(kinds=(kind,), clients=1.0)
+    first = Update("", 0, "", {"x": torch.ones(1)}, 0)
+    backend = FaultyBackend(
+        Answering({0: first}),
+        faults,
+        Host(faults, tmp_path, lambda k, d: None),
+        lambda k, d: None,
+    )
+
+    asked = SimpleNamespace(action="init", round=0, client="")
+    results = backend.run([asked], lambda a: None)
+    assert next(results) is first
+    assert next(results, None) is None
