@@ -1,10 +1,12 @@
 """Bringing a backup back: rows and blobs together, in one transaction.
 
 What is content (versions, their edges, metrics and signatures) and what must never be forgotten
-(populations, privacy spends, withdrawals) is united with what the store has: a spend that either of
-them counts is counted, and a client that withdrew from either does not come back. What people have
-decided since (names, aliases, yanks, runs, clients) becomes what it was in the backup, and only if
-the store holds none of it that the backup lacks, or it is asked for.
+(populations, privacy spends, withdrawals, yanks) is united with what the store has: a spend that
+either of them counts is counted, a client that withdrew from either does not come back, and the
+newest word on whether a version is yanked counts, whichever of them has it. What people have
+decided since (names, aliases, runs, clients) becomes what it was in the backup, and only if the
+store holds none of it that the backup lacks, or it is asked for. So an alias may point at a version
+that was yanked since: then it says so, and nobody moves it there again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, delete, func, select, update
+from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
 
 from storage.backup import Backup, BadBackup, Progress, pages, read_backup, tables_of
 from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
@@ -35,6 +37,7 @@ from storage.schema import (
     spends,
     versions,
     withdrawals,
+    yanks,
 )
 
 UNITED = (
@@ -45,12 +48,14 @@ UNITED = (
     "populations",
     "spends",
     "withdrawals",
+    "yanks",
 )
 """Tables of which nothing is ever forgotten."""
 
-SKIPPED = ("condemned_blobs", "contributions")
-"""Tables about the blobs of one place, which say nothing about another's, and what recipes say."""
+SKIPPED = ("condemned_blobs", "contributions", "yanks")
+"""What says nothing about another place's blobs, what recipes say, what is united by time."""
 
+_OF_A_YANK = ("created_at", "yanked", "who", "why")
 _OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")
 
 
@@ -194,6 +199,7 @@ def _write(source: Connection, target: Connection) -> None:
             if table is versions:
                 recipes = {row["id"]: json.loads(row["recipe"]) for row in page}
                 record_contributions(target, recipes)
+    _unite_yanks(source, target)
     absent = select(withdrawals.c.client)
     target.execute(delete(clients).where(clients.c.name.in_(absent)))
     buried = kept_updates.c.client.in_(absent)
@@ -225,6 +231,19 @@ def _unite_spends(source: Connection, target: Connection) -> None:
         if row["void"] is None and here["void"] is not None:
             same = spends.c.event == row["event"]
             target.execute(update(spends).where(same).values(void=None))
+
+
+def _unite_yanks(source: Connection, target: Connection) -> None:
+    """Give each version the history that it has here and in the backup, in the order of time."""
+    for version in source.scalars(select(yanks.c.version).distinct()).all():
+        own = select(*(yanks.c[name] for name in _OF_A_YANK)).where(yanks.c.version == version)
+        both = {tuple(row) for side in (source, target) for row in side.execute(own)}
+        rows = [
+            {"version": version, "number": number, **dict(zip(_OF_A_YANK, row, strict=True))}
+            for number, row in enumerate(sorted(both), 1)
+        ]
+        target.execute(delete(yanks).where(yanks.c.version == version))
+        target.execute(insert(yanks), rows)
 
 
 def _facts(row: Mapping[Any, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from storage.garbage import collect
 from storage.ledger import ClientRecord, Ledger, Queueing
 from storage.restoring import StoreNotEmpty, restore
 from storage.schema import HEAD
-from storage.store import AdapterStore
+from storage.store import AdapterStore, YankedVersion
 
 NORTH = {"population": "ward", "client": "north", "round": 1}
 
@@ -142,6 +142,34 @@ def test_a_client_that_withdrew_since_the_backup_does_not_come_back(
     assert ledger.clients() == []
     assert list(ledger.withdrawals.all()) == ["north"]
     assert len(ledger.spends("ward")) == 1
+
+
+def test_a_yank_since_the_backup_survives_it_and_so_does_one_that_was_taken_back(
+    engine, blobs, store, ledger, tmp_path, fill
+):
+    made = fill(store, ledger)
+    store.yank(made[2], who="ann", why="it repeats itself")
+    back_up(engine, blobs, tmp_path / "backup")
+    store.yank(made[1], who="ann", why="it leaks")
+    store.unyank(made[2], who="bob", why="it was the prompt")
+    store.name("task-1", store.commit(adapter(9), parents={}, recipe={}))
+    before = {version: store.yanks(version) for version in made}
+    for _ in range(2):
+        restore(engine, blobs, tmp_path / "backup", replace=True)
+        assert {version: store.yanks(version) for version in made} == before
+    assert [yank.yanked for yank in store.yanks(made[2])] == [False, True]
+    assert store.resolve("task-1@production") == made[1]  # aliases are the backup's
+    assert store.resolve("task-1") == made[2]
+    with pytest.raises(YankedVersion, match="it leaks"):
+        store.promote("task-1", "production", made[1], who="ann", why="")
+
+
+def test_yanks_come_back_with_a_backup(engine, blobs, store, ledger, fresh, tmp_path, fill):
+    made = fill(store, ledger)
+    store.yank(made[2], who="ann", why="it leaks")
+    back_up(engine, blobs, tmp_path / "backup")
+    restore(fresh[0], fresh[1], tmp_path / "backup")
+    assert fresh[2].yanks(made[2]) == store.yanks(made[2])
 
 
 def test_one_event_that_is_two_spends_is_refused(
