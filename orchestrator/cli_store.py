@@ -14,7 +14,9 @@ from orchestrator.terminal import JsonFlag, err, out, print_json, workspace_here
 if TYPE_CHECKING:
     from orchestrator.upkeep import HomeCheckup
 
-store_app = typer.Typer(help="Back a store up, bring it back, upgrade it.", no_args_is_help=True)
+store_app = typer.Typer(
+    help="Look at a store, back it up, bring it back, upgrade it.", no_args_is_help=True
+)
 _SHOWN = 20
 
 
@@ -62,6 +64,31 @@ def gc(
         if len(blobs) > _SHOWN:
             out.print(f"{title:10s} and {len(blobs) - _SHOWN} more", highlight=False)
     out.print(views.collection_line(found, drafts, delete), highlight=False)
+
+
+@store_app.command("show")
+def store_show(as_json: JsonFlag = False) -> None:
+    """Show where the store lies, how much of it there is, and how full its cache is."""
+    from dataclasses import asdict
+
+    from orchestrator import upkeep
+
+    found = upkeep.standing(workspace_here())
+    if as_json:
+        print_json(asdict(found))
+        return
+    counts = f"{found.versions} versions, {found.names} names, {found.runs} runs"
+    cache = "none: the blobs are here, or WEFT_BLOB_CACHE=0"
+    if found.cache is not None:
+        used, limit = found.cache_bytes / 2**20, found.cache_limit_bytes / 2**20
+        cache = f"{found.cache}, {used:.1f} of {limit:.1f} MiB"
+    for title, text in (
+        ("database", f"{found.database} (schema {found.schema})"),
+        ("rows", f"{counts}, {found.updates} client updates kept"),
+        ("blobs", found.blobs),
+        ("cache", cache),
+    ):
+        out.print(f"{title:10s} {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @store_app.command("backup")

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from sqlalchemy import func, select
+
 from clients.files import write_durably
 from clients.keys import has_key
 from orchestrator.retention import take_in
 from orchestrator.workspace import Workspace, open_workspace, place_of
-from storage import backup, garbage, restoring
+from storage import backup, garbage, restoring, schema
 from storage import fsck as checking
 from storage.backup import Backup
 from storage.blobs import BlobStore
 from storage.buckets import open_place
-from storage.database import connect, migrate, refuse_newer, revision
+from storage.cache import Cache
+from storage.database import connect, migrate, reading, refuse_newer, revision, where
 from storage.fsck import Checkup, Progress
-from storage.garbage import DRAFT_S, GRACE_S, Collection
+from storage.garbage import GRACE_S, Collection
+from storage.places import DRAFT_S
 from storage.restoring import Restored
-from storage.schema import HEAD
 
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}")
 _FOLDERS = ("bases", "runs", "sites")
@@ -39,6 +42,60 @@ class HomeCheckup:
 
     store: Checkup
     drafts: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a store lies, and how much of it there is.
+
+    Attributes:
+        database: where its rows are, without a password.
+        schema: of the rows.
+        versions: how many.
+        names: how many.
+        runs: how many.
+        updates: how many client updates are kept.
+        blobs: where the blobs are.
+        cache: folder of copies of blobs that lie elsewhere, or None.
+        cache_bytes: what it holds.
+        cache_limit_bytes: what it may hold.
+    """
+
+    database: str
+    schema: str
+    versions: int
+    names: int
+    runs: int
+    updates: int
+    blobs: str
+    cache: str | None
+    cache_bytes: int
+    cache_limit_bytes: int
+
+
+def standing(workspace: Workspace) -> Standing:
+    """Return where a store lies, and how much of it there is."""
+    tables = (schema.versions, schema.names, schema.runs)
+    kept = select(func.count(schema.kept_updates.c.blob.distinct()))
+    with reading(workspace.engine) as connection:
+        versions, names, runs = (
+            connection.scalar(select(func.count()).select_from(table)) or 0 for table in tables
+        )
+        updates = connection.scalar(kept) or 0
+    cache = workspace.blobs.cache
+    limited = cache if isinstance(cache, Cache) else None
+    return Standing(
+        where(workspace.engine),
+        schema.HEAD,
+        versions,
+        names,
+        runs,
+        updates,
+        workspace.blobs.place.where(),
+        limited.where() if limited else None,
+        limited.used_bytes() if limited else 0,
+        limited.limit_bytes if limited else 0,
+    )
 
 
 def fsck(
@@ -140,7 +197,7 @@ def upgrade(
     try:
         before = revision(engine)
         refuse_newer(engine)
-        if before not in (None, HEAD):
+        if before not in (None, schema.HEAD):
             stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
             saved = place / "backups" / f"schema-{before}-{stamp}"
             backup.back_up(engine, None, saved)

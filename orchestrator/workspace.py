@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from storage.blobs import BlobStore
 from storage.buckets import open_place
+from storage.cache import DEFAULT_LIMIT, Cache, parse_limit
 from storage.database import open_database
 from storage.ledger import Ledger
 from storage.places import Folder
@@ -48,11 +49,12 @@ def open_workspace(
         home: folder; by default ``$WEFT_HOME``, else ``.weft``.
         database: SQLAlchemy URL; by default ``$WEFT_DATABASE``, else SQLite in ``home``.
         blobs: folder or url of the tensors; by default ``$WEFT_BLOBS``, else a folder in ``home``.
-            What lies elsewhere is cached in ``home``.
+            What lies elsewhere is cached in ``home``, up to ``$WEFT_BLOB_CACHE`` (20GiB).
 
     Raises:
         NewerSchema, OlderSchema: if another weft wrote the database.
         BadBlobsUrl, BlobsUnavailable: if there can be no blobs there.
+        BadCacheLimit: if the cache's limit is no size.
     """
     folder, url = place_of(home, database)
     stored = open_blobs(folder, blobs)
@@ -72,10 +74,13 @@ def open_blobs(home: Path, blobs: str | None = None) -> BlobStore:
 
     Raises:
         BadBlobsUrl, BlobsUnavailable: if there can be none there.
+        BadCacheLimit: if the cache's limit is no size.
     """
     place = open_place(blobs or os.environ.get("WEFT_BLOBS") or home / "blobs")
-    cache = None if isinstance(place, Folder) else Folder(home / "cache" / "blobs")
-    return BlobStore(place, cache)
+    limit = parse_limit(os.environ.get("WEFT_BLOB_CACHE") or DEFAULT_LIMIT)
+    if isinstance(place, Folder) or limit == 0:
+        return BlobStore(place)
+    return BlobStore(place, Cache(home / "cache" / "blobs", limit))
 
 
 def home_folder(home: str | Path | None = None) -> Path:

@@ -94,8 +94,11 @@ class BlobStore:
         """Return the bytes called ``digest``, verified. Raises as :meth:`get`."""
         name = name_of(digest)
         near = self.cache.read(name) if self.cache else None
-        if near is not None and hashlib.sha256(near).hexdigest() == digest:
-            return near
+        if near is not None:
+            if hashlib.sha256(near).hexdigest() == digest:
+                return near
+            assert self.cache is not None
+            self.cache.remove(name)
         data = self.fetch(digest)
         self._remember(name, data)
         return data

@@ -259,6 +259,11 @@ def _parse(url: str) -> URL:
     return address
 
 
+def where(engine: Engine) -> str:
+    """Return where a database is, without what may be a password."""
+    return _place(engine.url)
+
+
 def _place(address: URL) -> str:
     """Return where ``address`` points, without the parts that may hold a password."""
     shown = URL.create(

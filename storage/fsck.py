@@ -18,7 +18,7 @@ from storage.blobs import BlobCorrupt, BlobMissing, BlobStore, digest_of
 from storage.database import reading
 from storage.garbage import dead_drafts, discard
 from storage.integrity import Problem, row_problems
-from storage.places import Entry
+from storage.places import Entry, is_draft
 from storage.references import references
 
 Progress = Callable[[int, int], None]
@@ -107,8 +107,7 @@ def fsck(
 
 def _strangers(entries: Sequence[Entry]) -> Iterator[str]:
     for entry in entries:
-        last = entry.name.rpartition("/")[2]
-        if digest_of(entry.name) is None and not last.startswith("."):
+        if digest_of(entry.name) is None and not is_draft(entry):
             yield entry.name
 
 

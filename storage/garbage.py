@@ -14,15 +14,12 @@ from sqlalchemy import Connection, Engine, delete, select, update
 
 from storage.blobs import BlobStore, digest_of
 from storage.database import insert_or_update, lock, reading, writing
-from storage.places import Entry
+from storage.places import DRAFT_S, Entry, is_draft
 from storage.references import LOCK, blob_columns, references
 from storage.schema import condemned
 
 GRACE_S = 86_400.0
 """Seconds that a condemned blob is kept."""
-
-DRAFT_S = 3_600.0
-"""Seconds after which a draft's writer is taken for dead: writing one takes seconds."""
 
 _BATCH = 50
 
@@ -120,11 +117,7 @@ def dead_drafts(
 ) -> tuple[Entry, ...]:
     """Return the unfinished files among ``entries`` that nobody can be writing any more."""
     before = moment.timestamp() - max(grace_s, DRAFT_S)
-    return tuple(
-        entry
-        for entry in entries
-        if entry.name.rpartition("/")[2].startswith(".") and entry.modified_at <= before
-    )
+    return tuple(e for e in entries if is_draft(e) and e.modified_at <= before)
 
 
 def _condemned(

@@ -18,6 +18,10 @@ from typing import Protocol
 _NO_LINKS = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES})
 
 
+DRAFT_S = 3_600.0
+"""Seconds after which a draft's writer is taken for dead: writing one takes seconds."""
+
+
 class BlobsUnavailable(ConnectionError):
     """The place of the blobs cannot be reached, or refuses; nothing was written."""
 
@@ -39,6 +43,11 @@ class Entry:
     name: str
     size_bytes: int
     modified_at: float
+
+
+def is_draft(entry: Entry) -> bool:
+    """Return whether a file is being written, or was when its writer died."""
+    return entry.name.rpartition("/")[2].startswith(".")
 
 
 class Place(Protocol):

@@ -64,6 +64,25 @@ def test_what_a_killed_process_left_in_the_home_is_found_and_removed(ok, read, h
     assert sorted(folder.iterdir()) == [key, young]
 
 
+def test_the_store_says_where_it_lies_and_how_full_its_cache_is(
+    ok, read, refused, home, monkeypatch
+):
+    assert "2 versions, 1 names, 0 runs, 0 client updates kept" in ok("store", "show")
+    assert read("store", "show")["cache"] is None
+    monkeypatch.setenv("WEFT_BLOBS", "memory://shown")
+    monkeypatch.setenv("WEFT_BLOB_CACHE", "2MiB")
+    workspace = open_workspace(home)
+    size = len(workspace.blobs.fetch(workspace.blobs.put({"x": torch.ones(3)})))
+    workspace.close()
+    assert f"{home / 'cache' / 'blobs'}, 0.0 of 2.0 MiB" in ok("store", "show")
+    found = read("store", "show")
+    assert (found["cache_bytes"], found["cache_limit_bytes"]) == (size, 2 * 2**20)
+    monkeypatch.setenv("WEFT_BLOB_CACHE", "0")
+    assert read("store", "show")["cache"] is None
+    monkeypatch.setenv("WEFT_BLOB_CACHE", "lots")
+    assert "got 'lots'; set WEFT_BLOB_CACHE" in refused("store", "show")
+
+
 def test_gc_is_a_dry_run_unless_it_is_told_to_delete(ok, read, home):
     (home / "blobs" / "stray").write_text("not a blob")
     workspace = open_workspace(home)
