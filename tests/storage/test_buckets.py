@@ -1,6 +1,8 @@
 """Blobs elsewhere: in memory, over fsspec's own files, and on a real server that speaks S3."""
 
+import hashlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -251,6 +253,49 @@ def test_an_upload_that_is_cut_short_stores_nothing_and_can_be_done_again(
     assert fsck(engine, blobs).is_sound
     version = store.commit(adapter(size=250_000), parents={}, recipe={})
     assert same(store.tensors(version), adapter(size=250_000))
+
+
+DIES_BETWEEN_PARTS = """
+import os, signal, sys
+import s3fs
+from storage.buckets import Bucket
+
+send, upload = s3fs.S3FileSystem._call_s3, s3fs.S3FileSystem._pipe_file
+upload.__defaults__ = (5 * 2**20, *upload.__defaults__[1:])  # bytes of a part, not 50 MiB
+
+async def then_die(self, method, *args, **kwargs):
+    answer = await send(self, method, *args, **kwargs)
+    if method == "upload_part":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+
+s3fs.S3FileSystem._call_s3 = then_die
+Bucket("s3://weft/team/blobs").write(sys.argv[1], bytes(int(sys.argv[2])))
+"""
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_a_process_killed_between_the_parts_of_an_upload_leaves_nothing_to_see(bucket, engine):
+    data = bytes(11 * 2**20)
+    name = name_of(hashlib.sha256(data).hexdigest())
+    command = [sys.executable, "-c", DIES_BETWEEN_PARTS, name, str(len(data))]
+    died = subprocess.run(command, capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    begun = bucket._files.call_s3("list_multipart_uploads", Bucket="weft")["Uploads"]
+    assert [one["Key"] for one in begun] == [f"team/blobs/{name}"]
+
+    blobs = BlobStore(bucket)
+    assert (bucket.size(name), bucket.read(name), list(bucket.entries())) == (None, None, [])
+    found = fsck(engine, blobs)
+    assert (found.problems, found.orphans, found.drafts, found.num_blobs) == ((), (), (), 0)
+    assert collect(engine, blobs).waiting == ()
+
+    assert blobs.get_bytes(blobs.put_bytes(data)) == data
+    assert [entry.name for entry in bucket.entries()] == [name]
+    for _ in range(2):
+        collect(engine, blobs, delete_them=True, grace_s=0)
+    assert list(bucket.entries()) == []
 
 
 @pytest.mark.s3
