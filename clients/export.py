@@ -67,18 +67,16 @@ def export_peft(
     """
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
     _check_head(head, spec)
-    layers = _layers({name: tensor for name, tensor in tensors.items() if name not in head})
-    base = skeleton(spec, whole=True)
-    revision = hub_revision(spec)
-    config = _peft_config(layers, spec, revision, placement.linear_layers(base))
-    save_file(_peft_tensors(layers), folder / WEIGHTS, {"format": "pt"})
-    write_json(folder / CONFIG, config.to_dict())
+    adapter = {name: tensor for name, tensor in tensors.items() if name not in head}
+    named, config = peft_files(adapter, spec)
+    save_file(named, folder / WEIGHTS, {"format": "pt"})
+    write_json(folder / CONFIG, config)
     if head:
         save_file(_plain(head), folder / HEAD, {"format": "pt"})
     facts = {
         "kind": spec.kind,
         "labels": list(spec.labels),
-        "pooling": pooling(spec, base.config) if head else None,
+        "pooling": pooling(spec, skeleton(spec, whole=True).config) if head else None,
         "max_length": spec.max_length,
         **base_facts(folder, spec),
         **extra,
@@ -86,6 +84,22 @@ def export_peft(
     write_json(folder / FACTS, facts)
     (folder / "README.md").write_text(model_card(spec, facts, card), encoding="utf-8")
     return facts
+
+
+def peft_files(tensors: Tensors, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an adapter as PEFT's two files have it: tensors by PEFT's names, and the config.
+
+    Args:
+        tensors: by weft's names, without a head.
+        spec: the base model.
+
+    Raises:
+        NotExportable: if they are not an adapter of PEFT's LoRA family for this base model.
+        clients.models.ModelNotFound: if the base model is not here.
+    """
+    layers = _layers(tensors)
+    linear = placement.linear_layers(skeleton(spec, whole=True))
+    return _peft_tensors(layers), _peft_config(layers, spec, hub_revision(spec), linear).to_dict()
 
 
 def export_kept(
@@ -101,7 +115,7 @@ def export_kept(
     Args:
         folder: where to; empty.
         tensors: by PEFT's names.
-        config: PEFT's, without the base model's place.
+        config: PEFT's; the base model's place is put into it.
         spec: the base model.
         card: what the model card says of the adapter, in Markdown.
         extra: further facts for ``weft.json``; JSON types.

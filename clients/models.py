@@ -308,6 +308,28 @@ def estimate(spec: ModelSpec, adapter: Adapter) -> dict[str, int]:
     }
 
 
+def unshared(spec: ModelSpec) -> Any:
+    """Return a base model of the caller's own, on the CPU, to be changed at will.
+
+    In float32 and not quantised, whatever ``spec`` says; its hash is not asked for.
+
+    Raises:
+        ModelNotFound: if there is no such model.
+        UnsupportedBase: if it does not suit ``spec.kind``.
+    """
+    folder = locate(spec.id, spec.revision)
+    config = _config(spec, folder)
+    options = {
+        "config": config,
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        **_class_options(spec, config),
+    }
+    return _frozen(_pretrained(spec, folder, options), spec)
+
+
 def skeleton(spec: ModelSpec, *, whole: bool = False) -> Any:
     """Return the base model of ``spec`` without weights, on torch's meta device.
 

@@ -19,9 +19,14 @@ def linear_layers(backbone: nn.Module) -> dict[str, nn.Module]:
 
     Quantised layers and GPT-2's transposed ``Conv1D`` are linear layers too.
     """
+    return {name: module for name, module in backbone.named_modules() if is_linear(module)}
+
+
+def is_linear(module: object) -> bool:
+    """Return whether a module is a linear layer; see :func:`linear_layers`."""
     from transformers.pytorch_utils import Conv1D
 
-    return {n: m for n, m in backbone.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
 def targets(

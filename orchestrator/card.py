@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.epsilons import Epsilon
 from storage.lineage import Lineage, Version
+
+if TYPE_CHECKING:
+    from clients.conversion import Conversion
 
 
 def version_card(version: Version, history: Lineage, epsilons: Iterable[Epsilon]) -> str:
@@ -29,6 +32,27 @@ def version_card(version: Version, history: Lineage, epsilons: Iterable[Epsilon]
         found = {key: f"{value:.4g}" for key, value in sorted(version.metrics.items())}
         parts.append(_section("Evaluations", _rows(found)))
     return "\n\n".join(parts)
+
+
+def conversion_card(converted: Conversion) -> str:
+    """Return what the card says of a conversion to LoRA, as Markdown."""
+    lines = [f"| `{n}` | {k.rank} | {percent(k.energy)} |" for n, k in converted.layers.items()]
+    said = (
+        f"Converted from {converted.method}. LoRA keeps {percent(converted.energy)} of the energy "
+        "(the squared norm) of what it changes."
+    )
+    table = "\n".join(["| layer | rank | energy |", "|---|---|---|", *lines])
+    return _section("Conversion", f"{said}\n\n{table}")
+
+
+def percent(share: float) -> str:
+    """Return a share of the energy for people; only all of it is 100 %.
+
+    >>> percent(1.0), percent(0.99999), percent(0.9912)
+    ('100 %', '99.99 %', '99.12 %')
+    """
+    # what rounding alone lost is nothing
+    return "100 %" if share > 1 - 1e-9 else f"{min(100 * share, 99.99):.2f} %"
 
 
 def _section(title: str, text: str) -> str:

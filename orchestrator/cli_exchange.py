@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,22 +38,34 @@ def import_(
         out.print(f"kept in PEFT's own format: {made.kept}", highlight=False, markup=False)
 
 
-def export(
+def export(  # noqa: PLR0913  (one option each)
     ref: str,
     folder: Path,
     model: ModelOption = None,
     sign: Annotated[str | None, typer.Option("--sign", help="Key that signs it.")] = None,
+    to: Annotated[
+        Literal["lora"] | None, typer.Option("--as", help="Convert it, and say what that keeps.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --as lora: the most that a layer gets."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a version as a PEFT folder."""
-    from orchestrator import service
+    from orchestrator import report, service, views
 
-    files = service.export(workspace_here(), ref, folder, model, sign)
+    if rank is not None and to is None:
+        raise typer.BadParameter("--rank is the rank of --as lora; give both, or neither")
+    wanted = service.AsLora(rank) if to else None
+    made = service.export(workspace_here(), ref, folder, model, sign, wanted)
     if as_json:
-        print_json([str(f) for f in files])
-    else:
-        for file in files:
-            out.print(str(file), highlight=False)
+        print_json(views.export_json(made))
+        return
+    for file in made.files:
+        out.print(str(file), highlight=False)
+    if made.converted:
+        out.print(report.conversion_table(made.converted))
 
 
 def verify(

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from clients.export import export_kept, export_peft
+from clients.assignment import ModelSpec
+from clients.conversion import Conversion, convert, convert_kept, cut
+from clients.export import export_kept, export_peft, peft_files
 from clients.folders import whole_folder
 from orchestrator.bases import base_of
-from orchestrator.card import version_card
+from orchestrator.card import conversion_card, version_card
 from orchestrator.manifest import write_manifest, write_signature
-from orchestrator.merging import effective
+from orchestrator.merging import adapter_of, effective, split_head
 from orchestrator.provenance import lineage
 from orchestrator.signing import admitted, keys
-from orchestrator.versions import refuse_unusable
+from orchestrator.versions import as_it_is, refuse_unusable
 from orchestrator.workspace import Workspace
+from storage.lineage import Version
+from strategies.base import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class AsLora:
+    """That an export is to be plain LoRA, whatever the method.
+
+    Attributes:
+        rank: the most that a layer gets, >= 1. None keeps all of a low-rank adapter, and of any
+            other 99 % of each layer, at a rank of 64 at most.
+    """
+
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        files: sorted.
+        converted: what LoRA keeps of the version, or None where nothing was converted.
+    """
+
+    files: tuple[Path, ...]
+    converted: Conversion | None
 
 
 def export(
@@ -23,11 +53,12 @@ def export(
     folder: str | Path,
     model: str | None = None,
     sign: str | None = None,
-) -> list[Path]:
+    to: AsLora | None = None,
+) -> Exported:
     """Write a version as a PEFT folder that peft, vLLM and the Hub load as is, whole or not at all.
 
     A stacked version is exported whole: its factors and those underneath, concatenated. One that
-    was imported in PEFT's own format is exported in that.
+    was imported in PEFT's own format is exported in that, if not ``to`` LoRA.
 
     Args:
         workspace: where the version is.
@@ -35,36 +66,76 @@ def export(
         folder: where to; it must not exist or be empty.
         model: where its base model lies now, if not where it was last seen.
         sign: name of the key that signs the manifest, or None.
-
-    Returns:
-        The files, sorted.
+        to: whether to convert it to LoRA; how much of it that keeps is in ``weft.json``, the
+            manifest and the model card.
 
     Raises:
         UnknownVersion: if there is no such version.
         FileExistsError: if the folder is not empty.
         Unsigned: if the signature policy does not let the version out.
         UnknownKey, BadKey: if the key is not here or cannot sign.
+        clients.conversion.NotConvertible: if the version cannot be LoRA, with the reason.
     """
     version = admitted(workspace, ref)
     kept = version.recipe.get("peft")
     if kept is None:
         refuse_unusable(version)
     spec = base_of(workspace, version, model)
+    tensors = effective(workspace.store, version) if kept is None else None
+    with whole_folder(Path(folder)) as made:
+        converted = None if to is None else _converted(workspace, version, spec, tensors, to.rank)
+        facts = _fill(made, workspace, version, spec, tensors, converted)
+        digest = write_manifest(made, facts)
+        if sign is not None:
+            write_signature(made, keys(workspace.home).sign("manifest", digest, sign))
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return Exported(tuple(files), converted)
+
+
+def _fill(
+    folder: Path,
+    workspace: Workspace,
+    version: Version,
+    spec: ModelSpec,
+    tensors: Tensors | None,
+    converted: Conversion | None,
+) -> dict[str, Any]:
+    """Write what PEFT reads and what there is to say; return what ``weft.json`` says.
+
+    ``tensors`` is all that a version does, or None where it is in PEFT's own format.
+    """
     ancestry = lineage(workspace, version.id)
     card = version_card(version, ancestry.lineage, ancestry.epsilons)
-    extra = {
+    extra: dict[str, Any] = {
         "version": version.id,
         "seen_labels": version.recipe["seen_labels"],
         "privacy": [asdict(one) for one in ancestry.epsilons],
     }
-    with whole_folder(Path(folder)) as made:
-        if kept is None:
-            tensors = effective(workspace.store, version)
-            facts = export_peft(made, tensors=tensors, spec=spec, card=card, extra=extra)
-        else:
-            as_they_are = workspace.store.tensors(version.id)
-            facts = export_kept(made, as_they_are, kept, spec, card, extra)
-        digest = write_manifest(made, facts)
-        if sign is not None:
-            write_signature(made, keys(workspace.home).sign("manifest", digest, sign))
-    return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    if converted is not None:
+        card += "\n\n" + conversion_card(converted)
+        extra["converted"] = converted.facts()
+    if tensors is not None:
+        head = split_head(tensors)[1]
+        whole = tensors if converted is None else {**converted.tensors, **head}
+        return export_peft(folder, tensors=whole, spec=spec, card=card, extra=extra)
+    named, config = workspace.store.tensors(version.id), version.recipe["peft"]
+    if converted is not None:
+        named, config = peft_files(converted.tensors, spec)
+    return export_kept(folder, named, config, spec, card, extra)
+
+
+def _converted(
+    workspace: Workspace,
+    version: Version,
+    spec: ModelSpec,
+    tensors: Tensors | None,
+    rank: int | None,
+) -> Conversion:
+    """Return a version as LoRA; ``tensors`` as :func:`_fill`."""
+    if tensors is None:
+        own = workspace.store.tensors(version.id)
+        return convert_kept(spec, version.recipe["peft"], own, rank)
+    adapter = split_head(tensors)[0]
+    if "low-rank" in adapter_of(version).capabilities:
+        return cut(version.recipe["adapter"]["name"], adapter, rank)
+    return convert(spec, as_it_is(version, adapter), adapter, rank)

@@ -48,14 +48,17 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> str:
 
     Args:
         folder: the export.
-        facts: what ``weft.json`` says: ``version``, ``base`` and ``tokenizer`` are taken.
+        facts: what ``weft.json`` says: ``version``, ``base`` and ``tokenizer`` are taken, and of a
+            ``converted`` adapter from which method it is and the energy that was kept.
     """
+    converted = facts.get("converted")
     document = {
         "format": _FORMAT,
         "version": facts["version"],
         "base": {key: facts["base"][key] for key in ("id", "revision", "hash")},
         "tokenizer": facts["tokenizer"],
         "files": {name: _sha256(folder / name) for name in _files(folder)},
+        **({"converted": {k: converted[k] for k in ("from", "energy")}} if converted else {}),
     }
     text = canonical_json(document, "the manifest")
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

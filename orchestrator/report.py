@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clients.inspection import DataReport
+from orchestrator.card import percent
 from orchestrator.drawing import epsilon_line
 from orchestrator.epsilons import Epsilon
 from storage.aliases import AliasMove
@@ -19,6 +20,8 @@ from storage.lineage import Version
 from storage.listing import NameRow
 from storage.records import now
 
+if TYPE_CHECKING:
+    from clients.conversion import Conversion
 
 def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
     """Return one version's facts."""
@@ -84,6 +87,15 @@ def moves_table(moves: Sequence[AliasMove]) -> Table:
         when = m.created_at.strftime("%Y-%m-%d %H:%M:%S")
         facts = (str(m.number), when, m.kind, (m.before or "-")[:12], m.version[:12], m.who, m.why)
         table.add_row(*(escape(text) for text in facts))
+    return table
+
+
+def conversion_table(converted: Conversion) -> Table:
+    """Return how much of each layer's change LoRA keeps, and of all."""
+    table = Table("layer", "rank", "energy")
+    for name, kept in converted.layers.items():
+        table.add_row(escape(name), str(kept.rank), percent(kept.energy))
+    table.add_row("all", "", percent(converted.energy), style="bold")
     return table
 
 

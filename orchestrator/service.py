@@ -21,7 +21,7 @@ from orchestrator.coordinator import (
 from orchestrator.deploying import YankResult, alias_log, name_of, promote, rollback, yank
 from orchestrator.differences import BadDiff, Diff, diff
 from orchestrator.epsilons import spent_by_population
-from orchestrator.exporting import export
+from orchestrator.exporting import AsLora, export
 from orchestrator.federation import Observe
 from orchestrator.importing import import_adapter
 from orchestrator.launch import make_plan
@@ -68,6 +68,7 @@ from storage.ledger import Queueing, RunRecord
 
 __all__ = [
     "Ancestry",
+    "AsLora",
     "BadDiff",
     "BadSelection",
     "Diff",

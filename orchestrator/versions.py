@@ -103,7 +103,7 @@ def use(
         round=0,
         base=version.id,
         model=base_of(workspace, version, model),
-        adapter=_as_it_is(version, tensors),
+        adapter=as_it_is(version, tensors),
         broadcast=Broadcast(tensors),
         data=dataset,
         optimizer=PluginChoice(""),
@@ -129,7 +129,7 @@ def refuse_unusable(version: Version) -> None:
         )
 
 
-def _as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
+def as_it_is(version: Version, tensors: Tensors) -> PluginChoice:
     """Return the adapter that holds exactly ``tensors``: a merge may cover more layers."""
     choice = version.recipe["adapter"]
     layers = sorted({k.removesuffix(".scaling") for k in tensors if k.endswith(".scaling")})

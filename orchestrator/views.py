@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.provenance import Ancestry
 from orchestrator.upkeep import HomeCheckup
@@ -16,6 +16,9 @@ from storage.garbage import Collection
 from storage.ledger import ClientRecord, Event, RunRecord
 from storage.lineage import Version
 from storage.restoring import Restored
+
+if TYPE_CHECKING:
+    from orchestrator.exporting import Exported
 
 
 def run_json(record: RunRecord) -> dict[str, Any]:
@@ -146,3 +149,12 @@ def restored_json(
 ) -> dict[str, Any]:
     """Return what a backup brought back as JSON."""
     return {**asdict(found), "cancelled": list(cancelled), "check": checkup_json(checkup)}
+
+
+def export_json(made: Exported) -> dict[str, Any]:
+    """Return an export: its files, and what a conversion kept."""
+    done = made.converted
+    return {
+        "files": [str(file) for file in made.files],
+        "converted": done and done.facts(),
+    }

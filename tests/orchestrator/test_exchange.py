@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import peft
 import pytest
@@ -47,6 +48,14 @@ def outside(tiny_decoder, tmp_path):
 def ia3(outside):
     settings = {"target_modules": ["k_proj"], "feedforward_modules": []}
     return outside(peft.IA3Config(task_type="CAUSAL_LM", **settings), name="ia3")
+
+
+@pytest.fixture
+def norms(outside):
+    layers = {"target_modules": ["input_layernorm"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        return outside(peft.LNTuningConfig(task_type="CAUSAL_LM", **layers), name="norms")
 
 
 # --- import -----------------------------------------------------------------------------------
@@ -240,7 +249,7 @@ def test_an_export_says_what_it_is_made_of(home, tiny, notes, tmp_path):
 
 def test_the_manifest_of_an_export_covers_every_file(home, outside, tmp_path):
     service.import_adapter(home, outside(), "bot")
-    files = service.export(home, "bot", tmp_path / "out")
+    files = service.export(home, "bot", tmp_path / "out").files
     checked = check_manifest(tmp_path / "out")
 
     assert checked.problems == ()
@@ -259,6 +268,65 @@ def test_a_failed_signature_leaves_no_export(home, outside, tmp_path):
     with pytest.raises(UnknownKey):
         service.export(home, "bot", tmp_path / "out", sign="nobody")
     assert not (tmp_path / "out").exists()
+
+
+# --- export as LoRA ---------------------------------------------------------------------------
+
+
+def test_another_method_is_exported_as_lora_with_the_energy_that_it_keeps(
+    home, outside, read, ok, tmp_path
+):
+    torch.manual_seed(0)
+    folder = outside(peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    kept = service.import_adapter(home, folder, "bot")
+    assert kept.kept == "weft trains no LOHA"
+    said = read("export", "bot", tmp_path / "cut", "--as", "lora", "--rank", "4")
+    ok("export", "bot", tmp_path / "whole", "--as", "lora", "--rank", "32")
+
+    converted = said["converted"]
+    facts = json.loads((tmp_path / "cut" / "weft.json").read_text())
+    assert facts["converted"] == converted
+    assert {layer["rank"] for layer in converted["layers"].values()} == {4}
+    assert 0 < converted["energy"] < 0.999
+    listed = check_manifest(tmp_path / "cut")
+    assert listed.problems == ()
+    assert listed.facts["converted"] == {"from": "loha", "energy": converted["energy"]}
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert f"LoRA keeps {100 * converted['energy']:.2f} % of the energy" in card
+    assert "| `model.layers.1.self_attn.v_proj` | 4 | " in card
+    ids = torch.tensor([[2, 9, 11, 40, 3]])
+    with torch.no_grad():
+        was, whole, cut = (
+            peft.AutoPeftModelForCausalLM.from_pretrained(path).eval()(input_ids=ids).logits
+            for path in (folder, tmp_path / "whole", tmp_path / "cut")
+        )
+    torch.testing.assert_close(whole, was, rtol=0, atol=1e-3)
+    assert (cut - was).abs().max() > 0.01
+
+    back = service.import_adapter(home, tmp_path / "cut", "bot")
+    assert (back.parent, back.kept) == (kept.version, "")  # and can be trained on, merged, scored
+
+
+def test_what_weft_trained_is_cut_to_a_rank_with_its_head(home, tiny, ok, tmp_path):
+    service.launch(home, tiny(adapter={"name": "dora", "r": 2, "layers": [0]}))
+    said = ok("export", "task-1", tmp_path / "dora", "--as", "lora", "--rank", "1")
+    assert "all" in said.splitlines()[-2]
+    config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
+    assert (config["r"], config["use_dora"]) == (1, False)
+    assert (tmp_path / "dora" / "head.safetensors").exists()
+    service.launch(home, tiny(name="plain"))
+    service.export(home, "plain", tmp_path / "plain", to=service.AsLora())
+    facts = json.loads((tmp_path / "plain" / "weft.json").read_text())
+    assert {layer["rank"] for layer in facts["converted"]["layers"].values()} == {2}
+    assert facts["converted"]["energy"] == pytest.approx(1)
+
+
+def test_what_is_no_lora_is_refused_by_name_and_leaves_nothing(home, norms, refused, tmp_path):
+    service.import_adapter(home, norms, "bot")
+    said = refused("export", "bot", tmp_path / "out", "--as", "lora")
+    assert "ln_tuning cannot be exported as LoRA: it changes model.layers.0.input" in said
+    assert not (tmp_path / "out").exists()
+    service.export(home, "bot", tmp_path / "out")
 
 
 # --- signatures -------------------------------------------------------------------------------

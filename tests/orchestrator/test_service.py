@@ -194,7 +194,7 @@ def test_a_second_task_is_stacked_merged_scored_and_exported(home, tiny, tmp_pat
         ),
     )
     merged = service.merge(home, ["task-1", "task-2"], PluginChoice("cat"), "both")
-    files = service.export(home, "both", tmp_path / "peft")
+    files = service.export(home, "both", tmp_path / "peft").files
 
     data = DataSpec(notes("test", size=8))
     alike = [service.evaluate(home, ref, data) for ref in ("both", "task-2")]
