@@ -15,6 +15,9 @@ Seen = Annotated[
     str | None,
     typer.Option("--from", help="Where it points, as you know; refused if that has changed."),
 ]
+Sign = Annotated[
+    str | None, typer.Option("--sign", help="Key that signs the move and the version.")
+]
 
 
 def promote(
@@ -23,13 +26,21 @@ def promote(
     name: Annotated[str | None, typer.Option(help="The name the alias belongs to.")] = None,
     why: Why = "",
     seen: Seen = None,
+    sign: Sign = None,
 ) -> None:
     """Point NAME@ALIAS at a version."""
-    from orchestrator import deploying
+    from functools import partial
+
+    from orchestrator import deploying, signing
 
     workspace = workspace_here()
     owner = name or deploying.name_of(workspace, ref)
-    move = deploying.promote(workspace, owner, to, ref, why, seen)
+    move = signing.signed(
+        workspace,
+        f"{owner}@{to}",
+        sign,
+        partial(deploying.promote, workspace, owner, to, ref, why, seen),
+    )
     out.print(f"{owner}@{to}  {move.version}", highlight=False, markup=False)
 
 
@@ -40,11 +51,16 @@ def rollback(
     ] = None,
     why: Why = "",
     seen: Seen = None,
+    sign: Sign = None,
 ) -> None:
     """Point NAME@ALIAS back at the version before."""
-    from orchestrator import deploying
+    from functools import partial
 
-    move = deploying.rollback(workspace_here(), pointer, to, why, seen)
+    from orchestrator import deploying, signing
+
+    workspace = workspace_here()
+    back = partial(deploying.rollback, workspace, pointer, to, why, seen)
+    move = signing.signed(workspace, pointer, sign, back)
     left = (move.before or "")[:12]
     out.print(f"{pointer}  {move.version}  (was {left})", highlight=False, markup=False)
 

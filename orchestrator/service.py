@@ -46,7 +46,7 @@ from orchestrator.recipes import merge_recipe
 from orchestrator.registering import register_client, register_clients
 from orchestrator.replay import replay
 from orchestrator.retraining import retrain
-from orchestrator.signing import admitted
+from orchestrator.signing import admitted, signed
 from orchestrator.steering import (
     RunRefused,
     cancel,
@@ -109,6 +109,7 @@ __all__ = [
     "retrain",
     "rollback",
     "serve",
+    "signed",
     "spent_by_population",
     "submit",
     "use",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from clients.files import write_durably
 from orchestrator.manifest import Checked, check_manifest
 from orchestrator.workspace import Workspace
+from storage.aliases import AliasMove
 from storage.canonical import canonical_json
 from storage.keys import Key, KeyRing, public_key
 from storage.lineage import Version
@@ -94,11 +95,40 @@ def sign(workspace: Workspace, ref: str, key: str | None = None) -> dict[str, st
         UnknownKey, BadKey: if there is no such key, or it cannot sign here.
     """
     subjects = {"version": workspace.store.version(ref).id} | _moves(workspace.store, ref)
+    _sign(workspace, subjects, key)
+    return subjects
+
+
+def signed(
+    workspace: Workspace, pointer: str, key: str | None, move: Callable[[], AliasMove]
+) -> AliasMove:
+    """Move an alias, and sign that very move and the version that it points at from then on.
+
+    Another's move that comes between is not signed. After a crash between the move and the
+    signature the move is unsigned: sign the alias then.
+
+    Args:
+        workspace: where.
+        pointer: ``NAME@ALIAS``.
+        key: name of the key; None signs nothing.
+        move: does it.
+
+    Raises:
+        UnknownKey, BadKey: if there is no such key, or it cannot sign here; nothing is moved then.
+    """
+    if key is None:
+        return move()
+    keys(workspace.home).check(key)
+    made = move()
+    _sign(workspace, {"version": made.version, "alias": _digest(pointer, made)}, key)
+    return made
+
+
+def _sign(workspace: Workspace, subjects: Mapping[str, str], key: str | None) -> None:
     ring, kept = keys(workspace.home), SignatureStore(workspace.engine)
     made = {kind: ring.sign(kind, subject, key) for kind, subject in subjects.items()}
     for kind, subject in subjects.items():
         kept.add(kind, subject, made[kind])
-    return subjects
 
 
 def signers(workspace: Workspace, ref: str) -> dict[str, Key | None]:
@@ -158,17 +188,22 @@ def _moves(store: AdapterStore, ref: str) -> dict[str, str]:
     name, at, alias = ref.partition("@")
     if not at:
         return {}
-    newest, *before = store.promotions(name, alias)[:2]
-    move = {
+    return {"alias": _digest(ref, store.promotions(name, alias)[0])}
+
+
+def _digest(pointer: str, move: AliasMove) -> str:
+    """Return what covers a move of ``NAME@ALIAS``."""
+    name, _, alias = pointer.partition("@")
+    document = {
         "name": name,
         "alias": alias,
-        "from": before[0].version if before else None,
-        "to": newest.version,
-        "who": newest.who,
-        "when": newest.created_at.isoformat(),
-        "why": newest.why,
+        "from": move.before,
+        "to": move.version,
+        "who": move.who,
+        "when": move.created_at.isoformat(),
+        "why": move.why,
     }
-    return {"alias": hashlib.sha256(canonical_json(move, "the move").encode()).hexdigest()}
+    return hashlib.sha256(canonical_json(document, "the move").encode()).hexdigest()
 
 
 def verify_folder(home: Path, folder: Path, public: Sequence[str]) -> tuple[Checked, list[str]]:

@@ -153,6 +153,19 @@ class KeyRing:
             UnknownKey: if there is no such key, or none or several to choose from.
             BadKey: if its private half is not here, or others may read it.
         """
+        key, private = self._signing(name)
+        return Signature(key.id, _encoded(private.sign(_message(kind, subject))))
+
+    def check(self, name: str | None = None) -> Key:
+        """Return the key that :meth:`sign` would use, if it can sign here. Raises as that does."""
+        return self._signing(name)[0]
+
+    def signer(self, kind: str, subject: str, signatures: Iterable[Signature]) -> Key | None:
+        """Return the trusted key that made one of ``signatures`` over this subject, or None."""
+        return trusted_signer(self.keys(), kind, subject, signatures)
+
+    def _signing(self, name: str | None) -> tuple[Key, Ed25519PrivateKey]:
+        """Return a key and its private half. Raises as :meth:`sign`."""
         key = self.key(name) if name else self._only()
         path = self._pem(key.name)
         if not path.exists():
@@ -165,11 +178,7 @@ class KeyRing:
             raise BadKey(f"{path} holds no private key") from None  # its text stays out of messages
         if not isinstance(private, Ed25519PrivateKey) or _text(private.public_key()) != key.public:
             raise BadKey(f"{path} is not the private half of {key.name}.pub")
-        return Signature(key.id, _encoded(private.sign(_message(kind, subject))))
-
-    def signer(self, kind: str, subject: str, signatures: Iterable[Signature]) -> Key | None:
-        """Return the trusted key that made one of ``signatures`` over this subject, or None."""
-        return trusted_signer(self.keys(), kind, subject, signatures)
+        return key, private
 
     def _only(self) -> Key:
         own = [key for key in self.keys() if key.private]

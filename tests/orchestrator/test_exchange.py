@@ -389,6 +389,42 @@ def test_an_alias_needs_its_last_move_signed_too(signed, outside):
         service.admitted(signed, "bot@production")
 
 
+def test_a_move_is_signed_as_it_is_made(signed, ok, refused, outside):
+    signing.set_policy(signed.home, "require")
+    ok("promote", "bot:v1", "--to", "live", "--sign", "alice")
+    assert service.admitted(signed, "bot@live").names == ("bot:v1",)
+    signing.set_policy(signed.home, "off")
+    service.import_adapter(signed, outside(seed=1, name="other"), "bot")
+    signing.set_policy(signed.home, "require")
+    ok("promote", "bot:v2", "--to", "live")
+    with pytest.raises(Unsigned):
+        service.admitted(signed, "bot@live")
+    ok("rollback", "bot@live", "--sign", "alice")
+    assert service.admitted(signed, "bot@live").names == ("bot:v1",)
+    assert signing.signers(signed, "bot:v2") == {"version": None}
+
+
+def test_a_key_that_cannot_sign_moves_nothing(signed, refused, tmp_path):
+    public = signing.keys(tmp_path / "other").new("bob").public
+    signing.keys(signed.home).trust("bob", public)
+    before = signed.store.promotions("bot", "production")
+    for key, problem in (("bob", "the private half of key 'bob' is not here"), ("al", "no key is")):
+        assert problem in refused("promote", "bot", "--to", "production", "--sign", key)
+        assert problem in refused("rollback", "bot@production", "--sign", key)
+    assert signed.store.promotions("bot", "production") == before
+
+
+def test_another_s_move_that_comes_between_is_not_signed(signed):
+    def move():
+        made = service.promote(signed, "bot", "production", "bot", why="mine")
+        service.promote(signed, "bot", "production", "bot", why="another's")
+        return made
+
+    service.signed(signed, "bot@production", "alice", move)
+    assert signing.signers(signed, "bot@production")["alias"] is None
+    assert signing.signers(signed, "bot@production")["version"].name == "alice"
+
+
 def test_a_warning_names_what_is_missing_and_lets_it_pass(signed, tmp_path, caplog):
     signing.set_policy(signed.home, "warn")
     with caplog.at_level(logging.WARNING):
