@@ -1,9 +1,9 @@
-"""Commits, names, aliases, merges, crashes, gc and fsck in any order keep what was promised."""
+"""Commits, names, moves of aliases, yanks, crashes, gc, fsck, restores: in any order all holds."""
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,19 +17,24 @@ from hypothesis.stateful import (
     consumes,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
 from sqlalchemy import event
 
+from storage.aliases import NothingToRollBack, YankedVersion
+from storage.backup import back_up
 from storage.blobs import BlobStore
 from storage.database import open_database
 from storage.fsck import fsck
 from storage.garbage import collect
+from storage.restoring import restore
+from storage.schema import metadata
 from storage.store import AdapterStore, UnknownVersion
 
 NAMES = st.sampled_from(["bot", "task-1"])
-ALIASES = st.sampled_from(["production", "candidate"])
+POINTERS = st.sampled_from([("bot", "production"), ("bot", "candidate"), ("task-1", "production")])
 VALUES = st.integers(0, 5)
 POINTS = ("INSERT INTO versions", "INSERT INTO version_parents", "UPDATE condemned", "COMMIT")
 
@@ -38,31 +43,59 @@ class Crash(BaseException):
     """The process dies here."""
 
 
+class Pointer:
+    """Where an alias points, and where a rollback goes: what the documentation says of it."""
+
+    def __init__(self) -> None:
+        self.trail: list[str] = []
+        self.left: set[str] = set()
+
+    def promote(self, version: str) -> None:
+        self.left.discard(version)
+        self.trail.append(version)
+
+    def back(self, unusable: set[str]) -> str | None:
+        """Where it goes back to: the last one that may be used and nobody rolled back from."""
+        out = self.left | unusable | set(self.trail[-1:])
+        return next((v for v in reversed(self.trail) if v not in out), None)
+
+    def roll_back(self, version: str) -> None:
+        """What came after it, or of a stranger what it points at, was rolled back from."""
+        if version in self.trail:
+            last = len(self.trail) - 1 - self.trail[::-1].index(version)
+        else:
+            last = len(self.trail) - 1
+        self.left |= set(self.trail[last:])
+        del self.trail[last:]
+        self.promote(version)
+
+
 class Store(RuleBasedStateMachine):
     """A store, beside what it must be like; a rule for each thing that can happen to it.
 
-    A rule for one more operation (a rollback, a yank) changes the store and ``self``'s idea of it;
-    the invariants stay as they are.
+    A rule for one more operation changes the store and ``self``'s idea of it; the invariants stay
+    as they are.
 
     Args:
-        migrated: a SQLite file with our tables and no row.
-        folder: where this example's store lies.
+        url: of a database with our tables and no row.
+        folder: where this example's blobs lie.
     """
 
     versions = Bundle("versions")
 
-    def __init__(self, migrated: Path, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path) -> None:
         super().__init__()
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        shutil.copy(migrated, folder / "weft.db")
-        self.engine = open_database(f"sqlite:///{folder / 'weft.db'}")
+        self.folder = folder
+        self.engine = open_database(url)
         self.blobs = BlobStore(folder / "blobs")
         self.store = AdapterStore(self.engine, self.blobs)
         self.content: dict[str, int] = {}
         self.parents: dict[str, set[str]] = {}
         self.names: dict[str, list[str]] = {}
-        self.aliases: dict[tuple[str, str], str] = {}
+        self.aliases: dict[tuple[str, str], Pointer] = {}
+        self.yanked: set[str] = set()
+        self.restored = False
 
     def teardown(self) -> None:
         self.engine.dispose()
@@ -96,14 +129,73 @@ class Store(RuleBasedStateMachine):
             numbered.append(version)
         assert self.store.name(name, version) == f"{name}:v{len(numbered)}"
 
-    @rule(version=versions, name=NAMES, alias=ALIASES)
-    def promote(self, version: str, name: str, alias: str) -> None:
-        if version in self.names.get(name, []):
-            self.store.promote(name, alias, version, who="me", why="")
-            self.aliases[name, alias] = version
-        else:
+    @rule(version=versions, pointer=POINTERS)
+    def release(self, version: str, pointer: tuple[str, str]) -> None:
+        self.name(version, pointer[0])
+        self.promote(version, pointer)
+
+    @rule(version=versions, pointer=POINTERS)
+    def promote(self, version: str, pointer: tuple[str, str]) -> None:
+        if version not in self.names.get(pointer[0], []):
             with pytest.raises(UnknownVersion):
-                self.store.promote(name, alias, version, who="me", why="")
+                self.store.promote(*pointer, version, who="me", why="")
+        elif version in self.yanked:
+            with pytest.raises(YankedVersion):
+                self.store.promote(*pointer, version, who="me", why="")
+        else:
+            self.store.promote(*pointer, version, who="me", why="")
+            self.aliases.setdefault(pointer, Pointer()).promote(version)
+
+    @rule(pointer=POINTERS)
+    def roll_back(self, pointer: tuple[str, str]) -> None:
+        moved = self.aliases.get(pointer)
+        target = moved.back(self.yanked) if moved else None
+        if moved is None or target is None:
+            with pytest.raises(NothingToRollBack if moved else UnknownVersion):
+                self.store.rollback(*pointer, who="me", why="")
+        else:
+            assert self.store.rollback(*pointer, who="me", why="").version == target
+            moved.roll_back(target)
+
+    @rule(version=versions, pointer=POINTERS)
+    def roll_back_to(self, version: str, pointer: tuple[str, str]) -> None:
+        moved = self.aliases.get(pointer)
+        refused: type[Exception] | None = None
+        if moved is None or version not in self.names.get(pointer[0], []):
+            refused = UnknownVersion
+        elif version in self.yanked:
+            refused = YankedVersion
+        elif version == moved.trail[-1]:
+            refused = NothingToRollBack
+        if refused is not None:
+            with pytest.raises(refused):
+                self.store.rollback(*pointer, who="me", why="", to=version)
+        else:
+            assert moved is not None
+            self.store.rollback(*pointer, who="me", why="", to=version)
+            moved.roll_back(version)
+
+    @rule(version=versions)
+    def yank(self, version: str) -> None:
+        self.store.yank(version, who="me", why="it leaks")
+        self.yanked.add(version)
+
+    @rule(version=versions)
+    def take_back_into_use(self, version: str) -> None:
+        self.store.unyank(version, who="me", why="")
+        self.yanked.discard(version)
+
+    @precondition(lambda self: not self.restored and len(self.names) > 1)
+    @rule()
+    def lose_everything_and_restore_a_backup(self) -> None:
+        shutil.rmtree(self.folder / "backup", ignore_errors=True)
+        back_up(self.engine, self.blobs, self.folder / "backup")
+        shutil.rmtree(self.folder / "blobs", ignore_errors=True)
+        with self.engine.begin() as connection:
+            for table in reversed(metadata.sorted_tables):
+                connection.execute(table.delete())
+        assert restore(self.engine, self.blobs, self.folder / "backup").missing == ()
+        self.restored = True  # once in an example: it takes as long as all else
 
     @rule(delete=st.booleans(), grace_s=st.sampled_from([0.0, 3600.0]))
     def gc(self, delete: bool, grace_s: float) -> None:
@@ -156,7 +248,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(version=consumes(versions))
     def lose_a_blob_and_mend_it_from_a_mirror(self, version: str) -> None:
-        mirror = BlobStore(Path(self.blobs.place.where()).parent / "mirror")
+        mirror = BlobStore(self.folder / "mirror")
         mirror.put({"x": torch.full((3,), float(self.content[version]))})
         digest = self.store.version(version).tensors
         self.blobs.remove(digest)
@@ -165,19 +257,35 @@ class Store(RuleBasedStateMachine):
 
     @invariant()
     def every_version_is_whole(self) -> None:
-        assert {v.id for v in self.store.versions(limit=1000)} == set(self.content)
+        found = {version.id: version for version in self.store.versions(limit=1000)}
+        assert set(found) == set(self.content)
         for version, value in self.content.items():
-            assert torch.equal(self.store.tensors(version)["x"], torch.full((3,), float(value)))
-            assert bool(self.store.auxiliary(version)) == bool(value % 2)
-            assert {p.id for p in self.store.version(version).parents} == self.parents[version]
+            own = self.blobs.get(found[version].tensors)["x"]
+            assert torch.equal(own, torch.full((3,), float(value)))
+            assert bool(found[version].auxiliary) == bool(value % 2)
+            assert {parent.id for parent in found[version].parents} == self.parents[version]
+
+    @invariant()
+    def every_lineage_is_what_its_parents_say(self) -> None:
+        ancestors: dict[str, set[str]] = {}
+        for version, parents in self.parents.items():  # parents come first
+            ancestors[version] = {version}.union(*(ancestors[parent] for parent in parents))
+        for version in list(self.parents)[-3:]:
+            assert set(self.store.lineage(version).nodes) == ancestors[version]
 
     @invariant()
     def every_name_and_alias_says_what_it_should(self) -> None:
         for name, numbered in self.names.items():
             for number, version in enumerate(numbered, 1):
                 assert self.store.resolve(f"{name}:v{number}") == version
-        for (name, alias), version in self.aliases.items():
-            assert self.store.resolve(f"{name}@{alias}") == version
+            usable = [version for version in numbered if version not in self.yanked]
+            if usable:
+                assert self.store.resolve(name) == usable[-1]
+            else:
+                with pytest.raises(UnknownVersion):
+                    self.store.resolve(name)
+        for (name, alias), pointer in self.aliases.items():
+            assert self.store.resolve(f"{name}@{alias}") == pointer.trail[-1]
 
     @invariant()
     def nothing_is_wrong(self) -> None:
@@ -199,13 +307,54 @@ class Store(RuleBasedStateMachine):
             event.remove(self.engine, kind, die)
 
 
-def test_whatever_happens_in_any_order_the_store_keeps_its_promises(migrated_sqlite, tmp_path):
+@pytest.fixture
+def empty(request: pytest.FixtureRequest, tmp_path: Path, migrated_sqlite: Path):
+    """Return a function that returns the URL of a database with our tables and without a row."""
+    if request.param == "sqlite":
+
+        def copied() -> str:
+            for left in tmp_path.glob("weft.db-*"):
+                left.unlink()  # of an example that failed
+            shutil.copy(migrated_sqlite, tmp_path / "weft.db")
+            return f"sqlite:///{tmp_path / 'weft.db'}"
+
+        return copied
+    server = request.getfixturevalue("postgres_databases")
+
+    def emptied() -> str:
+        server.run(f"TRUNCATE {', '.join(metadata.tables)}", "weft")
+        return str(server.of("weft"))
+
+    return emptied
+
+
+def keeps_its_promises(empty: Callable[[], str], folder: Path, examples: int, steps: int) -> None:
     run_state_machine_as_test(
-        lambda: Store(migrated_sqlite, tmp_path / "home"),
+        lambda: Store(empty(), folder),
         settings=settings(
-            max_examples=int(os.environ.get("WEFT_FUZZ_EXAMPLES", "8")),
-            stateful_step_count=12,
+            max_examples=examples,
+            stateful_step_count=steps,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+POSTGRES = pytest.mark.postgres
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+
+
+@pytest.mark.parametrize(
+    ("empty", "examples", "steps"),
+    [
+        pytest.param("sqlite", 8, 20, id="sqlite"),
+        pytest.param("postgres", 3, 15, id="postgres", marks=POSTGRES),
+        pytest.param("sqlite", 150, 60, id="sqlite-long", marks=SLOW),
+        pytest.param("postgres", 50, 60, id="postgres-long", marks=(*SLOW, POSTGRES)),
+    ],
+    indirect=["empty"],
+)
+def test_whatever_happens_in_any_order_the_store_keeps_its_promises(
+    empty, examples, steps, tmp_path
+):
+    keeps_its_promises(empty, tmp_path / "home", examples, steps)
