@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +22,7 @@ from storage.records import now
 
 if TYPE_CHECKING:
     from clients.conversion import Conversion
+
 
 def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
     """Return one version's facts."""
