@@ -64,10 +64,10 @@ Row = tuple[str, dict[str, Any]]
 def rows(families: int) -> Iterator[Row]:
     """Yield (table, row), level by level over all families: a family's rows lie far apart."""
     number = 0
-    last: list[list[str]] = [[] for _ in range(families)]
+    last: list[dict[str, int]] = [{} for _ in range(families)]  # numbers by id
     for level in range(LEVELS + 1):
         for family in range(families):
-            made = []
+            made = {}
             for side in range(2 if level < LEVELS else 1):
                 number += 1
                 kind = "merge" if level == LEVELS else "round"
@@ -81,10 +81,11 @@ def rows(families: int) -> Iterator[Row]:
                 }
                 digest = hashlib.sha256(b"%d" % number).hexdigest()
                 version = version_id(digest, None, None, lineage, recipe)
-                made.append(version)
+                made[version] = number
                 yield from _version(number, version, digest, recipe)
                 for parent in lineage:
-                    yield "version_parents", {"child": version, **_edge(parent)}
+                    edge = {"child": number, "parent": last[family][parent.id]}
+                    yield "version_parents", {**edge, "kind": parent.kind}
                 yield from _named(family, level, side, version)
             last[family] = made
 
@@ -104,10 +105,6 @@ def _version(number: int, version: str, digest: str, recipe: dict[str, Any]) -> 
     )
     for client in sorted({leaf["client"] for leaf in recipe["updates"]}):
         yield "contributions", {"client": client, "number": number}
-
-
-def _edge(parent: Parent) -> dict[str, str]:
-    return {"parent": parent.id, "kind": parent.kind}
 
 
 def _named(family: int, level: int, side: int, version: str) -> Iterator[Row]:

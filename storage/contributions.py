@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from storage.database import insert_missing
-from storage.lineage import current_aliases
-from storage.schema import contributions, parents, promotions, versions
+from storage.lineage import current_aliases, reach
+from storage.schema import contributions, promotions, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,16 @@ def contributors(recipe: Mapping[str, Any]) -> set[str]:
 def deployed_with(connection: Connection, client: str) -> list[Deployment]:
     """Return the deployed versions that an update of ``client`` went into, sorted by alias.
 
-    It follows every kind of edge from the client's updates on: linear in what came of them.
+    It follows every kind of edge from the client's updates on: linear in what came of them, and in
+    the aliases that there are.
     """
-    own = contributions.c.client == client
-    reached = (
-        select(versions.c.id)
-        .join(contributions, contributions.c.number == versions.c.number)
-        .where(own)
-        .cte("reached", recursive=True)
+    own = select(contributions.c.number).where(contributions.c.client == client)
+    reached = reach(connection, own, "children")
+    query = current_aliases().add_columns(versions.c.number)
+    current = connection.execute(query.join(versions, versions.c.id == promotions.c.version))
+    found = sorted(
+        (f"{name}@{alias}", v) for name, alias, v, number in current if number in reached
     )
-    reached = reached.union(select(parents.c.child).where(parents.c.parent == reached.c.id))
-    query = current_aliases().where(promotions.c.version.in_(select(reached.c.id)))
-    found = sorted((f"{name}@{alias}", v) for name, alias, v in connection.execute(query))
     return [Deployment(pointer, version) for pointer, version in found]
 
 

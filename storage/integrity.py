@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, or_, select, text
 
 from storage.contributions import contributors
-from storage.lineage import Parent, version_id
+from storage.lineage import Parent, parents_of, version_id
 from storage.projection import PROJECTED, project
 from storage.records import Event
 from storage.schema import (
@@ -105,18 +105,14 @@ def _wrong_versions(connection: Connection) -> Iterator[Problem]:
         rows = connection.execute(page.limit(_PAGE)).all()
         if not rows:
             return
-        ids = [row.id for row in rows]
-        came_from: defaultdict[str, list[Parent]] = defaultdict(list)
-        edges = select(parents.c.child, parents.c.parent, parents.c.kind)
-        for child, parent, kind in connection.execute(edges.where(parents.c.child.in_(ids))):
-            came_from[child].append(Parent(parent, kind))
+        came_from = parents_of(connection, [row.number for row in rows])
         listed: defaultdict[int, set[str]] = defaultdict(set)
         within = contributions.c.number.between(rows[0].number, rows[-1].number)
         query = select(contributions.c.number, contributions.c.client).where(within)
         for number, client in connection.execute(query):
             listed[number].add(client)
         for row in rows:
-            if _id_of(row, sorted(came_from[row.id])) != row.id:
+            if _id_of(row, came_from.get(row.number, [])) != row.id:
                 yield Problem(
                     "version",
                     row.id,
@@ -170,10 +166,10 @@ def _backward_edges(connection: Connection) -> Iterator[Problem]:
     """Edges to a version that was committed later: every cycle has one."""
     child, parent = versions.alias("child"), versions.alias("parent")
     query = (
-        select(parents.c.child, parents.c.parent)
-        .join(child, child.c.id == parents.c.child)
-        .join(parent, parent.c.id == parents.c.parent)
-        .where(parent.c.number >= child.c.number)
+        select(child.c.id, parent.c.id)
+        .join_from(parents, child, child.c.number == parents.c.child)
+        .join(parent, parent.c.number == parents.c.parent)
+        .where(parents.c.parent >= parents.c.child)
         .limit(_SHOWN)
     )
     for one, other in connection.execute(query):

@@ -5,23 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Connection,
+    Row,
     ScalarSelect,
     Select,
     exists,
     func,
     literal,
     select,
+    true,
 )
 
 from storage.canonical import canonical_json, read_json
+from storage.database import is_among
 from storage.schema import metrics, named_versions, parents, promotions, versions, yanks
 
 PARENT_KINDS = (
@@ -39,8 +43,6 @@ PARENT_KINDS = (
 
 Towards: TypeAlias = Literal["parents", "children"]
 """Which way a lineage is followed: to what a version is made of, or to what was made of it."""
-
-_PART = 1000  # ids in one statement: databases limit its parameters
 
 
 class VersionCorrupt(RuntimeError):
@@ -134,8 +136,13 @@ def trace(connection: Connection, root: str, towards: Towards, depth: int | None
 
     Linear in the edges: shared ancestors are visited once.
     """
-    reached = {root} | {id for edge in walk(connection, root, towards, depth) for id in edge[:2]}
-    nodes = load_versions(connection, sorted(reached))
+    start = _number_of(connection, root)
+    if depth is None:
+        reached = reach(connection, select(literal(start)), towards)
+    else:
+        steps = _steps(connection, start, towards, depth)
+        reached = {start, *_ends(steps)}
+    nodes = _by_id(_loaded(connection, versions.c.number, sorted(reached)))
     edges = [
         Edge(node.id, parent.id, parent.kind)
         for node in nodes.values()
@@ -150,75 +157,149 @@ def walk(
 ) -> list[Edge]:
     """Return the edges on the ways of at most ``depth`` steps from ``root``, in no order.
 
-    Reads no version: one recursive query, or one query a step where ``depth`` is given.
+    Reads of a version only its id: one recursive query, or one query a step where ``depth`` is
+    given, and two more.
+
+    Raises:
+        VersionCorrupt: if an edge names a version that has no row.
     """
-    near, far = (parents.c.child, parents.c.parent)
-    if towards == "children":
-        near, far = far, near
-    edges = select(parents.c.child, parents.c.parent, parents.c.kind)
+    start = _number_of(connection, root)
     if depth is None:
-        start = select(literal(root).label("id"))
-        reached = start.cte("reached", recursive=True)
-        reached = reached.union(select(far).where(near == reached.c.id))
-        found = connection.execute(edges.join(reached, near == reached.c.id)).all()
-        return [Edge._make(row) for row in found]
-    walked: list[Edge] = []
-    seen, frontier = {root}, [root]
+        reached = reach(connection, select(literal(start)), towards)
+        steps = _edges(connection, _near(towards), sorted(reached))
+    else:
+        steps = _steps(connection, start, towards, depth)
+    ids = _ids(connection, _ends(steps))
+    return [Edge(ids[child], ids[parent], kind) for child, parent, kind in steps]
+
+
+def reach(connection: Connection, start: Select[int], towards: Towards) -> set[int]:
+    """Return the numbers of the versions that ``start`` selects, and of all reached from them.
+
+    One recursive query; linear in the edges.
+    """
+    near, far = _near(towards), _near("children" if towards == "parents" else "parents")
+    found = start.cte("reached", recursive=True)
+    [number] = found.c
+    step = select(far).where(near == number)
+    if connection.dialect.name == "postgresql":
+        # It does not know that a step's rows are few, and would read all edges at each step.
+        each = step.correlate(found).offset(0).lateral()
+        step = select(each.c[far.name]).select_from(found.join(each, true()))
+    return set(connection.scalars(select(found.union(step))).all())
+
+
+def _near(towards: Towards) -> Column[int]:
+    """Return the end of an edge from which it is followed."""
+    return parents.c.child if towards == "parents" else parents.c.parent
+
+
+def _steps(
+    connection: Connection, start: int, towards: Towards, depth: int
+) -> list[tuple[int, int, str]]:
+    """Return the edges on the ways of at most ``depth`` steps, by numbers."""
+    walked: list[tuple[int, int, str]] = []
+    seen, frontier = {start}, [start]
     for _ in range(depth):
-        step = [
-            Edge(*row)
-            for part in _parts(frontier)
-            for row in connection.execute(edges.where(near.in_(part)))
-        ]
+        step = _edges(connection, _near(towards), frontier)
         walked += step
-        frontier = sorted({e.parent if towards == "parents" else e.child for e in step} - seen)
+        frontier = sorted({edge[1] if towards == "parents" else edge[0] for edge in step} - seen)
         if not frontier:
             break
         seen.update(frontier)
     return walked
 
 
+def _ends(edges: Iterable[tuple[int, int, str]]) -> set[int]:
+    return {number for child, parent, _ in edges for number in (child, parent)}
+
+
+def _edges(
+    connection: Connection, near: Column[int], numbers: Sequence[int]
+) -> list[tuple[int, int, str]]:
+    """Return (child, parent, kind) of the edges that have one of ``numbers`` at this end."""
+    query = select(parents.c.child, parents.c.parent, parents.c.kind)
+    rows = connection.execute(query.where(is_among(connection, near, numbers))).all()
+    return [(child, parent, kind) for child, parent, kind in rows]
+
+
+def _number_of(connection: Connection, version: str) -> int:
+    query = select(versions.c.number).where(versions.c.id == version)
+    number: int | None = connection.scalar(query)
+    if number is None:
+        raise _no_row(f"version {version[:12]}")
+    return number
+
+
+def _ids(connection: Connection, numbers: Collection[int]) -> dict[int, str]:
+    """Return the ids of versions by their numbers."""
+    query = select(versions.c.number, versions.c.id)
+    rows = connection.execute(query.where(is_among(connection, versions.c.number, sorted(numbers))))
+    found = {number: version for number, version in rows.all()}  # noqa: C416  (mypy: rows are no pairs)
+    for lost in (number for number in numbers if number not in found):
+        raise _no_row(f"the version of number {lost}")
+    return found
+
+
 def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Version]:
     """Return the versions called ``ids``, by id, newest first: children before their parents.
 
-    Six queries for every thousand versions.
+    Six queries.
 
     Raises:
         VersionCorrupt: if a row was changed, or removed, behind weft's back.
     """
-    found: dict[int, Version] = {}
-    for part in _parts(ids):
-        found |= _load(connection, part)
-    by_id = {found[number].id: found[number] for number in sorted(found, reverse=True)}
+    by_id = _by_id(_loaded(connection, versions.c.id, ids))
     for lost in (id_ for id_ in ids if id_ not in by_id):
-        raise VersionCorrupt(
-            f"version {lost[:12]} is listed and has no row: the database was changed outside weft; "
-            "restore it from a backup"
-        )
+        raise _no_row(f"version {lost[:12]}")
     return by_id
 
 
-def _load(connection: Connection, ids: Sequence[str]) -> dict[int, Version]:
-    """Return versions by their numbers."""
-    rows = connection.execute(select(versions).where(versions.c.id.in_(ids))).all()
-    came_from = _grouped(
-        connection,
-        select(parents.c.child, parents.c.parent, parents.c.kind).where(parents.c.child.in_(ids)),
+def parents_of(connection: Connection, numbers: Sequence[int]) -> dict[int, list[Parent]]:
+    """Return the parents of versions, sorted, by the number of the child."""
+    edges = select(parents.c.child, versions.c.id, parents.c.kind)
+    query = edges.join(versions, versions.c.number == parents.c.parent)
+    found = _grouped(connection, query.where(is_among(connection, parents.c.child, numbers)))
+    return {child: [Parent(*pair) for pair in pairs] for child, pairs in found.items()}
+
+
+def _by_id(found: Mapping[int, Version]) -> dict[str, Version]:
+    return {found[number].id: found[number] for number in sorted(found, reverse=True)}
+
+
+def _no_row(what: str) -> VersionCorrupt:
+    return VersionCorrupt(
+        f"{what} is listed and has no row: the database was changed outside weft; "
+        "restore it from a backup"
     )
+
+
+def _loaded(connection: Connection, key: Column[Any], values: Sequence[Any]) -> dict[int, Version]:
+    """Return the versions that have these values of a unique column, by their numbers."""
+    query = select(versions).where(is_among(connection, key, values))
+    return _load(connection, connection.execute(query).all())
+
+
+def _load(connection: Connection, rows: Sequence[Row[Any]]) -> dict[int, Version]:
+    """Return the versions that have these rows, by their numbers."""
+    ids = [row.id for row in rows]
+    came_from = parents_of(connection, [row.number for row in rows])
     measured = _grouped(
         connection,
-        select(metrics.c.version, metrics.c.key, metrics.c.value).where(metrics.c.version.in_(ids)),
+        select(metrics.c.version, metrics.c.key, metrics.c.value).where(
+            is_among(connection, metrics.c.version, ids)
+        ),
     )
     named = _grouped(
         connection,
         select(named_versions.c.version, named_versions.c.name, named_versions.c.number).where(
-            named_versions.c.version.in_(ids)
+            is_among(connection, named_versions.c.version, ids)
         ),
     )
     aliased = _grouped(
         connection,
         select(promotions.c.version, promotions.c.name, promotions.c.alias).where(
-            promotions.c.version.in_(ids), is_newest_move()
+            is_among(connection, promotions.c.version, ids), is_newest_move()
         ),
     )
     yanked = yanked_now(connection, ids)
@@ -229,7 +310,7 @@ def _load(connection: Connection, ids: Sequence[str]) -> dict[int, Version]:
                 tensors=row.tensors,
                 auxiliary=row.auxiliary,
                 memory=row.memory,
-                parents=tuple(Parent(*pair) for pair in came_from[row.id]),
+                parents=tuple(came_from.get(row.number, ())),
                 recipe=read_json(row.recipe, f"version {row.id[:12]}"),
                 metrics=dict(measured[row.id]),
                 created_at=row.created_at,
@@ -263,7 +344,7 @@ def yanked_now(connection: Connection, ids: Collection[str]) -> dict[str, str]:
     """Return why each of the versions called ``ids`` is yanked, by id, of those that are."""
     newest = (
         select(yanks.c.version, func.max(yanks.c.number).label("number"))
-        .where(yanks.c.version.in_(ids))
+        .where(is_among(connection, yanks.c.version, ids))
         .group_by(yanks.c.version)
         .subquery()
     )
@@ -281,17 +362,12 @@ def yank_standing(version: Any) -> ScalarSelect[bool]:
 
 def _grouped(
     connection: Connection, query: Select[Any, Any, Any]
-) -> defaultdict[str, list[tuple[Any, Any]]]:
+) -> defaultdict[Any, list[tuple[Any, Any]]]:
     """Return the last two columns by the first, sorted here: databases sort text differently."""
-    groups: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
-    for key, *pair in sorted(tuple(row) for row in connection.execute(query)):
+    groups: defaultdict[Any, list[tuple[Any, Any]]] = defaultdict(list)
+    for key, *pair in sorted(tuple(row) for row in connection.execute(query).all()):
         groups[key].append((pair[0], pair[1]))
     return groups
-
-
-def _parts(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield ``ids`` in parts that one statement takes."""
-    return (ids[i : i + _PART] for i in range(0, len(ids), _PART))
 
 
 def _verified(version: Version, recipe: str) -> Version:

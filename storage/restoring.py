@@ -33,6 +33,7 @@ from storage.schema import (
     clients,
     kept_updates,
     metadata,
+    parents,
     runs,
     spends,
     versions,
@@ -195,6 +196,8 @@ def _write(source: Connection, target: Connection) -> None:
         for page in pages(source, there[table.name]):
             if number is not None:  # it is counted anew, in the same order
                 page = [{k: v for k, v in row.items() if k != number.name} for row in page]
+            if table is parents:
+                page = _renumbered(source, target, page)
             insert_missing(target, table, page)
             if table is versions:
                 recipes = {row["id"]: json.loads(row["recipe"]) for row in page}
@@ -204,6 +207,18 @@ def _write(source: Connection, target: Connection) -> None:
     target.execute(delete(clients).where(clients.c.name.in_(absent)))
     buried = kept_updates.c.client.in_(absent)
     target.execute(update(kept_updates).where(buried).values(blob=None))
+
+
+def _renumbered(
+    source: Connection, target: Connection, edges: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return edges of the backup by the numbers that their versions have in the store."""
+    numbers = sorted({edge[end] for edge in edges for end in ("child", "parent")})
+    there = select(versions.c.id, versions.c.number).where(versions.c.number.in_(numbers))
+    was = {row.id: row.number for row in source.execute(there)}
+    here = select(versions.c.id, versions.c.number).where(versions.c.id.in_(was))
+    now = {was[row.id]: row.number for row in target.execute(here)}
+    return [{**edge, "child": now[edge["child"]], "parent": now[edge["parent"]]} for edge in edges]
 
 
 def _number_of(table: Table) -> Any:

@@ -367,7 +367,16 @@ def _metrics(given: Mapping[str, float]) -> dict[str, float]:
 
 
 def _insert_parents(connection: Connection, child: str, lineage: Sequence[Parent]) -> None:
-    rows = [{"child": child, "parent": parent.id, "kind": parent.kind} for parent in lineage]
+    if not lineage:
+        return
+    ids = {child, *(parent.id for parent in lineage)}
+    query = select(schema.versions.c.id, schema.versions.c.number)
+    found = connection.execute(query.where(schema.versions.c.id.in_(ids)))
+    numbers = {row.id: row.number for row in found}
+    rows = [
+        {"child": numbers[child], "parent": numbers[parent.id], "kind": parent.kind}
+        for parent in lineage
+    ]
     insert_missing(connection, schema.parents, rows)
 
 

@@ -369,6 +369,8 @@ def copy_as(new, old) -> None:
     ours.reflect(new)
     with new.connect() as source, writing(old) as target:
         plans = dict(source.execute(select(ours.tables["plans"])).all())
+        versions = ours.tables["versions"].c
+        ids = dict(source.execute(select(versions.number, versions.id)).all())
         for table in ours.sorted_tables:
             if table.name not in theirs.tables or table.name == "weft_revision":
                 continue
@@ -376,4 +378,6 @@ def copy_as(new, old) -> None:
             for row in source.execute(table.select()).mappings():
                 if table.name == "runs":
                     row = {**row, "plan": plans[row["id"]]}
+                if table.name == "version_parents":  # by id until 0008
+                    row = {**row, "child": ids[row["child"]], "parent": ids[row["parent"]]}
                 target.execute(there.insert(), {k: v for k, v in row.items() if k in there.c})

@@ -147,7 +147,7 @@ def test_what_a_dead_writer_left_is_garbage_and_no_problem(engine, blobs, histor
         ("UPDATE versions SET recipe = 'not json' WHERE {second}", {"version"}),
         ("DELETE FROM version_parents", {"version"}),
         ("UPDATE version_parents SET kind = 'merge'", {"version"}),
-        ("DELETE FROM versions WHERE {second}", {"reference"}),
+        ("DELETE FROM versions WHERE {second}", {"reference", "version"}),
         ("DELETE FROM named_versions WHERE name = 'task-1' AND number = 2", {"name"}),
         ("UPDATE promotions SET number = 2", {"alias"}),
         ("DELETE FROM named_versions WHERE name = 'bot'", {"alias"}),
@@ -166,11 +166,20 @@ def test_a_row_that_somebody_changed_is_found(engine, blobs, history, statement,
 
 def test_a_cycle_of_parents_is_found_and_does_not_hang(engine, blobs, store, history):
     first, _, last = history
-    unchecked(engine, f"INSERT INTO version_parents VALUES ('{first}', '{last}', 'round')")
+    edge = f"SELECT a.number, b.number, 'round' FROM versions a, versions b WHERE a.id = '{first}'"
+    unchecked(engine, f"INSERT INTO version_parents {edge} AND b.id = '{last}'")
     found = {kind for kind, _ in kinds(fsck(engine, blobs))}
     assert found == {"edge", "version"}
     with pytest.raises(RuntimeError, match="does not hash to its id"):
         store.lineage(last)
+
+
+def test_an_edge_to_a_version_without_a_row_is_told(engine, store, history):
+    unchecked(engine, f"DELETE FROM versions WHERE id = '{history[1]}'")
+    with pytest.raises(RuntimeError, match=r"the version of number \d+ is listed and has no row"):
+        store.edges(history[2])
+    with pytest.raises(RuntimeError, match="does not hash to its id"):
+        store.lineage(history[2])
 
 
 _KEYS = (key for table in metadata.sorted_tables for key in table.foreign_keys)

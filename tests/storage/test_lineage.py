@@ -113,13 +113,14 @@ def insert_graph(engine, parents_of):
         ids.append(version_id("t", None, None, lineage, {"n": number}))
         rows.append(
             {
+                "number": number,
                 "id": ids[-1],
                 "tensors": "t",
                 "recipe": f'{{"n":{number}}}',
                 "created_at": datetime.now(UTC),
             }
         )
-        edges += [{"child": ids[-1], "parent": p.id, "kind": p.kind} for p in lineage]
+        edges += [{"child": number, "parent": ids.index(p.id), "kind": p.kind} for p in lineage]
     with writing(engine) as connection:
         connection.execute(schema.versions.insert(), rows)
         connection.execute(schema.parents.insert(), edges)
