@@ -25,7 +25,7 @@ from sqlalchemy import (
 )
 
 from storage.canonical import canonical_json, read_json
-from storage.database import is_among
+from storage.membership import is_among
 from storage.schema import metrics, named_versions, parents, promotions, versions, yanks
 
 PARENT_KINDS = (

@@ -386,6 +386,8 @@ def _write_metrics(connection: Connection, version: str, measured: Mapping[str, 
 
 
 def _require(connection: Connection, ids: Sequence[str]) -> None:
+    if not ids:
+        return
     found = set(
         connection.scalars(select(schema.versions.c.id).where(schema.versions.c.id.in_(ids)))
     )
