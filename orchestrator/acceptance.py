@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.files import write_durably
@@ -52,12 +53,20 @@ def refusal(update: Update, assignment: Assignment) -> str | None:
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             got, want = f"{tensor.dtype} {list(tensor.shape)}", f"{like.dtype} {list(like.shape)}"
             return f"{name} is {got}, expected {want}"
-        odd_values = int((~torch.isfinite(tensor)).sum())
-        if odd_values:
-            return f"{name}: {odd_values} non-finite values"
-        if not torch.isfinite(torch.linalg.vector_norm(tensor.double())):
-            return f"{name}: its norm is not finite"
+        if odd_values := _odd_values(tensor):
+            return f"{name}: {odd_values}"
     return _odd_words(update, assignment)
+
+
+def _odd_values(tensor: Tensor) -> str | None:
+    """Return what is wrong with a tensor's values, or None: reads them once if nothing is."""
+    if not tensor.is_floating_point():
+        return None
+    # The norm of finite values, of all formats but float64 itself, is finite in float64.
+    if math.isfinite(torch.linalg.vector_norm(tensor, dtype=torch.float64).item()):
+        return None
+    num_odd = int((~torch.isfinite(tensor)).sum())
+    return f"{num_odd} non-finite values" if num_odd else "its norm is not finite"
 
 
 def _odd_words(update: Update, assignment: Assignment) -> str | None:
