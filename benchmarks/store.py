@@ -1,6 +1,6 @@
 """The adapter store at a million versions: ancestry, resolving, listing, searching, committing.
 
-    python benchmarks/store.py [--quick] [--json] [--versions 1000000] [--database URL]
+    python benchmarks/store.py [--quick] [--json] [--peer] [--versions 1000000] [--database URL]
 
 The store is made by bulk insert: families of 1,000 levels of two versions, each of which has both
 versions of the level before as parents, under one last version with 2,000 ancestors. Without
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import itertools
 import os
 import random
 import sqlite3
@@ -23,10 +22,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import _mlflow
 import torch
 from _figures import Figure, show
 from _store_rows import CLIENTS, LEVELS, Filled, fill
@@ -86,9 +86,11 @@ def reading(store: AdapterStore, filled: Filled, repeats: int) -> list[Figure]:
     found = []
     for what, (call, goal) in calls.items():
         call()
+        began = time.process_time()
         values = sorted(timed(call, repeats))
+        cpu = (time.process_time() - began) * 1e3 / repeats
         spread = f"{values[len(values) // 10]:.3g} to {values[-1 - len(values) // 10]:.3g}"
-        place = f"{setting}, median of {repeats} (80 % {spread})"
+        place = f"{setting}, median of {repeats} (80 % {spread}), {cpu:.3g} ms CPU of ours"
         found.append(Figure(what, statistics.median(values), "ms", goal, "lower", "", place))
     seconds = timed(lambda: store.deployed_with("client-1"), 1)[0] / 1e3
     found.append(Figure("where is a client deployed", seconds, "s", None, "lower", "", setting))
@@ -150,7 +152,7 @@ class Bare:
         self._database.close()
 
 
-def writing_of(folder: Path, repeats: int) -> list[Figure]:
+def writing_of(folder: Path, repeats: int, peer: bool) -> list[Figure]:
     """Return what writing costs beside the least that it could."""
     folder.mkdir()
     store = AdapterStore(open_database(f"sqlite:///{folder}/weft.db"), BlobStore(folder / "blobs"))
@@ -161,7 +163,7 @@ def writing_of(folder: Path, repeats: int) -> list[Figure]:
     found.append(
         Figure("bare SQL insert", statistics.median(rows), "ms", None, "lower", "", setting)
     )
-    found += registering(store, folder, repeats)
+    found += registering(store, folder, repeats, peer) + sharing(folder / "shared")
     bare.close()
     store._engine.dispose()
     return found
@@ -194,55 +196,90 @@ def committing(store: AdapterStore, bare: Bare, layers: int, repeats: int) -> li
     ]
 
 
-def registering(store: AdapterStore, folder: Path, repeats: int) -> list[Figure]:
-    """Return what naming and promoting cost beside MLflow's registry, where MLflow is installed."""
-    ids = [v.id for v in store.versions(limit=2)]
-    swap = itertools.cycle(ids)
+def registering(store: AdapterStore, folder: Path, repeats: int, peer: bool) -> list[Figure]:
+    """Return what versions and aliases cost, in turns with MLflow's if it is measured too."""
+    artifact = folder / "adapter.safetensors"
+    artifact.write_bytes(save(adapter(0, 40)))
+    waiting: list[dict[str, torch.Tensor]] = []
 
-    def name() -> None:
-        store.name("bench", next(swap))
+    def log() -> None:
+        store.name("bench", store.commit(waiting.pop(), parents={}, recipe={}))
 
-    def promote() -> None:
+    def alias() -> None:
         store.promote("bench", "live", "bench", who="bench", why="")
 
-    def resolve() -> None:
-        store.resolve("bench@live")
-
-    calls = {"number a version": name, "move an alias": promote, "resolve an alias": resolve}
-    peers = _mlflow(folder)
+    calls: dict[str, tuple[str, Callable[[], object]]] = {
+        "log": (f"store {artifact.stat().st_size / MIB:.3g} MiB as a new version", log),
+        "alias": ("move an alias", alias),
+        "resolve": ("resolve an alias", lambda: store.resolve("bench@live")),
+        "list": (
+            "list the newest 20 versions of a name",
+            lambda: store.versions(name="bench", limit=20),
+        ),
+    }
+    with ExitStack() as stack:
+        peers = {
+            kind: stack.enter_context(_mlflow.Registry(kind, folder / f"mlflow-{kind}", artifact))
+            for kind in (("sqlite", "file") if peer else ())
+        }
+        mine: dict[str, list[float]] = {what: [] for what in calls}
+        theirs = {kind: {what: [] for what in calls} for kind in peers}
+        for number in range(repeats + 1):
+            waiting.append(adapter(number, 40))  # made here: only storing it is timed
+            for what, (_, call) in calls.items():
+                sides = [(mine[what], partial(_milliseconds, call))]
+                sides += [(theirs[k][what], partial(p.call, what)) for k, p in peers.items()]
+                for times, run in sides if number % 2 else sides[::-1]:
+                    os.sync()  # what one side left to be written is not the other's to wait for
+                    times.append(run())
     found = []
-    for what, call in calls.items():
-        mine, theirs = [], []
-        for _ in range(repeats):
-            mine += timed(call, 1)
-            theirs += timed(peers[what], 1) if peers else []
-        setting = f"sqlite, median of {repeats}"
-        value = statistics.median(mine)
-        found.append(Figure(what, value, "ms", None, "lower", "", setting))
-        if theirs:
-            value = statistics.median(theirs)
-            found.append(Figure(f"{what}, MLflow", value, "ms", None, "lower", "MLflow", setting))
+    setting = f"median of {repeats}" + (", in turns" if peer else "")
+    for what, (title, _) in calls.items():
+        value = statistics.median(mine[what][1:])
+        found.append(Figure(title, value, "ms", None, "lower", "", f"sqlite, {setting}"))
+        for kind, times in theirs.items():
+            value = statistics.median(times[what][1:])
+            side = f"{_mlflow.name()}, {kind}"
+            found.append(Figure(f"{title}: {side}", value, "ms", None, "lower", side, setting))
     return found
 
 
-def _mlflow(folder: Path) -> dict[str, Callable[[], object]]:
-    """Return the same calls of MLflow's registry on SQLite; nothing if it is not installed."""
-    if importlib.util.find_spec("mlflow") is None:
-        print("MLflow is not installed: no figures beside its registry", file=sys.stderr)
-        return {}
-    from mlflow import MlflowClient
+def _milliseconds(call: Callable[[], object]) -> float:
+    return timed(call, 1)[0]
 
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db", f"sqlite:///{folder}/mlflow.db")
-    client.create_registered_model("bench")
 
-    def name() -> None:
-        client.create_model_version("bench", f"file://{folder}/model")
+def sharing(folder: Path, rounds: int = 20, layers: int = 4) -> list[Figure]:
+    """Return how much of what is committed is stored, where a run's A never changes.
 
-    return {
-        "number a version": name,
-        "move an alias": lambda: client.set_registered_model_alias("bench", "live", "1"),
-        "resolve an alias": lambda: client.get_model_version_by_alias("bench", "live"),
-    }
+    A blob is a whole version's tensors: equal versions share it, equal tensors of two do not.
+    """
+    store = AdapterStore(open_database(f"sqlite:///{folder}/weft.db"), BlobStore(folder / "blobs"))
+    frozen = adapter(0, layers)
+    committed = fresh = 0
+    parents: dict[str, str] = {}
+    known: set[bytes] = set()
+    for number in range(rounds):
+        trained = adapter(number, layers)
+        tensors = {k: trained[k] if "lora_B" in k else v for k, v in frozen.items()}
+        for repeat in range(2):  # as a run that is resumed commits its last round again
+            recipe = {"kind": "round", "round": number}
+            made = store.commit(tensors, parents=parents, recipe=recipe)
+            committed += 0 if repeat else len(save(tensors))
+        for tensor in tensors.values():
+            content = hashlib.sha256(tensor.numpy().tobytes()).digest()
+            fresh += 0 if content in known else tensor.nbytes
+            known.add(content)
+        parents = {made: "round"}
+    stored = sum(entry.size_bytes for entry in store._blobs.place.entries())
+    store._engine.dispose()
+    setting = f"{rounds} rounds, each committed twice; lora_A frozen, {committed / MIB:.3g} MiB"
+    title = "bytes stored over bytes of versions"
+    return [
+        Figure(title, stored / committed, "x", None, "lower", "", setting),
+        Figure(
+            f"{title}, if tensors were shared", fresh / committed, "x", None, "lower", "", setting
+        ),
+    ]
 
 
 # --- all of it --------------------------------------------------------------------------------
@@ -290,11 +327,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--versions", type=int, default=1_000_500)
     parser.add_argument("--database", help="of an empty database, instead of our own")
+    _mlflow.add_option(parser)
     given = parser.parse_args()
+    peer = _mlflow.wanted(given)
     warnings.simplefilter("ignore")  # platformdirs warns where XDG_RUNTIME_DIR is not set
     versions, repeats = (50_000, 7) if given.quick else (given.versions, 31)
     with tempfile.TemporaryDirectory() as folder:
-        figures = writing_of(Path(folder) / "commits", repeats)
+        figures = writing_of(Path(folder) / "commits", repeats, peer)
         url = given.database or f"sqlite:///{folder}/weft.db"
         figures += measure(url, versions, repeats)
     if not given.quick and not given.database:
