@@ -18,6 +18,7 @@ from clients.trainer import spend_of
 from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken
 from orchestrator.plan import Participant
+from orchestrator.weighing import declared
 from strategies.base import Tensors, Update
 
 _MOST_EXAMPLES = 2**53
@@ -113,7 +114,8 @@ def lazily(
         fresh: returns an update of an older version as one of the version that is aggregated.
     """
     for one in accepted:
-        yield fresh(unpack(one.path.read_bytes()), one.leaf["weight"])
+        update = declared(unpack(one.path.read_bytes()), one.leaf)
+        yield fresh(update, one.leaf["weight"])
 
 
 def moved(update: Update, base: Tensors, now: Tensors, weight: float) -> Update:
@@ -134,7 +136,7 @@ def _place(client: str, round_: int, folder: Path) -> Path:
 
 
 def _accepted(update: Update, sha256: str, who: Participant, path: Path) -> Accepted:
-    leaf = {
+    leaf: dict[str, Any] = {
         "client": update.client,
         "population": who.population,
         "public": who.public,
@@ -145,4 +147,6 @@ def _accepted(update: Update, sha256: str, who: Participant, path: Path) -> Acce
         "fingerprint": update.fingerprint,
         "spends": [spend_json(s) for s in update.spends],
     }
+    if who.declared is not None:  # what is not asked for is in no recipe
+        leaf["declared"] = who.declared
     return Accepted(leaf, update.round, path)

@@ -21,6 +21,7 @@ from orchestrator.plan import Participant, Plan, Start
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.sections import Simulate
 from orchestrator.spending import calibrated
+from orchestrator.weighing import weighed, weighing_label
 from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version
 from storage.refs import did_you_mean
@@ -54,8 +55,11 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     _refuse_faults_of_nobody(config, [p.name for p in participants])
-    budgets = ledger.budgets()
-    private = [_with_privacy(p, plan, ledger, budgets.get(p.population)) for p in participants]
+    label, budgets = weighing_label(plan.strategy.options), ledger.budgets()
+    private = [
+        _with_privacy(weighed(p, label), plan, ledger, budgets.get(p.population))
+        for p in participants
+    ]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
     refuse_impossible_rounds(plan)
     return plan

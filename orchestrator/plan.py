@@ -28,6 +28,7 @@ class Participant:
         labels: the operator's labels.
         public: whether its data are public.
         privacy: its DP-SGD, calibrated once for the whole run; None without DP.
+        declared: what its updates count, by an operator's label; None where none is asked for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Participant:
     labels: Mapping[str, str] = field(default_factory=dict)
     public: bool = False
     privacy: Privacy | None = None
+    declared: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
 from orchestrator.recipes import drift
+from orchestrator.weighing import declared
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
 from storage.updates import UpdateGone
@@ -125,11 +126,12 @@ def _onto(
 ) -> Iterator[Update]:
     """Yield the updates, those of older versions as ones of the version that is aggregated."""
     for leaf, update in zip(recipe["updates"], updates, strict=True):
+        weighed = declared(update, leaf)
         if update.base == parent:
-            yield update
+            yield weighed
         else:
             base = workspace.store.tensors(update.base)
-            yield moved(update, base, before.adapter, leaf["weight"])
+            yield moved(weighed, base, before.adapter, leaf["weight"])
 
 
 def _updates(workspace: Workspace, leaves: Sequence[Mapping[str, Any]]) -> Iterator[Update]:

@@ -80,6 +80,8 @@ class Update:
         memory: regulariser memory, only from a consolidating round.
         spends: what producing this update spent.
         fingerprint: keyed digest of the data set that was trained on.
+        declared: the client's weight by an operator's label, where the strategy asks for one. The
+            orchestrator puts it on; what a client sends has none.
     """
 
     client: str
@@ -91,6 +93,7 @@ class Update:
     memory: Tensors = field(default_factory=dict)
     spends: tuple[PrivacySpend, ...] = ()
     fingerprint: str = ""
+    declared: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ class FedSVD:
     is ``round`` in the state's auxiliary tensors.
 
     Attributes:
-        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
+        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
+            ``label:NAME`` by the number in its label.
         every: refactorise after every so many rounds, >= 1; 1 is the paper's. In the rounds between
             it is FFA-LoRA. A round without updates advances the count and does not refactorise.
         orthonormal: also refactorise before round 1. Off, round 1 runs with A as it was drawn,

@@ -22,7 +22,8 @@ class FFALoRA:
     noise enters linearly: there is no product of two noises.
 
     Attributes:
-        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
+        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
+            ``label:NAME`` by the number in its label.
         orthonormal: before round 1, replace A by an orthonormal basis of its own row space (no new
             random numbers; a product that is there already is kept). Under plain SGD this is
             FedSVD from its first refactorisation on. Off, A stays as it was drawn, as in the paper.

@@ -61,6 +61,19 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What an option in words must look like, for ``Annotated[str, Form(...)]``.
+
+    Attributes:
+        pattern: regular expression, matched with ``re.fullmatch``.
+        text: the same for people, such as ``examples, uniform or label:NAME``.
+    """
+
+    pattern: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Nested:
     """Marks an option that is a plug-in of the same family: ``Annotated[Strategy, Nested()]``.
 
@@ -83,6 +96,7 @@ class Option:
         default: its default, or ``inspect.Parameter.empty`` where it is required.
         range: numeric bounds, or None.
         nested: whether it is a plug-in of the same family.
+        form: what a text must look like, or None.
     """
 
     name: str
@@ -90,6 +104,7 @@ class Option:
     default: Any
     range: Range | None = None
     nested: bool = False
+    form: Form | None = None
 
     @property
     def required(self) -> bool:
@@ -100,6 +115,8 @@ class Option:
         """Return the type in words: ``int >= 1``, ``one of 'a', 'b'``."""
         if self.nested:
             return f"{_type_text(self.type).lower()}, by name or with its options"
+        if self.form:
+            return self.form.text
         text = _type_text(self.type)
         return f"{text} {self.range}" if self.range else text
 
@@ -117,6 +134,8 @@ class Option:
         numeric = isinstance(parsed, (int, float)) and not isinstance(parsed, bool)
         if self.range is not None and numeric and parsed not in self.range:
             raise BadOptions(f"{self.name} must be {self.range}, got {value!r}")
+        if self.form is not None and not re.fullmatch(self.form.pattern, str(parsed)):
+            raise BadOptions(f"{self.name} must be {self.form.text}, got {value!r}")
         return parsed
 
 
@@ -225,13 +244,16 @@ class Plugin:
         for name, parameter in inspect.signature(self.factory).parameters.items():
             if name in self.context:
                 continue
-            hint, bounds, nested = hints.get(name, Any), None, False
+            hint, bounds, nested, form = hints.get(name, Any), None, False, None
             if typing.get_origin(hint) is Annotated:
                 bounds = next((m for m in hint.__metadata__ if isinstance(m, Range)), None)
                 nested = any(isinstance(m, Nested) for m in hint.__metadata__)
+                form = next((m for m in hint.__metadata__ if isinstance(m, Form)), None)
                 hint = typing.get_args(hint)[0]
             default = made[name]() if name in made else parameter.default
-            found[name] = Option(name, hint, default, bounds, nested)
+            if nested and default is not _EMPTY and not isinstance(default, str):
+                default = _name(type(default).__module__)  # what it is when nobody says
+            found[name] = Option(name, hint, default, bounds, nested, form)
         return found
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,6 +316,11 @@ class Plugin:
             raise BadOptions(f"{self.kind} {self.name!r}: {error}") from error
 
 
+def _name(module: str) -> str:
+    """Return the name of the plug-in that a module is."""
+    return module.rpartition(".")[2].replace("_", "-")
+
+
 class Family:
     """The plug-ins of one kind: those of a folder, and those of installed entry points.
 
@@ -329,8 +356,8 @@ class Family:
         if callable(many):
             yield from many()
             return
-        stem = module.__name__.rpartition(".")[2]
-        wanted = stem.replace("_", "").lower()
+        stem = _name(module.__name__)
+        wanted = stem.replace("-", "").lower()
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
             if own and callable(value) and name.replace("_", "").lower() == wanted:
@@ -338,7 +365,7 @@ class Family:
                 source = _SOURCE.search(text)
                 yield Plugin(
                     kind=self.kind,
-                    name=stem.replace("_", "-"),
+                    name=stem,
                     factory=value,
                     summary=(inspect.getdoc(value) or "").partition("\n")[0],
                     source=source[1] if source else "",

@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from strategies.base import Tensors, Update
+from strategies.plugins import Form
 
-Weighting: TypeAlias = Literal["examples", "uniform"]
-"""What an update counts: its ``num_examples``, or 1."""
+LABEL = "label:"
+Weighting: TypeAlias = Annotated[
+    str, Form(f"examples|uniform|{LABEL}.+", f"examples, uniform or {LABEL}NAME")
+]
+"""What an update counts: its ``num_examples``, 1, or the number in an operator's label.
+
+A strategy's option of this type is called ``weighting``: where that names a label, the orchestrator
+puts its number on each update as ``declared``. All three are public also under DP.
+"""
 
 
 class NotLowRank(ValueError):
@@ -112,14 +120,14 @@ def weighted_mean(
     Args:
         updates: the round's updates; all train the same tensors.
         like: the adapter they were trained from; gives the result's dtypes.
-        weighting: ``examples`` or ``uniform``.
+        weighting: see :data:`Weighting`.
 
     Raises:
         BadUpdate: if an update has a tensor that ``like`` has not, or of another shape, or trained
-            other tensors than the updates before it, or counts a negative number of examples.
+            other tensors than the updates before it, or has no weight: see :func:`weight_of`.
     """
     sums: dict[str, Tensor] | None = None
-    total = 0
+    total = 0.0
     for update in updates:
         _check_update(update, like)
         if sums is None:
@@ -130,7 +138,7 @@ def weighted_mean(
                 f"the update of {update.client!r} and those before it do not train the same "
                 f"tensors ({odd!r} is in one only); all clients of a round must"
             )
-        weight = update.num_examples if weighting == "examples" else 1
+        weight = weight_of(update, weighting)
         for name, tensor in update.tensors.items():
             sums[name].add_(tensor.to(torch.float64), alpha=weight)
         total += weight
@@ -139,11 +147,30 @@ def weighted_mean(
     return {name: (sums[name] / total).to(like[name].dtype) for name in sorted(sums)}
 
 
-def _check_update(update: Update, like: Tensors) -> None:
-    """Raise BadUpdate unless ``update`` fits ``like``; other shapes would silently broadcast."""
+def weight_of(update: Update, weighting: Weighting) -> float:
+    """Return what an update counts, >= 0; see :data:`Weighting`.
+
+    Raises:
+        BadUpdate: if it counts a negative number of examples, or no weight was declared for it.
+    """
     who = f"the update of {update.client!r}"
     if update.num_examples < 0:
         raise BadUpdate(f"{who} counts {update.num_examples} examples; it must be at least 0")
+    if weighting == "examples":
+        return update.num_examples
+    if weighting == "uniform":
+        return 1
+    if update.declared is None or not (math.isfinite(update.declared) and update.declared > 0):
+        raise BadUpdate(
+            f"{who} has the declared weight {update.declared}, and updates are weighed by "
+            f"{weighting!r}; the client's label must be a number > 0"
+        )
+    return update.declared
+
+
+def _check_update(update: Update, like: Tensors) -> None:
+    """Raise BadUpdate unless ``update`` fits ``like``; other shapes would silently broadcast."""
+    who = f"the update of {update.client!r}"
     for name, tensor in update.tensors.items():
         if name not in like:
             raise BadUpdate(f"{who} has {name!r}, which the adapter has not")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from strategies.plugins import BadOptions, Family, Option, Plugin, Range, UnknownPlugin
+from strategies.plugins import BadOptions, Family, Form, Option, Plugin, Range, UnknownPlugin
 
 O_LORA = '''
 """Orthogonal subspaces.
@@ -249,6 +249,37 @@ def test_a_nested_plugin_is_checked_with_its_options_and_built(family):
     assert outer.check({"inner": deep})["inner"]["inner"] == {"name": "o-lora", "weight": 2.0}
     assert outer.build(inner=deep).inner.inner.weight == 2.0
     assert outer.check(outer.check({})) == outer.check({})
+
+
+INSTANCE = """
+from dataclasses import dataclass
+from typing import Annotated, Any
+from .o_lora import OLoRA
+from strategies.plugins import Nested
+
+_DEFAULT = OLoRA()
+
+@dataclass(frozen=True)
+class Wrapper:
+    'Wraps another.'
+
+    inner: Annotated[Any, Nested()] = _DEFAULT
+"""
+
+
+def test_a_nested_default_that_is_built_already_is_told_by_its_name(family):
+    wrapper = family(wrapper=INSTANCE, o_lora=O_LORA).get("wrapper")
+    assert wrapper.options["inner"].default == "o-lora"
+    assert wrapper.build() == wrapper.factory()
+
+
+def test_a_text_of_another_form_is_refused():
+    form = Form("all|label:.+", "all or label:NAME")
+    option = Option("who", str, "all", form=form)
+    assert option.parse("label:ward") == "label:ward"
+    assert option.describe_type() == "all or label:NAME"
+    with pytest.raises(BadOptions, match="who must be all or label:NAME, got 'some'"):
+        option.parse("some")
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,17 @@ def test_the_weight_is_in_the_leaf_and_passed_on(asked, make_plan, tmp_path):
     assert seen == [0.5]
 
 
+def test_a_declared_weight_is_the_operator_s_and_in_the_leaf(asked, make_plan, tmp_path):
+    who = replace(make_plan().participants[0], declared=2.5)
+    accepted = spill(answer(asked(), declared=1000.0), who, tmp_path)
+
+    assert accepted.leaf["declared"] == 2.5
+    assert [update.declared for update in lazily([accepted], as_it_is)] == [2.5]
+    plain = spill(answer(asked(), declared=1000.0), make_plan().participants[0], tmp_path)
+    assert "declared" not in plain.leaf
+    assert [update.declared for update in lazily([plain], as_it_is)] == [None]
+
+
 def test_an_update_of_an_older_version_is_moved_by_its_weighted_change():
     update = Update("a", 1, "old", {"b": torch.tensor([3.0, 1.0])}, 5)
     base, now = {"b": torch.tensor([1.0, 1.0])}, {"b": torch.tensor([10.0, 20.0])}

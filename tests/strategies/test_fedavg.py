@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from strategies.base import ServerState
 from strategies.fedavg import FedAvg
+from strategies.tensors import BadUpdate
 
 COUNTS = [1, 2, 5]
 
@@ -77,6 +80,24 @@ def test_uniform_weighting_does_not_look_at_the_examples(make_update):
     ]
     after = FedAvg(weighting="uniform").aggregate(state, updates)
     assert after.adapter["head.bias"] == torch.tensor([2.0])
+
+
+def test_a_declared_weight_counts_where_a_label_is_asked_for(make_update):
+    state = ServerState({"head.bias": torch.zeros(1)})
+    updates = [
+        replace(make_update({"head.bias": torch.tensor([v])}, num_examples=9), declared=w)
+        for v, w in [(0.0, 0.5), (4.0, 1.5)]
+    ]
+    after = FedAvg(weighting="label:beds").aggregate(state, updates)
+    assert after.adapter["head.bias"] == torch.tensor([3.0])
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_an_update_without_a_declared_weight_is_refused_where_one_counts(make_update, weight):
+    state = ServerState({"head.bias": torch.zeros(1)})
+    update = replace(make_update({"head.bias": torch.ones(1)}), declared=weight)
+    with pytest.raises(BadUpdate, match="must be a number > 0"):
+        FedAvg(weighting="label:beds").aggregate(state, [update])
 
 
 def test_tensors_that_nobody_trained_keep_their_value(make_adapter, make_update, state):
