@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
+from strategies.drift import AveragingError
 from strategies.tensors import Weighting, weighted_mean
 
 
@@ -19,10 +20,12 @@ class FedAvg:
 
     Averaging the factors is not averaging their products: with weights ``p_k`` the result differs
     from the mean change of the base by ``sum p_k (B_k - B)(A_k - A)``, B and A being the averages.
-    It is exact where clients differ in one factor only.
+    It is exact where clients differ in one factor only. How much a round lost is its metric
+    ``averaging_error``; see :class:`strategies.drift.AveragingError`.
 
     Attributes:
-        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
+        weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
+            ``label:NAME`` by the number in its label.
     """
 
     weighting: Weighting = "examples"
@@ -44,5 +47,7 @@ class FedAvg:
         Raises:
             BadUpdate: if the updates do not fit the adapter or each other.
         """
-        mean = weighted_mean(updates, state.adapter, self.weighting)
-        return ServerState({**state.adapter, **mean}, state.auxiliary)
+        error = AveragingError(state.adapter, self.weighting)
+        mean = weighted_mean(error.watching(updates), state.adapter, self.weighting)
+        adapter = {**state.adapter, **mean}
+        return ServerState(adapter, state.auxiliary, error.metrics(adapter))
