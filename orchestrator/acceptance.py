@@ -38,8 +38,17 @@ class Accepted:
         return replace(self, leaf={**self.leaf, "weight": weight})
 
 
-def refusal(update: Update, assignment: Assignment) -> str | None:
-    """Return why an update is not what its assignment asked for, or None if it is."""
+def refusal(
+    update: Update, assignment: Assignment, max_update_norm: float | None = None
+) -> str | None:
+    """Return why an update is not what its assignment asked for, or None if it is.
+
+    Args:
+        update: what came.
+        assignment: what was asked.
+        max_update_norm: how far all its tensors together may lie from those that were sent
+            (Euclidean norm, > 0); None for any distance.
+    """
     wanted = {name: assignment.broadcast.tensors[name] for name in returned_names(assignment)}
     if (update.round, update.base) != (assignment.round, assignment.base):
         return (
@@ -56,7 +65,18 @@ def refusal(update: Update, assignment: Assignment) -> str | None:
             return f"{name} is {got}, expected {want}"
         if odd_values := _odd_values(tensor):
             return f"{name}: {odd_values}"
-    return _odd_words(update, assignment)
+    return _too_far(update, wanted, max_update_norm) or _odd_words(update, assignment)
+
+
+def _too_far(update: Update, sent: Tensors, most: float | None) -> str | None:
+    """Return why an update changes too much, or None if it does not."""
+    if most is None:
+        return None
+    norms = [float((t.double() - sent[n].double()).norm()) for n, t in update.tensors.items()]
+    norm = math.hypot(*norms)
+    if norm <= most:
+        return None
+    return f"its change has norm {norm:.4g}, allowed {most:g} (max_update_norm)"
 
 
 def _odd_values(tensor: Tensor) -> str | None:

@@ -187,7 +187,7 @@ class Collector:
             self._refuse(*key, result.reason)
             return
         assert isinstance(result, Update)
-        reason = refusal(result, assignment)
+        reason = refusal(result, assignment, self.plan.config.max_update_norm)
         if reason is None:
             accepted = spill(result, self.people[result.client], self.folder)
             promised = self._lost.pop(key, None)

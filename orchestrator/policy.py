@@ -148,6 +148,7 @@ class Rounds(Strict):
     late: Literal["drop", "keep"] = "drop"
     staleness: Staleness | None = None
     asynchronous: Asynchronous | None = None
+    max_update_norm: float | None = Field(default=None, gt=0)
     retries: int = Field(default=1, ge=0)
     quarantine_after: int | None = Field(default=5, ge=1)
     stop: Stop | None = None

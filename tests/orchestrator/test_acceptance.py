@@ -113,6 +113,15 @@ def test_an_update_of_another_round_or_version_is_refused(asked, change):
     assert "expected round 2 from ffffffffffff" in refusal(answer(asked(), **change), asked())
 
 
+def test_an_update_that_changes_too_much_is_refused_where_a_norm_is_set(asked):
+    """36 entries, each moved by 1: a change of norm 6."""
+    update = answer(asked())
+
+    assert sum(t.numel() for t in update.tensors.values()) == 36
+    assert refusal(update, asked(), 6.001) is None
+    assert refusal(update, asked(), 5.9) == ("its change has norm 6, allowed 5.9 (max_update_norm)")
+
+
 @pytest.mark.parametrize("count", [0, -3, 2**53 + 1, 10**400])
 def test_an_update_of_no_example_or_more_than_can_be_is_refused(asked, count):
     reason = refusal(answer(asked(), num_examples=count), asked())

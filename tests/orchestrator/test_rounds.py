@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def events(run, *kinds):
 
 def leaves(run, version):
     return run.store.version(version).recipe["updates"]
+
+
+def test_who_goes_too_far_is_refused_and_the_run_goes_on(federation, imagined):
+    class Far(type(imagined())):
+        def answer(self, asked):
+            update = super().answer(asked)
+            if asked.client == "b":
+                far = {n: t + 100 for n, t in update.tensors.items()}
+                update = replace(update, tensors=far)
+            return update
+
+    run = federation(backend=Far(imagined().first), max_update_norm=50, rounds=2)
+    version = run.run()
+
+    assert [leaf["client"] for leaf in leaves(run, version)] == ["a", "c", "d"]
+    refused = events(run, "refused")
+    assert [(e["client"], e["round"]) for e in refused] == [("b", 1)]  # then it rests
+    assert all("allowed 50 (max_update_norm)" in e["reason"] for e in refused)
 
 
 def test_the_cohort_is_written_down_before_anybody_is_asked_and_the_set_before_it_counts(
