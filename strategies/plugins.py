@@ -251,8 +251,8 @@ class Plugin:
                 form = next((m for m in hint.__metadata__ if isinstance(m, Form)), None)
                 hint = typing.get_args(hint)[0]
             default = made[name]() if name in made else parameter.default
-            if nested and default is not _EMPTY and not isinstance(default, str):
-                default = _name(type(default).__module__)  # what it is when nobody says
+            if nested and is_dataclass(default):
+                default = _as_written(default)
             found[name] = Option(name, hint, default, bounds, nested, form)
         return found
 
@@ -314,6 +314,12 @@ class Plugin:
             return self.factory(*context, **checked)
         except ValueError as error:
             raise BadOptions(f"{self.kind} {self.name!r}: {error}") from error
+
+
+def _as_written(built: Any) -> dict[str, Any]:
+    """Return a plug-in that is built already as a config names it."""
+    options = {f.name: getattr(built, f.name) for f in fields(built)}
+    return {"name": _name(type(built).__module__), **options}
 
 
 def _name(module: str) -> str:

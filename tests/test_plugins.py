@@ -257,7 +257,7 @@ from typing import Annotated, Any
 from .o_lora import OLoRA
 from strategies.plugins import Nested
 
-_DEFAULT = OLoRA()
+_DEFAULT = OLoRA(weight=0.25)
 
 @dataclass(frozen=True)
 class Wrapper:
@@ -267,9 +267,9 @@ class Wrapper:
 """
 
 
-def test_a_nested_default_that_is_built_already_is_told_by_its_name(family):
+def test_a_nested_default_that_is_built_already_is_told_as_it_would_be_written(family):
     wrapper = family(wrapper=INSTANCE, o_lora=O_LORA).get("wrapper")
-    assert wrapper.options["inner"].default == "o-lora"
+    assert wrapper.options["inner"].default == {"name": "o-lora", "weight": 0.25}
     assert wrapper.build() == wrapper.factory()
 
 
