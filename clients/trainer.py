@@ -24,6 +24,7 @@ from clients.checkpoint import (
     set_generators,
     set_optimizer_state,
 )
+from clients.correction import Correction
 from clients.gradients import PrivateGradient, plain_step, verify_per_example
 from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
@@ -40,7 +41,7 @@ from clients.session import (
 )
 from clients.site import Site
 from clients.wire import pack, unpack
-from strategies.base import Update
+from strategies.base import Tensors, Update, corrections
 from strategies.spends import PrivacySpend
 
 _VERIFIED: set[tuple[str, ...]] = set()
@@ -84,9 +85,10 @@ def train(
     secret = site.data_key(assignment.privacy.insecure_seed if assignment.privacy else None)
     fingerprint = data.fingerprint(assignment.data, examples, None if assignment.public else secret)
     with opened(assignment) as session:
-        session.write(_starting_tensors(assignment, site))
+        kept = _kept(assignment, site)
+        session.write(_starting_tensors(assignment, kept))
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        loop = _Loop(assignment, session, encoded, stepped)
+        loop = _Loop(assignment, session, encoded, stepped, kept)
         if checkpoint_s is not None:
             run, client = assignment.run, assignment.client
             loop.keep(Checkpoints(site, run, client, digest, fingerprint, checkpoint_s))
@@ -110,9 +112,9 @@ def train(
         spends=spends,
         fingerprint=fingerprint,
     )
-    personal = personal_names(assignment, trained)
-    if personal:
-        own = {name: trained[name] for name in sorted(personal)}
+    own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
+    own |= loop.correction.after(loop.reference, trained)
+    if own:
         site.store_state(assignment.run, assignment.client, assignment.round, own)
     private = privacy is not None
     site.store_update(assignment.run, assignment.client, digest, pack(update), private)
@@ -140,11 +142,18 @@ def spend_of(assignment: Assignment) -> PrivacySpend:
     )
 
 
-def _starting_tensors(assignment: Assignment, site: Site) -> dict[str, Tensor]:
+def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:
+    """Return what the client kept of its last round, where this one asks for it."""
+    sent = assignment.broadcast
+    if not personal_names(assignment, sent.tensors) and not corrections(sent.extra):
+        return {}
+    return site.state(assignment.run, assignment.client, assignment.round - 1)
+
+
+def _starting_tensors(assignment: Assignment, kept: Tensors) -> dict[str, Tensor]:
     sent = assignment.broadcast.tensors
-    if not personal_names(assignment, sent):
-        return dict(sent)
-    return {**sent, **site.state(assignment.run, assignment.client, assignment.round - 1)}
+    own = personal_names(assignment, sent) & kept.keys()
+    return {**sent, **{name: kept[name] for name in own}}
 
 
 @dataclass(slots=True)
@@ -155,12 +164,14 @@ class _Loop:
     session: Session
     encoded: Sequence[data.Encoded]
     stepped: Stepped
+    kept: Tensors
     params: dict[str, nn.Parameter] = field(init=False)
     mask: dict[str, Tensor] = field(init=False)
     reference: dict[str, Tensor] = field(init=False)
     memory: dict[str, Tensor] = field(init=False)
     regularizers: list[tuple[str, Regularizer]] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
+    correction: Correction = field(init=False)
     loss_sum: Tensor = field(init=False)
     num_seen: int = 0
     step: int = 0
@@ -184,6 +195,7 @@ class _Loop:
         self.optimizer = OPTIMIZERS.get(a.optimizer.name).build(
             list(self.params.values()), **a.optimizer.options
         )
+        self.correction = Correction.of(a, self.params, self.optimizer, self.kept)
         self.loss_sum = torch.zeros((), device=a.device)
         self.session.model.train()
 
@@ -270,6 +282,7 @@ class _Loop:
     def _finish_step(self) -> None:
         """Take one optimizer step from the released gradients now in ``p.grad``."""
         self._add_penalties()
+        self.correction.add(self.params)
         names = list(self.params)
         grads = {name: _gradient(self.params[name]) for name in names}
         for name, regularizer in self.regularizers:

@@ -16,7 +16,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, Privacy
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import spend_from_row
-from orchestrator.merging import refuse_kept, refuse_offset
+from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.sections import Simulate
@@ -114,6 +114,7 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
         return Start("fresh", version.id)
     stack = tuple(recipe["stack"])
     if config.start == "stack":
+        refuse_personal(version)
         stack = (*stack, version.id)
     offset = recipe.get("offset") if config.start == "continue" else None
     return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]), offset)

@@ -106,6 +106,20 @@ def refuse_kept(version: Version) -> None:
         )
 
 
+def refuse_personal(version: Version) -> None:
+    """Refuse a version of which a part of the adapter stayed at the clients.
+
+    Raises:
+        NotAModel: if it is one.
+    """
+    if version.recipe.get("personal"):
+        name = version.recipe["strategy"]["name"]
+        raise NotAModel(
+            f"{version.id[:12]} was trained with {name}, by which a part of the adapter stays at "
+            "each client; it is no model without one: it can be gone on with by start: continue"
+        )
+
+
 def common_stack(versions: Sequence[Version]) -> tuple[str, ...]:
     """Return the versions that stay underneath the merge of ``versions``.
 
@@ -132,12 +146,13 @@ def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
 
     Raises:
         BadMerge: naming the first two that differ, and in what.
-        NotAModel: if one is only part of others.
+        NotAModel: if one is only part of others, or of what its clients have.
     """
     if len({v.id for v in versions}) < len(versions):
         raise BadMerge("a version is given twice; weights say how much each counts")
     for version in versions:
         refuse_offset(version)
+        refuse_personal(version)
     first = versions[0].recipe
     for ref, version in zip(refs, versions, strict=True):
         recipe = version.recipe

@@ -170,8 +170,12 @@ def plan_round(
     for participant in cohort:
         raw = broadcast(ClientSpec(participant.name, labels=participant.labels))
         # one masked object for all that hold the same tensors, so that a backend ships it once
-        parts = (raw.tensors, raw.mask, raw.extra)
-        same = (raw.trainable, *(id(part) if part else 0 for part in parts))
+        parts = (raw.tensors, raw.mask)
+        same = (
+            raw.trainable,
+            *(id(part) if part else 0 for part in parts),
+            *((name, id(tensor)) for name, tensor in raw.extra.items()),
+        )
         if same not in masked:
             masked[same] = (raw, with_head_mask(raw, plan))  # the first is kept: ids stay theirs
         sent = masked[same][1]

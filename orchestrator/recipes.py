@@ -12,6 +12,7 @@ from typing import Any
 
 from clients.assignment import ModelSpec, PluginChoice
 from orchestrator.plan import Plan
+from strategies import STRATEGIES
 
 FORMAT = 1
 _LIBRARIES = ("weft", "torch", "transformers", "peft", "opacus")
@@ -149,6 +150,7 @@ def model_json(model: ModelSpec) -> dict[str, Any]:
 def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
     config = plan.config
     privacy = config.privacy
+    strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
     return {
         "format": FORMAT,
         "model": model_json(plan.model),
@@ -179,6 +181,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "start": plan.start.mode,
         "stack": list(plan.start.stack),
         "offset": offset,
+        **({"personal": True} if "personal" in strategy.capabilities else {}),
         "cohort": config.cohort.model_dump(mode="json"),
         "seed": config.seed,
         "reproducible": _reproducible(plan),

@@ -10,12 +10,13 @@ import torch
 from clients import data, models
 from clients.adapters import ADAPTERS, Adapter
 from clients.optimizers import OPTIMIZERS
+from clients.optimizers.descent import PlainDescent
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.cohort import quorum, roster
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.plan import Plan
 from strategies import STRATEGIES
-from strategies.base import ClientSpec, Strategy, Tensors, Update
+from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update, corrections
 from strategies.tensors import NotLowRank, same_products
 
 
@@ -136,6 +137,29 @@ def _refuse_strategy(plan: Plan) -> None:
         )
 
 
+def _refuse_correction(plan: Plan, sent: Broadcast) -> None:
+    """Refuse control variates where clients could learn none from what their steps move.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    if not corrections(sent.extra):
+        return
+    name, chosen = plan.strategy.name, plan.optimizer
+    optimizer = OPTIMIZERS.get(chosen.name).build([torch.zeros(1)], **chosen.options)
+    if not isinstance(optimizer, PlainDescent):
+        raise BadConfig(
+            f"strategy {name!r} learns a client's gradient from how far its steps moved, and with "
+            f"optimizer {chosen.name!r} (as set) that is no sum of gradients; use sgd without "
+            "momentum and weight_decay"
+        )
+    if plan.config.local_steps is None:
+        raise BadConfig(
+            f"strategy {name!r} learns a client's gradient from how far its steps moved, and "
+            "epochs are not as many steps for everybody; give steps"
+        )
+
+
 def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
@@ -174,7 +198,11 @@ def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
             f"strategy {plan.strategy.name!r} needs plain factors B and A, and adapter "
             f"{plan.adapter.name!r} has others ({error}); use fedavg"
         ) from error
-    pattern = strategy.broadcast(state, ClientSpec("anyone")).trainable
+    # two rounds: a strategy may train one factor after the other
+    anyone, later = ClientSpec("anyone"), strategy.aggregate(state, [])
+    sent = [strategy.broadcast(one, anyone) for one in (state, later)]
+    _refuse_correction(plan, sent[0])
+    pattern = "|".join(dict.fromkeys(one.trainable for one in sent))
     asked = [n for n in sample if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
     trained = [n for n in asked if not re.fullmatch(adapter.frozen, n)]
     if all(n.startswith("head.") for n in trained):
@@ -190,7 +218,8 @@ def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
             "(as set) differs from lora in how A trains; use fedavg, or adapter lora"
         )
     if adapter.frozen:
-        update = Update("anyone", 1, "", {n: 2 * sample[n] for n in trained}, 1)
+        first = [n for n in trained if re.fullmatch(sent[0].trainable, n)]
+        update = Update("anyone", 1, "", {n: 2 * sample[n] for n in first}, 1, declared=1.0)
         after = strategy.aggregate(state, [update]).adapter
         kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
         moved = [n for n in kept if not torch.equal(after[n], sample[n])]

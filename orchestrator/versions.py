@@ -11,7 +11,13 @@ from clients.evaluate import Evaluation
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.bases import base_of
-from orchestrator.merging import adapter_of, effective, refuse_kept, refuse_offset
+from orchestrator.merging import (
+    adapter_of,
+    effective,
+    refuse_kept,
+    refuse_offset,
+    refuse_personal,
+)
 from orchestrator.signing import admitted
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
@@ -117,11 +123,13 @@ def refuse_unusable(version: Version) -> None:
     """Refuse a version that computes nothing by itself.
 
     Raises:
-        NotAModel: if it is only part of others, or stays in PEFT's own format.
+        NotAModel: if it is only part of others, stays in PEFT's own format, or a part of its
+            adapter stays at the clients.
         EvaluationFailed: if its heads are personal.
     """
     refuse_offset(version)
     refuse_kept(version)
+    refuse_personal(version)
     if version.recipe.get("training", {}).get("head") == "personal":
         raise EvaluationFailed(
             f"{version.id[:12]} has personal heads, which stay at the clients that trained them; "

@@ -127,6 +127,22 @@ def beneath(auxiliary: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(BENEATH): auxiliary[name] for name in prefixed}
 
 
+CORRECTION = "correction/"
+"""Prefix of a broadcast's extra tensors that are control variates: see :func:`corrections`."""
+
+
+def corrections(tensors: Tensors) -> dict[str, Tensor]:
+    """Return the control variates among ``tensors``, by the name of what they correct.
+
+    They are displacements: what a variate moves in a round, at the client's learning rate and
+    number of steps. Clients that receive one add their own's difference from it to every step's
+    gradient, and keep their own; so they need an optimizer for which a displacement is a sum of
+    gradients (:class:`clients.optimizers.descent.PlainDescent`) and a fixed number of steps.
+    """
+    prefixed = sorted(name for name in tensors if name.startswith(CORRECTION))
+    return {name.removeprefix(CORRECTION): tensors[name] for name in prefixed}
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What a strategy may know of a run before round 1.
@@ -159,8 +175,9 @@ class Strategy(Protocol):
 
             ``additive``: a change of the trained tensors means the same whichever round's adapter
             it is added to, so that an update of an older version can be moved onto a newer one.
-            Then what is not trained stays as it is, and shifting the trained tensors of the adapter
-            and of every update shifts the result. Not so where a round changes the basis.
+            Then what is not trained stays as it is, every round trains the same tensors, and
+            shifting them in the adapter and in every update shifts the result. Not so where a round
+            changes the basis.
 
             ``exact``: the next product B A (with what lies beneath) is the weighted mean of the
             clients' products, but for rounding, as long as its rank fits.

@@ -22,6 +22,32 @@ _PROBES = 64  # norms of so many random images have a relative error of at most 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
+def norm(u: Tensor, v: Tensor) -> float:
+    """Return the Frobenius norm of ``u @ v``, which is not formed; see :class:`AveragingError`.
+
+    Args:
+        u: ``[out, columns]``, float64.
+        v: ``[columns, in]``, float64.
+    """
+    if v.shape[0] <= _most_columns(u.shape[0], v.shape[1]):
+        return product_norm(u, v)
+    return float((u @ (v @ _probes(v.shape[1]))).norm())
+
+
+def _most_columns(out: int, width: int) -> int:
+    return min(_COLUMNS, _ELEMENTS // (out + width))
+
+
+def _probes(width: int) -> Tensor:
+    """Return ``[width, probes]`` of which the image by a matrix has the matrix's norm on average.
+
+    Always the same: ``E |M w|^2 = |M|^2`` for entries of variance 1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(width, _PROBES, generator=generator, dtype=torch.float64)
+    return drawn / math.sqrt(_PROBES)
+
+
 @dataclass(slots=True)
 class _Layer:
     """The running sum ``sum w_k (B_k - b)(A_k - a)`` of one layer, in float64."""
@@ -37,29 +63,15 @@ class _Layer:
         self.u.append((b.double() - self.start.b.double()) * weight)
         self.v.append(a.double() - self.start.a.double())
 
-    @property
-    def is_full(self) -> bool:
-        """Whether it holds as much as it should."""
+    def fold(self, *, if_full: bool = False) -> None:
+        """Forget the sum's factors; keep what it makes of the probes."""
         columns = sum(one.shape[1] for one in self.u)
         out, width = self.start.b.shape[0], self.start.a.shape[1]
-        return columns >= min(_COLUMNS, _ELEMENTS // (out + width))
-
-    def fold(self) -> None:
-        """Forget the sum's factors; keep what it makes of the probes."""
-        image = torch.zeros(self.u[0].shape[0], _PROBES, dtype=torch.float64)
-        image = image if self.image is None else self.image
-        self.image = image + torch.cat(self.u, dim=1) @ (torch.cat(self.v) @ self._probes())
+        if not columns or (if_full and columns < _most_columns(out, width)):
+            return
+        image = torch.cat(self.u, dim=1) @ (torch.cat(self.v) @ _probes(width))
+        self.image = image if self.image is None else self.image + image
         self.u, self.v = [], []
-
-    def _probes(self) -> Tensor:
-        """Return ``[in, probes]`` of which the norms of images are those of a product on average.
-
-        The same for every layer of a width: ``E |M w|^2 = |M|^2`` for entries of variance 1.
-        """
-        generator = torch.Generator().manual_seed(0)
-        width = self.start.a.shape[1]
-        drawn = torch.randn(width, _PROBES, generator=generator, dtype=torch.float64)
-        return drawn / math.sqrt(_PROBES)
 
     def deviation(self, mean: Factors) -> tuple[Tensor, Tensor]:
         """Return factors of ``sum p_k B_k A_k - B A``: ``[out, columns]`` and ``[columns, in]``.
@@ -76,11 +88,10 @@ class _Layer:
         b, a = mean.b.double(), mean.a.double()
         if self.image is None:
             u, v = self.deviation(mean)
-            whole = product_norm(torch.cat([u, b], dim=1), torch.cat([v, a]))
-            return scaling * product_norm(u, v), scaling * whole
-        if self.u:
-            self.fold()
-        probes = self._probes()
+            whole = norm(torch.cat([u, b], dim=1), torch.cat([v, a]))
+            return scaling * norm(u, v), scaling * whole
+        self.fold()
+        probes = _probes(a.shape[1])
         du, dv = b - self.start.b.double(), a - self.start.a.double()
         lost = self.image / self.total - du @ (dv @ probes)
         whole = float((lost + b @ (a @ probes)).norm())
@@ -119,8 +130,8 @@ class AveragingError:
                     continue
                 if (b.shape, a.shape) == (layer.start.b.shape, layer.start.a.shape):
                     layer.add(weight, b, a)
-                    if layer.is_full and not self._whole:
-                        layer.fold()
+                    if not self._whole:
+                        layer.fold(if_full=True)
             yield update
 
     def metrics(self, mean: Tensors) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
+from clients.optimizers.descent import PlainDescent
 from strategies.plugins import Range
 
 
@@ -33,6 +34,8 @@ def sgd(
     """
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs momentum > 0, got 0; set momentum or leave nesterov out")
+    if momentum == 0 and weight_decay == 0:
+        return PlainDescent(params, lr=lr)
     return torch.optim.SGD(
         params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
     )

@@ -477,6 +477,48 @@ def test_updates_of_older_versions_are_taken_where_the_basis_stays(register, pla
     assert plan(tiny(strategy=strategy, asynchronous=ASYNCHRONOUS)).config.stale is not None
 
 
+def test_a_strategy_that_trains_one_factor_after_the_other_trains_both(
+    register, refused, plan, tiny
+):
+    register()
+    velora = {"name": "velora", "r": 2, "layers": [0]}
+    soft, hard = ({"name": "o-lora", "form": form} for form in ("soft", "hard"))
+
+    assert plan(tiny(strategy="rolora", adapter=velora, regularizers=[soft]))
+    assert "lora_A.weight frozen" in refused(strategy="rolora", regularizers=[hard])
+    assert "changes from round to round" in refused(strategy="rolora", late="keep")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "with optimizer 'adamw' (as set) that is no sum of gradients; use sgd without"),
+        ({"optimizer": {"name": "sgd", "momentum": 0.9}}, "optimizer 'sgd' (as set) that is no"),
+        ({"optimizer": "sgd", "steps": None}, "epochs are not as many steps for everybody; give"),
+        ({"optimizer": "sgd", "late": "keep"}, "changes from round to round"),
+    ],
+)
+def test_control_variates_are_refused_where_none_can_be_learnt(
+    register, refused, plan, tiny, changes, message
+):
+    register()
+
+    assert message in refused(strategy="scaffold", **changes)
+    assert plan(tiny(strategy="scaffold", optimizer="sgd"))
+
+
+def test_a_part_that_stays_at_the_clients_is_in_the_recipe_and_evaluates_nothing(
+    register, refused, plan, tiny
+):
+    register()
+    held_back = {"data": "jsonl:/held-back"}
+
+    recipe = round_recipe(plan(tiny(strategy={"name": "fedavgm", "inner": "fedsa-lora"})), 1, [])
+    assert recipe["personal"] is True
+    assert "personal" not in round_recipe(plan(tiny(strategy="fedavg")), 1, [])
+    assert "no version is a whole model" in refused(strategy="fedsa-lora", evaluate=held_back)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

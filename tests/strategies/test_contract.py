@@ -35,6 +35,7 @@ def train(strategy, make_update):
                 name: (tensor + torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
                 for name, tensor in sorted(broadcast.tensors.items())
                 if re.fullmatch(broadcast.trainable, name)
+                and not re.fullmatch(broadcast.personal, name)
             }
             result.append(make_update(trained, client, count))
         return result
@@ -123,7 +124,10 @@ def test_updates_are_read_once_and_lazily(strategy, make_adapter, train):
 def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_says_so(
     strategy, make_adapter, train
 ):
-    """Additive: what is not trained stays, and a shift of adapter and updates shifts the result."""
+    """Additive: what is not trained stays, and a shift of adapter and updates shifts the result.
+
+    And the next round asks for the same tensors, and tells nothing else that they depend on.
+    """
     state = strategy.init(make_adapter(dtype=torch.float64))
     updates = train(state)
     trained = updates[0].tensors.keys()
@@ -138,9 +142,13 @@ def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_s
     result = strategy.aggregate(state, updates).adapter
     after = strategy.aggregate(moved_state, moved).adapter
 
+    now, later = (
+        strategy.broadcast(s, ClientSpec("a")) for s in (state, strategy.aggregate(state, updates))
+    )
+    alike = now.trainable == later.trainable and same(now.extra, later.extra)
     kept = all(torch.equal(result[n], t) for n, t in state.adapter.items() if n not in trained)
     along = all(torch.allclose(after[n], t) for n, t in shifted(result).items())
-    assert (kept and along) is ("additive" in strategy.capabilities)
+    assert (kept and along and alike) is ("additive" in strategy.capabilities)
 
 
 def test_a_round_without_updates_leaves_the_adapter_as_it_is(strategy, make_adapter):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clients.optimizers import OPTIMIZERS
+from clients.optimizers.descent import PlainDescent
 from strategies.plugins import BadOptions
 
 EVERY = pytest.mark.parametrize("name", OPTIMIZERS.names())
@@ -81,6 +82,30 @@ def test_it_says_what_it_is_and_takes_a_learning_rate(name):
     assert not any(option.required for option in plugin.options.values())
     with pytest.raises(BadOptions, match="lr must be"):
         plugin.check({"lr": 0.0})
+
+
+@EVERY
+def test_plain_descent_moves_by_the_learning_rate_times_the_sum_of_gradients(name):
+    params, optimizer = build(name, lr=0.125)
+    before = {key: p.detach().clone() for key, p in params.items()}
+    sums = {key: torch.zeros_like(p) for key, p in before.items()}
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        for key, p in params.items():
+            p.grad = torch.randn(p.shape, generator=generator)
+            sums[key] += p.grad
+        optimizer.step()
+    plain = all(
+        torch.allclose(params[k], before[k] - 0.125 * g, atol=1e-6) for k, g in sums.items()
+    )
+    assert plain is isinstance(optimizer, PlainDescent)
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": 0.5}, {"weight_decay": 0.1}, {"momentum": 0.5, "nesterov": True}]
+)
+def test_sgd_with_more_than_the_gradient_is_no_plain_descent(options):
+    assert not isinstance(build("sgd", **options)[1], PlainDescent)
 
 
 def test_sgd_takes_the_step_one_can_check_by_hand():
