@@ -182,7 +182,11 @@ class Strategy(Protocol):
             ``exact``: the next product B A (with what lies beneath) is the weighted mean of the
             clients' products, but for rounding, as long as its rank fits.
 
-            ``any-rank``: clients may train at ranks of their own.
+            ``any-rank``: clients may train at ranks of their own: a broadcast to a client with a
+            rank has no layer above it, and the same scalings as to all others.
+
+            ``beneath``: a part of what is learned lies under the adapter, see :func:`beneath`, so
+            that the adapter alone is not what was learned.
 
             ``streaming``: memory does not grow with the number of updates.
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.drift import AveragingError
-from strategies.tensors import Weighting, weighted_mean
+from strategies.tensors import ALL_TRAINED, Weighting, weighted_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class FedAvg:
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
         """Return the adapter, all of it to be trained but the scalings."""
-        return Broadcast(state.adapter, trainable=r"(?!.*\.scaling$).*")
+        return Broadcast(state.adapter, trainable=ALL_TRAINED)
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state with every trained tensor replaced by its weighted mean.

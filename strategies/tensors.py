@@ -58,8 +58,12 @@ _A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
 _BETWEEN = ".lora_diag"  # KaSA's diagonal
 _ROUNDING = 1e-4  # relative, of float32 factors that were refactored
 
+ALL_TRAINED = r"(?!.*\.scaling$).*"
+"""What is trained where nothing but the scalings is frozen; see
+:class:`strategies.base.Broadcast`."""
+
 A_AND_HEAD, B_AND_HEAD = (rf".*\.lora_{factor}\..*|head\..*" for factor in "AB")
-"""What is trained where the other factor is frozen; see :class:`strategies.base.Broadcast`."""
+"""What is trained where the other factor is frozen; likewise."""
 
 
 def lora_layers(tensors: Tensors) -> dict[str, Factors]:

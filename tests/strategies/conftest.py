@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.base import Update
+from strategies.base import ServerState, Update, beneath
 
 Adapter = dict[str, Tensor]
 LAYERS = {"encoder.query": (7, 12), "encoder.value": (9, 12)}  # name: (out, in)
@@ -54,6 +54,17 @@ def products() -> Callable[[Mapping[str, Tensor]], Adapter]:
             @ tensors[f"{layer}.lora_A.weight"].double()
             for layer in layers
         }
+
+    return dense
+
+
+@pytest.fixture
+def whole(products) -> Callable[[ServerState], Adapter]:
+    """Every layer's product with what lies beneath it, dense and in float64."""
+
+    def dense(state: ServerState) -> Adapter:
+        lying = products(beneath(state.auxiliary))
+        return {n: p + lying[n] if n in lying else p for n, p in products(state.adapter).items()}
 
     return dense
 

@@ -1,6 +1,7 @@
 """What every strategy owes its callers. A new strategy is tested by existing."""
 
 import re
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load, save
 from torch.testing import assert_close
 
 from strategies import STRATEGIES
-from strategies.base import ClientSpec, ServerState
+from strategies.base import BENEATH, ClientSpec, ServerState, beneath
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
 
@@ -51,13 +52,18 @@ def both(state):
     return state.adapter, state.auxiliary
 
 
+def apart(tensors):
+    """Without what lies beneath, whose factors may be in any order: its product counts."""
+    return {n: t for n, t in tensors.items() if not n.startswith(BENEATH)}
+
+
 def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def test_init_keeps_the_product_that_a_run_continues_from(strategy, make_adapter, products):
+def test_init_keeps_the_product_that_a_run_continues_from(strategy, make_adapter, products, whole):
     adapter = make_adapter(dtype=torch.float64)
-    assert_close(products(strategy.init(adapter).adapter), products(adapter))
+    assert_close(whole(strategy.init(adapter)), products(adapter))
 
 
 def test_broadcast_holds_the_whole_adapter_and_trains_some_of_it(strategy, make_adapter):
@@ -74,23 +80,22 @@ def test_broadcast_shares_its_tensors_between_clients_that_are_alike(strategy, m
     assert first.tensors is second.tensors
 
 
-def test_clients_that_agree_get_their_answer(strategy, make_adapter, train, products):
+def test_clients_that_agree_get_their_answer(strategy, make_adapter, train, whole):
     state = strategy.init(make_adapter())
     updates = train(state, agree=True)
-    after = strategy.aggregate(state, updates).adapter
-    expected = {**state.adapter, **updates[0].tensors}
-    assert_close(products(after), products(expected), rtol=1e-5, atol=1e-5)
-    assert torch.equal(after["head.weight"], expected["head.weight"])
+    after = strategy.aggregate(state, updates)
+    expected = ServerState({**state.adapter, **updates[0].tensors}, state.auxiliary)
+    assert_close(whole(after), whole(expected), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after.adapter["head.weight"], expected.adapter["head.weight"])
 
 
-def test_aggregate_ignores_the_order_of_updates(strategy, make_adapter, train):
+def test_aggregate_ignores_the_order_of_updates(strategy, make_adapter, train, whole):
     state = strategy.init(make_adapter())
     updates = train(state)
-    for left, right in zip(
-        both(strategy.aggregate(state, updates)),
-        both(strategy.aggregate(state, updates[::-1])),
-        strict=True,
-    ):
+    one, other = (strategy.aggregate(state, some) for some in (updates, updates[::-1]))
+    assert_close(one.adapter, other.adapter)
+    assert_close(whole(one), whole(other))
+    for left, right in zip(map(apart, both(one)), map(apart, both(other)), strict=True):
         assert_close(left, right)
 
 
@@ -154,6 +159,90 @@ def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_s
 def test_a_round_without_updates_leaves_the_adapter_as_it_is(strategy, make_adapter):
     state = strategy.init(make_adapter())
     assert same(strategy.aggregate(state, []).adapter, state.adapter)
+
+
+def test_tensors_that_the_strategy_does_not_know_are_kept(strategy, make_adapter, train):
+    """Such as what lies beneath a version that another strategy made."""
+    state = strategy.init(make_adapter())
+    state = replace(state, auxiliary={**state.auxiliary, "of another": torch.arange(3)})
+    for updates in (train(state), []):
+        after = strategy.aggregate(state, updates).auxiliary
+        assert torch.equal(after["of another"], torch.arange(3))
+
+
+def test_what_lies_beneath_is_part_of_what_the_next_round_is_relative_to(
+    strategy, make_adapter, train, whole
+):
+    """A round in which nobody moves leaves adapter and what is beneath together as they are."""
+    state = strategy.aggregate(s := strategy.init(make_adapter()), train(s))
+    lying = beneath(state.auxiliary)
+    assert bool(lying) is ("beneath" in strategy.capabilities)
+    still = [
+        replace(u, tensors={n: state.adapter[n] for n in u.tensors})
+        for u in train(state, agree=True)
+    ]
+    assert_close(whole(strategy.aggregate(state, still)), whole(state), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exact_strategy_makes_the_mean_of_the_products(
+    strategy, make_adapter, train, products, whole
+):
+    if "exact" not in strategy.capabilities:
+        pytest.skip("it does not say so")
+    adapter = make_adapter(dtype=torch.float64, layers={"small": (3, 5)})  # any rank fits into 4
+    state = strategy.init(adapter)
+    for _ in range(2):
+        updates = train(state)
+        clients = [ServerState({**state.adapter, **u.tensors}, state.auxiliary) for u in updates]
+        total = sum(u.num_examples for u in updates)
+        parts = [
+            whole(c)["small"] * (u.num_examples / total)
+            for c, u in zip(clients, updates, strict=True)
+        ]
+        state = strategy.aggregate(state, updates)
+        assert_close(whole(state)["small"], sum(parts), rtol=0, atol=1e-10)
+
+
+def test_clients_may_have_ranks_of_their_own_if_the_strategy_says_so(
+    strategy, make_adapter, make_update
+):
+    state = strategy.init(make_adapter())
+    if "any-rank" not in strategy.capabilities:
+        pytest.skip("it does not say so")
+    updates = []
+    for rank, client in ((1, "a"), (2, "b"), (4, "c")):
+        sent = strategy.broadcast(state, ClientSpec(client, rank=rank))
+        again = strategy.broadcast(state, ClientSpec("like it", rank=rank))
+        assert sent.tensors is again.tensors
+        assert sent.tensors.keys() == state.adapter.keys()
+        for name, tensor in sent.tensors.items():
+            axis = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+            assert axis is None or tensor.shape[axis] == rank
+            assert axis is not None or torch.equal(tensor, state.adapter[name])
+        trained = {n: t + 1.0 for n, t in sent.tensors.items() if re.fullmatch(sent.trainable, n)}
+        updates.append(make_update(trained, client))
+    after = strategy.aggregate(state, updates).adapter
+    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in state.adapter.items()}
+    assert strategy.broadcast(state, ClientSpec("d", rank=9)).tensors is state.adapter
+    assert all(torch.isfinite(t).all() for t in after.values())
+
+
+def test_a_streaming_strategy_keeps_no_update(strategy, make_adapter, train):
+    if "streaming" not in strategy.capabilities:
+        pytest.skip("it does not say so")
+    state = strategy.init(make_adapter())
+    gone = []
+
+    def one_at_a_time():
+        for update in train(state) * 2:
+            copy = replace(update, tensors={n: t.clone() for n, t in update.tensors.items()})
+            gone.append([weakref.ref(t) for t in copy.tensors.values()])
+            yield copy
+            del copy
+            assert not any(ref() is not None for refs in gone[:-1] for ref in refs)
+
+    strategy.aggregate(state, one_at_a_time())
+    assert len(gone) == 2 * len(COUNTS)
 
 
 def test_aggregate_is_deterministic(strategy, make_adapter, train):
