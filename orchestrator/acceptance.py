@@ -169,4 +169,6 @@ def _accepted(update: Update, sha256: str, who: Participant, path: Path) -> Acce
     }
     if who.declared is not None:  # what is not asked for is in no recipe
         leaf["declared"] = who.declared
+    if who.rank is not None:
+        leaf["rank"] = who.rank
     return Accepted(leaf, update.round, path)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from clients.initialisations import OFFSET
 from clients.regularizers import recall
 from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
-from orchestrator.merging import split_head
+from orchestrator.merging import split_head, stacked
 from orchestrator.plan import Plan, seed_for
 from orchestrator.recipes import offset_recipe, start_recipe
 from storage.store import AdapterStore
-from strategies.base import Setting, Strategy, Tensors, Update
+from strategies.base import BENEATH, ServerState, Setting, Strategy, Tensors, Update, beneath
 
 
 def begin(
@@ -41,6 +42,8 @@ def begin(
         made, offset, read = _split(plan, commit, make(memory))
         adapter = initialised(plan, {**made, **kept}, memory)
     state = strategy.init(adapter, setting_of(plan))
+    if start.mode == "continue" and start.version:
+        state = _over(state, beneath(store.auxiliary(start.version)))
     edge = "init" if start.mode == "fresh" else start.mode
     parents = {start.version: edge} if start.version else {}
     version = commit(
@@ -51,6 +54,14 @@ def begin(
         recipe=start_recipe(plan, offset, read),
     )
     return Committed(0, version, state, memory, offset)
+
+
+def _over(state: ServerState, lying: Tensors) -> ServerState:
+    """Return a state that lies on ``lying`` too, whichever strategy put it there."""
+    own = beneath(state.auxiliary)
+    below = stacked([part for part in (lying, own) if part])
+    auxiliary = {**state.auxiliary, **{BENEATH + name: t for name, t in below.items()}}
+    return replace(state, auxiliary=auxiliary)
 
 
 def _split(

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from clients.assignment import PluginChoice
 from clients.regularizers import REGULARIZERS, namespaced, recall
+from orchestrator.merging import beneath, stacked
 from orchestrator.plan import Plan
 from storage.store import AdapterStore
 from strategies.base import ServerState, Tensors
+from strategies.base import beneath as kept_beneath
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,18 @@ class Committed:
 
 @dataclass(slots=True)
 class Commits:
-    """A run's versions: from memory while somebody trains from them, else from the store."""
+    """A run's versions: from memory while somebody trains from them, else from the store.
+
+    Attributes:
+        store: where they are.
+        stack: versions frozen underneath all of them, oldest first.
+    """
 
     store: AdapterStore
+    stack: tuple[str, ...] = ()
     _known: dict[str, Committed] = field(default_factory=dict, init=False)
+    _common: dict[str | None, Tensors] = field(default_factory=dict, init=False)  # by offset
+    _below: dict[str, Tensors] = field(default_factory=dict, init=False)
 
     def of(self, version: str) -> Committed:
         """Return one of the run's versions."""
@@ -48,6 +58,18 @@ class Commits:
             self._known[version] = found
         return self._known[version]
 
+    def below(self, version: str) -> Tensors:
+        """Return all that lies frozen under a version's adapter; one object for all who ask."""
+        done = self.of(version)
+        if done.offset not in self._common:
+            self._common[done.offset] = beneath(self.store, self.stack, done.offset)
+        common, lying = self._common[done.offset], kept_beneath(done.state.auxiliary)
+        if not lying:
+            return common
+        if version not in self._below:
+            self._below[version] = stacked([*([common] if common else []), lying])
+        return self._below[version]
+
     def add(self, done: Committed, awaited: Collection[str]) -> Committed:
         """Keep the newest version and those that updates are awaited from, and return the newest.
 
@@ -57,6 +79,7 @@ class Commits:
         """
         self._known = {v: known for v, known in self._known.items() if v in awaited}
         self._known[done.version] = done
+        self._below = {v: below for v, below in self._below.items() if v in self._known}
         return done
 
 

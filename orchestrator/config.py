@@ -27,6 +27,7 @@ from orchestrator.sections import (
     Model,
     Participants,
     PrivacyConfig,
+    RankRule,
 )
 from storage.canonical import NotJson, canonical_json
 from strategies import STRATEGIES
@@ -111,6 +112,7 @@ class RunConfig(Rounds):
     labels: tuple[str, ...] = ()
     task_labels: tuple[str, ...] = ()
     adapter: PluginField = Choice(name="lora")
+    ranks: tuple[RankRule, ...] = ()
     init_data: InitDataConfig | None = None
     head: Literal["train", "freeze", "personal"] = "train"
     strategy: PluginField = Choice(name="fedsvd")

@@ -76,7 +76,6 @@ class Federation:
     token: int | None = None
     wanted: Callable[[], str] = lambda: "run"
     strategy: Strategy = field(init=False)
-    underlay: Tensors = field(init=False)
     _roster: Roster = field(init=False)
     _desk: Desk = field(init=False)
     _collector: Collector = field(init=False)
@@ -87,9 +86,8 @@ class Federation:
     def __post_init__(self) -> None:
         choice, plan = self.plan.strategy, self.plan
         self.strategy = STRATEGIES.get(choice.name).build(**choice.options)
-        self.underlay = beneath(self.store, plan.start.stack, None)
         self._roster = roster(plan.participants, plan.config.cohort)
-        self._commits = Commits(self.store)
+        self._commits = Commits(self.store, plan.start.stack)
         self._desk = Desk(self.backend, self._started, self._stepped, self._heed)
         self._collector = Collector(
             plan=plan,
@@ -115,7 +113,6 @@ class Federation:
         """
         try:
             done = self._last_commit() or self._begin()
-            self.underlay = beneath(self.store, self.plan.start.stack, done.offset)
             self._evaluate(done)
             while done.round < self.plan.config.rounds and not self._stops():
                 self._heed()
@@ -184,7 +181,7 @@ class Federation:
     ) -> list[Assignment]:
         """Return what a round's clients are asked, from a base version: the same every time."""
         start = self._commits.of(base)
-        inputs = self._inputs(round_, base, start.memory)
+        inputs = self._inputs(round_, start)
 
         def broadcast(client: ClientSpec) -> Broadcast:
             return self.strategy.broadcast(start.state, client)
@@ -264,7 +261,8 @@ class Federation:
     def _initial(self, memory: Tensors) -> Update:
         """Return the adapter's first tensors, made where the base model is."""
         self._log("initialising", {"adapter": self.plan.adapter.name})
-        asked = plan_init(self.plan, self._inputs(0, "", memory))
+        below = beneath(self.store, self.plan.start.stack, None)
+        asked = plan_init(self.plan, RoundInputs(0, "", below, memory, self._sites))
         result = self._one(asked)
         if isinstance(result, Failure):
             raise RoundFailed(f"the adapter cannot be initialised: {result.reason}")
@@ -277,7 +275,7 @@ class Federation:
         due = (chosen is not None and round_ % chosen.every == 0) or round_ == config.rounds
         if chosen is None or not due or self._history().judged >= round_:
             return
-        inputs = self._inputs(round_, done.version, done.memory)
+        inputs = self._inputs(round_, done)
         asked = plan_evaluation(self.plan, inputs, done.state.adapter, chosen)
         result = self._one(asked)
         if isinstance(result, Evaluation):
@@ -296,8 +294,13 @@ class Federation:
         config = self.plan.config
         return self._desk.one(asked, config.deadline_s, config.retries, retried)
 
-    def _inputs(self, round_: int, version: str, memory: Tensors) -> RoundInputs:
-        return RoundInputs(round_, version, self.underlay, memory, str(self.home / "sites"))
+    def _inputs(self, round_: int, start: Committed) -> RoundInputs:
+        below = self._commits.below(start.version)
+        return RoundInputs(round_, start.version, below, start.memory, self._sites)
+
+    @property
+    def _sites(self) -> str:
+        return str(self.home / "sites")
 
     def _started(self, assignment: Assignment) -> None:
         if assignment.action == "train":

@@ -18,8 +18,9 @@ from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import spend_from_row
 from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
+from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
-from orchestrator.sections import Simulate
+from orchestrator.sections import RankRule, Simulate
 from orchestrator.spending import calibrated
 from orchestrator.weighing import weighed, weighing_label
 from storage.ledger import ClientRecord, Ledger
@@ -55,6 +56,7 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     _refuse_faults_of_nobody(config, [p.name for p in participants])
+    participants = _ranked(config, participants)
     label, budgets = weighing_label(plan.strategy.options), ledger.budgets()
     private = [
         _with_privacy(weighed(p, label), plan, ledger, budgets.get(p.population))
@@ -71,6 +73,32 @@ def _refuse_faults_of_nobody(config: RunConfig, names: Sequence[str]) -> None:
     if unknown:
         hint = did_you_mean(unknown[0], names) or f"; they are {', '.join(names[:5])} …"
         raise BadConfig(f"faults: no client is called {unknown[0]!r}{hint}")
+
+
+def _ranked(config: RunConfig, participants: Sequence[Participant]) -> list[Participant]:
+    """Return the participants with their ranks.
+
+    Raises:
+        BadConfig: if a rule is the first for nobody: a label or name is then mistyped, or hidden.
+    """
+    ranked = [replace(p, rank=rank_of(config.ranks, p.name, p.labels)) for p in participants]
+    for index, rule in enumerate(config.ranks):
+        before = config.ranks[:index]
+        if not any(
+            rule.fits(p.name, p.labels) and rank_of(before, p.name, p.labels) is None
+            for p in participants
+        ):
+            raise BadConfig(
+                f"ranks: no client that takes part is the first to fit {_described(rule)}; the "
+                "first rule that fits counts, and weft clients list shows the labels"
+            )
+    return ranked
+
+
+def _described(rule: RankRule) -> str:
+    if rule.names:
+        return f"names {', '.join(rule.names)}"
+    return f"where {', '.join(f'{k}={v}' for k, v in rule.where.items())}"
 
 
 def _anchored(config: RunConfig) -> RunConfig:
@@ -194,7 +222,7 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
         slug = _slug(name, taken)
         taken.add(slug)
         size = len(data.examples(spec, model)) if sized else 0
-        found.append(Participant(slug, spec, f"{source}#{name}", size, {}, public))
+        found.append(Participant(slug, spec, f"{source}#{name}", size, public=public))
     return found
 
 

@@ -11,6 +11,7 @@ from clients.adapters import ADAPTERS, Adapter
 from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies.base import Tensors
+from strategies.base import beneath as kept_beneath
 from strategies.merges.cat import cat
 
 
@@ -40,20 +41,23 @@ def stacked(layers: Sequence[Tensors]) -> dict[str, Tensor]:
 
 
 def task_vector(store: AdapterStore, version: Version) -> dict[str, Tensor]:
-    """Return what a version itself changes: its adapter and its offset as one, without a head.
+    """Return what a version itself changes, as one adapter without a head.
 
-    A low-rank adapter's as plain factors; any other adapter's are its tensors as they are.
+    That is its adapter, its offset, and what its strategy keeps beneath. A low-rank adapter's as
+    plain factors; any other adapter's are its tensors as they are.
     """
     own = split_head(store.tensors(version.id))[0]
     adapter = adapter_of(version)
     if "low-rank" not in adapter.capabilities:
         return own
     offset = version.recipe.get("offset")  # recipes before offsets have no such key
-    return stacked([*([store.tensors(offset)] if offset else []), adapter.factored(own)])
+    lying = kept_beneath(store.auxiliary(version.id))
+    below = [*([store.tensors(offset)] if offset else []), *([lying] if lying else [])]
+    return stacked([*below, adapter.factored(own)])
 
 
 def beneath(store: AdapterStore, stack: Sequence[str], offset: str | None) -> dict[str, Tensor]:
-    """Return all that lies frozen under an adapter in training, as one factored adapter."""
+    """Return all that lies frozen under a run's adapter from its start, as one factored adapter."""
     layers = [task_vector(store, store.version(ref)) for ref in stack]
     return stacked([*layers, *([store.tensors(offset)] if offset else [])])
 

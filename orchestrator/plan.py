@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from clients.assignment import NO_DATA, Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
 from orchestrator.config import RunConfig
+from orchestrator.ranks import adapter_at
 from orchestrator.sections import EvaluateConfig
 from strategies.base import Broadcast, ClientSpec, Tensors
 
@@ -26,6 +27,7 @@ class Participant:
         population: the people its records are about; budgets and spends belong to it.
         num_examples: declared size; 0 where it declares none (then it is counted, without DP).
         labels: the operator's labels.
+        rank: that of its adapter, or None for the run's.
         public: whether its data are public.
         privacy: its DP-SGD, calibrated once for the whole run; None without DP.
         declared: what its updates count, by an operator's label; None where none is asked for.
@@ -36,6 +38,7 @@ class Participant:
     population: str
     num_examples: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    rank: int | None = None
     public: bool = False
     privacy: Privacy | None = None
     declared: float | None = None
@@ -168,7 +171,7 @@ def plan_round(
     masked: dict[tuple[Any, ...], tuple[Broadcast, Broadcast]] = {}
     assignments = []
     for participant in cohort:
-        raw = broadcast(ClientSpec(participant.name, labels=participant.labels))
+        raw = broadcast(ClientSpec(participant.name, participant.rank, participant.labels))
         # one masked object for all that hold the same tensors, so that a backend ships it once
         parts = (raw.tensors, raw.mask)
         same = (
@@ -186,7 +189,7 @@ def plan_round(
 
 def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
     """Return the assignment that makes the adapter's first tensors, on any worker."""
-    someone = plan.participants[0]
+    someone = replace(plan.participants[0], rank=None)
     seed = seed_for(plan.config.seed, 0, "init")
     made = replace(
         _assignment(plan, inputs, someone, Broadcast({}), seed),
@@ -209,7 +212,8 @@ def plan_evaluation(
 ) -> Assignment:
     """Return the assignment that scores ``tensors`` on held-back data of the run's task."""
     data = DataSpec(chosen.data, chosen.fields, labels=plan.task_labels)
-    made = _assignment(plan, inputs, plan.participants[0], Broadcast(tensors), 0)
+    someone = replace(plan.participants[0], rank=None)
+    made = _assignment(plan, inputs, someone, Broadcast(tensors), 0)
     return replace(
         made,
         action="evaluate",
@@ -247,7 +251,7 @@ def _assignment(
         round=inputs.round,
         base=inputs.base,
         model=plan.model,
-        adapter=plan.adapter,
+        adapter=adapter_at(plan.adapter, who.rank),
         broadcast=broadcast,
         data=replace(who.data, labels=plan.task_labels if config.task_labels else ()),
         optimizer=plan.optimizer,

@@ -155,6 +155,9 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "format": FORMAT,
         "model": model_json(plan.model),
         "adapter": _choice(plan.adapter),
+        **(
+            {"ranks": [one.model_dump(mode="json") for one in config.ranks]} if config.ranks else {}
+        ),
         "strategy": _choice(plan.strategy),
         "optimizer": _choice(plan.optimizer),
         "regularizers": [_choice(r) for r in plan.regularizers],

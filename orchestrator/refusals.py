@@ -14,9 +14,12 @@ from clients.optimizers.descent import PlainDescent
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.cohort import quorum, roster
 from orchestrator.config import BadConfig, RunConfig
+from orchestrator.merging import stacked
 from orchestrator.plan import Plan
+from orchestrator.ranks import adapter_at
 from strategies import STRATEGIES
-from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update, corrections
+from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update, beneath, corrections
+from strategies.plugins import BadOptions
 from strategies.tensors import NotLowRank, same_products
 
 
@@ -76,7 +79,10 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
             (f"regularizer {choice.name!r}", method.initialise(drawn, method.consolidate(past, {})))
         )
     strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
-    movers.append((f"strategy {plan.strategy.name!r}", strategy.init(drawn).adapter))
+    state = strategy.init(drawn)
+    lying = beneath(state.auxiliary)
+    begun = stacked([*([lying] if lying else []), state.adapter])
+    movers.append((f"strategy {plan.strategy.name!r}", begun))
     for what, after in movers:
         if not same_products(drawn, after):
             raise BadConfig(
@@ -114,14 +120,15 @@ def refuse_senseless(plan: Plan) -> None:
         )
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
-    _refuse_strategy(plan)
+    _refuse_strategy(plan, adapter)
     trained = _trained_names(plan, adapter)
+    _refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
         _refuse_moved_start(plan, models.shapes(plan.model, adapter))
     _refuse_regularizers(plan, trained)
 
 
-def _refuse_strategy(plan: Plan) -> None:
+def _refuse_strategy(plan: Plan, adapter: Adapter) -> None:
     config, name = plan.config, plan.strategy.name
     strategy: Strategy = STRATEGIES.get(name).build(**plan.strategy.options)
     if config.privacy is not None and "private" not in strategy.capabilities:
@@ -129,6 +136,12 @@ def _refuse_strategy(plan: Plan) -> None:
             f"strategy {name!r} (as set) lets clients send what depends on their data besides "
             "trained tensors, which example-level privacy does not cover; use fedsvd or ffa-lora, "
             "or run without privacy"
+        )
+    if "beneath" in strategy.capabilities and "low-rank" not in adapter.capabilities:
+        raise BadConfig(
+            f"strategy {name!r} lays a part of what is learned beneath the adapter, and adapter "
+            f"{plan.adapter.name!r} changes the base model by more than a product that adds to "
+            "one beneath; use flexlora or fedavg, or adapter lora or rslora"
         )
     if "personal" in strategy.capabilities and config.evaluate is not None:
         raise BadConfig(
@@ -160,6 +173,55 @@ def _refuse_correction(plan: Plan, sent: Broadcast) -> None:
         )
 
 
+def _refuse_ranks(plan: Plan, adapter: Adapter) -> None:
+    """Refuse ranks that the strategy, the adapter or the rounds know nothing to do with.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    config, name = plan.config, plan.strategy.name
+    if not config.ranks:
+        return
+    strategy: Strategy = STRATEGIES.get(name).build(**plan.strategy.options)
+    if "any-rank" not in strategy.capabilities:
+        raise BadConfig(
+            f"ranks: strategy {name!r} takes factors of one rank only; use flexlora, flora or "
+            "hetlora, or leave ranks out"
+        )
+    if config.stale is not None:
+        raise BadConfig(
+            "ranks: an update of a lower rank cannot be moved onto a newer version; leave late: "
+            "keep and asynchronous out, or ranks"
+        )
+    most = plan.adapter.options.get("r")
+    for rule in config.ranks:
+        if most is None or rule.r > most:
+            raise BadConfig(
+                f"ranks: {rule.r} is above the adapter's r, {most}, which is the rank of the "
+                "result; raise adapter.r, or lower the client's"
+            )
+    shapes = models.shapes(plan.model, adapter)
+    state = strategy.init({n: torch.ones(shape) for n, shape in shapes.items()})
+    for rank in sorted({rule.r for rule in config.ranks}):
+        _refuse_rank(plan, rank, strategy.broadcast(state, ClientSpec("anyone", rank)).tensors)
+
+
+def _refuse_rank(plan: Plan, rank: int, sent: Tensors) -> None:
+    """Refuse a rank at which the adapter has other tensors than its clients would be sent."""
+    choice = adapter_at(plan.adapter, rank)
+    try:
+        lower: Adapter = ADAPTERS.get(choice.name).build(**choice.options)
+    except BadOptions as error:
+        raise BadConfig(f"ranks: {error}") from None
+    wanted = models.shapes(plan.model, lower)
+    odd = sorted(n for n in wanted if n not in sent or wanted[n] != tuple(sent[n].shape))
+    if odd:
+        raise BadConfig(
+            f"ranks: at rank {rank}, {odd[0]} of adapter {choice.name!r} is {list(wanted[odd[0]])},"
+            f" and strategy {plan.strategy.name!r} sends it otherwise; use lora, rslora or dora"
+        )
+
+
 def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
@@ -174,6 +236,14 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
                 f"regularizer {choice.name!r} (as set) acts on tensors that strategy "
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
+            )
+        strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+        keeps = type(method).consolidate is not Regularizer.consolidate
+        if keeps and "beneath" in strategy.capabilities:
+            raise BadConfig(
+                f"regularizer {choice.name!r} remembers a task by its final adapter, and strategy "
+                f"{plan.strategy.name!r} lays a part of it beneath; use fedsvd, ffa-lora or "
+                "flexlora, or leave the regularizer out"
             )
         reads = type(method).consolidate_from_data is not Regularizer.consolidate_from_data
         if reads and plan.config.privacy is not None:

@@ -96,7 +96,7 @@ class _Retraining:
         self._workspace, self._plan, self._backend, self._site = workspace, plan, backend, site
         choice = plan.strategy
         self._strategy: Strategy = STRATEGIES.get(choice.name).build(**choice.options)
-        self._commits = Commits(workspace.store)
+        self._commits = Commits(workspace.store, plan.start.stack)
         self._people = {one.name: one for one in plan.participants}
 
     def compare(self, chain: Sequence[Version]) -> Retrained:
@@ -131,7 +131,7 @@ class _Retraining:
     def _trained(self, leaf: Mapping[str, Any]) -> Update:
         """Return the update that a leaf's client sends today."""
         start = self._commits.of(leaf["base"])
-        underlay = beneath(self._workspace.store, self._plan.start.stack, start.offset)
+        underlay = self._commits.below(leaf["base"])
         round_ = asked_round(self._workspace, leaf)
         inputs = self._inputs(round_, leaf["base"], underlay, start.memory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -74,6 +75,24 @@ class Participants(Strict):
         if len(given) != 1:
             raise ValueError("give exactly one of select (labels), names, simulate")
         return self
+
+
+class RankRule(Strict):
+    """The rank of some clients' adapters: those with all the labels, or with one of the names."""
+
+    where: dict[str, str] = Field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    r: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _some(self) -> RankRule:
+        if bool(self.where) == bool(self.names):
+            raise ValueError("give either where (labels) or names, whose rank this is")
+        return self
+
+    def fits(self, name: str, labels: Mapping[str, str]) -> bool:
+        """Return whether this is the rank of a client."""
+        return name in self.names if self.names else self.where.items() <= labels.items()
 
 
 class EvaluateConfig(Strict):

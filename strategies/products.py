@@ -147,7 +147,7 @@ def product_means(
     layers = lora_layers(like)
     apart = set() if factors_too else set(lora_tensors(layers))
     sums = {n: RunningProduct(f.b.shape[0], f.a.shape[1]) for n, f in layers.items()}
-    total = 0
+    total = 0.0
 
     def counted() -> Iterator[Update]:
         nonlocal total
