@@ -87,10 +87,12 @@ class HetLoRA:
 
         def counted() -> Iterator[Update]:
             for update in updates:
-                count = float(weight_of(update, by))
                 for name, factors in sent_factors(update, layers).items():
-                    norm = product_norm(factors.b, factors.a) if self.weighting == "norm" else count
-                    sums[name].add(factors, norm)
+                    if self.weighting == "norm":
+                        norm = product_norm(factors.b, factors.a)
+                        sums[name].add(factors, norm * weight_of(update, "uniform"))
+                    else:
+                        sums[name].add(factors, weight_of(update, by))
                 names = lora_tensors(layers)
                 others = {n: t for n, t in update.tensors.items() if n not in names}
                 yield replace(update, tensors=others)

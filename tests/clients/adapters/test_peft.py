@@ -14,6 +14,8 @@ from clients.adapters.peft import UnsupportedUnderlay
 from clients.assignment import ModelSpec
 from clients.initialisations import InitInputs
 from clients.lora_layers import AdapterMismatch
+from strategies.base import Update, beneath
+from strategies.fedex_lora import FedExLoRA
 from strategies.plugins import BadOptions
 
 QUERY = "encoder.layer.0.attention.self.query"
@@ -378,6 +380,49 @@ def test_gpt2s_transposed_layers_are_adapted():
     adapter.detach(model)
     assert tensors["h.0.attn.c_attn.lora_A.weight"].shape == (2, 8)
     assert tensors["h.0.attn.c_attn.lora_B.weight"].shape == (24, 2)
+
+
+def test_what_lies_beneath_transposed_layers_is_the_mean_of_the_products():
+    """Square and not, where FedEx-LoRA's own code adds a transpose; rsLoRA and alphas by layer."""
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    backbone, ids = GPT2Model(config).eval(), torch.tensor([[3, 1, 4, 1, 5]])
+    options = {"r": 2, "target_modules": ["c_attn", "attn.c_proj"], "alpha_pattern": {"c_attn": 5}}
+    adapter, strategy = ADAPTERS.get("rslora").build(**options), FedExLoRA(weighting="uniform")
+    model = adapter.attach(backbone, {})
+    state = strategy.init(adapter.read(model))
+    adapter.detach(model)
+    generator = torch.Generator().manual_seed(0)
+    updates = [
+        Update(
+            client,
+            1,
+            "",
+            {
+                n: t + torch.randn(t.shape, generator=generator)
+                for n, t in sorted(state.adapter.items())
+                if not n.endswith(".scaling")
+            },
+            1,
+        )
+        for client in "abc"
+    ]
+    state = strategy.aggregate(state, updates)
+
+    model = adapter.attach(backbone, beneath(state.auxiliary))
+    adapter.write(model, state.adapter)
+    with torch.no_grad():
+        adapted = model(ids).last_hidden_state
+    adapter.detach(model)
+    for name in ("h.0.attn.c_attn", "h.0.attn.c_proj"):
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        mean = sum(u.tensors[b] @ u.tensors[a] for u in updates) / 3
+        weight = backbone.get_submodule(name).weight  # [in, out]
+        weight.data += state.adapter[f"{name}.scaling"] * mean.T
+    with torch.no_grad():
+        dense = backbone(ids).last_hidden_state
+    torch.testing.assert_close(adapted, dense, rtol=1e-4, atol=1e-5)
 
 
 def test_gaussian_rows_have_the_spread_of_the_inverse_rank(attach):
