@@ -15,7 +15,7 @@ as PEFT draws them: tune the learning rate, or set ``row_scale: 0.577``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -30,8 +30,8 @@ class FlexLoRA:
     """Clients train A and B at their own ranks; the server cuts the mean of their products.
 
     The next product is the best approximation of the weighted mean at the adapter's rank; exact
-    where the mean has no higher rank. How much of it was kept is ``captured_energy``, and
-    ``captured_energy/LAYER``.
+    where the mean has no higher rank. How much of it was kept is ``captured_energy``, by layer
+    ``captured_energy/LAYER``, and at a client's lower rank ``captured_energy_at_RANK``.
 
     Attributes:
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
@@ -70,10 +70,18 @@ class FlexLoRA:
         Raises:
             BadUpdate: if the updates do not fit the adapter.
         """
-        means, rest = product_means(updates, state.adapter, self.weighting)
+        ranks: set[int] = set()
+
+        def watched() -> Iterator[Update]:
+            for update in updates:
+                ranks.update(len(t) for n, t in update.tensors.items() if ".lora_A." in n)
+                yield update
+
+        means, rest = product_means(watched(), state.adapter, self.weighting)
         layers = lora_layers(state.adapter)
         found = {name: nearest(mean, layers[name], self.row_scale) for name, mean in means.items()}
         cut = lora_tensors({name: factors for name, (factors, _) in found.items()})
         kept = {name: best for name, (_, best) in found.items()}
-        metrics = captured(kept, {n: f.scaling for n, f in layers.items()}) if found else {}
+        lower = {rank for rank in ranks if any(rank < len(f.a) for f in layers.values())}
+        metrics = captured(kept, {n: f.scaling for n, f in layers.items()}, lower) if found else {}
         return ServerState({**state.adapter, **rest, **cut}, state.auxiliary, metrics)

@@ -223,22 +223,32 @@ def nearest(product: RunningProduct, like: Factors, row_norm: float = 1.0) -> tu
     return Factors(a, b, like.scaling), found
 
 
-def captured(found: Mapping[str, Best], scalings: Mapping[str, Tensor]) -> dict[str, float]:
+def captured(
+    found: Mapping[str, Best], scalings: Mapping[str, Tensor], ranks: Iterable[int] = ()
+) -> dict[str, float]:
     """Return the share of the squared singular values that was kept, by layer and of all.
 
     Args:
         found: by layer.
         scalings: of the layers, 0-d: how much each counts in the whole.
+        ranks: lower ones, whose share is told as well.
 
     Returns:
-        ``captured_energy`` and ``captured_energy/LAYER``, in [0, 1]; 1 of what is zero.
+        ``captured_energy``, ``captured_energy/LAYER`` and, for lower ranks of all layers,
+        ``captured_energy_at_RANK``, in [0, 1]; 1 of what is zero.
     """
     weights = {name: float(scalings[name]) ** 2 for name in found}
-    kept = sum(weights[n] * one.kept for n, one in found.items())
     total = sum(weights[n] * one.total for n, one in found.items())
-    metrics = {"captured_energy": kept / total if total else 1.0}
+
+    def share(kept: Mapping[str, float]) -> float:
+        return sum(weights[n] * energy for n, energy in kept.items()) / total if total else 1.0
+
+    metrics = {"captured_energy": share({n: one.kept for n, one in found.items()})}
     for name, one in sorted(found.items()):
         metrics[f"captured_energy/{name}"] = one.kept / one.total if one.total else 1.0
+    for rank in sorted(ranks):
+        kept = {n: float(one.b[:, :rank].square().sum()) for n, one in found.items()}
+        metrics[f"captured_energy_at_{rank}"] = share(kept)
     return metrics
 
 

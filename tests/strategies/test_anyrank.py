@@ -77,6 +77,14 @@ def test_flexlora_is_the_best_approximation_of_the_mean_and_so_is_each_lower_ran
     share = float(s[:4].square().sum() / s.square().sum())
     assert state.metrics["captured_energy"] == pytest.approx(share)
     assert state.metrics["captured_energy/q"] == pytest.approx(share)
+    told = {
+        n.removeprefix("captured_energy_at_"): x for n, x in state.metrics.items() if "_at_" in n
+    }
+    lower = {str(rank) for rank in kwargs["ranks"] if rank < 4}
+    assert told.keys() == lower
+    for rank, found in told.items():
+        at = float(s[: int(rank)].square().sum() / s.square().sum())
+        assert found == pytest.approx(at)
 
 
 @settings(deadline=None, max_examples=50)
