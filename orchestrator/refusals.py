@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,14 +12,26 @@ from clients import data, models
 from clients.adapters import ADAPTERS, Adapter
 from clients.optimizers import OPTIMIZERS
 from clients.optimizers.descent import PlainDescent
+from clients.records import listed
 from clients.regularizers import REGULARIZERS, Regularizer
-from orchestrator.cohort import quorum, roster
+from orchestrator.cohort import asked_a_round, quorum, roster
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.merging import stacked
 from orchestrator.plan import Plan
 from orchestrator.ranks import adapter_at
+from storage.refs import did_you_mean
 from strategies import STRATEGIES
-from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update, beneath, corrections
+from strategies.base import (
+    Broadcast,
+    ClientSpec,
+    Needs,
+    Strategy,
+    Tensors,
+    Update,
+    beneath,
+    corrections,
+    needs_of,
+)
 from strategies.plugins import BadOptions
 from strategies.tensors import NotLowRank, same_products
 
@@ -288,9 +301,11 @@ def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
             "(as set) differs from lora in how A trains; use fedavg, or adapter lora"
         )
     if adapter.frozen:
-        first = [n for n in trained if re.fullmatch(sent[0].trainable, n)]
-        update = Update("anyone", 1, "", {n: 2 * sample[n] for n in first}, 1, declared=1.0)
-        after = strategy.aggregate(state, [update]).adapter
+        needs = needs_of(strategy)
+        first = {n: 2 * sample[n] for n in trained if re.fullmatch(sent[0].trainable, n)}
+        update = Update(needs.client or "anyone", 1, "", first, 1, declared=1.0)
+        others = [replace(update, client=f"{i}") for i in range(1, needs.updates)]
+        after = strategy.aggregate(state, [update, *others]).adapter
         kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
         moved = [n for n in kept if not torch.equal(after[n], sample[n])]
         if moved:
@@ -321,6 +336,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
     if needed > len(names):
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
     strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    _refuse_needy(plan, needs_of(strategy), names, needed)
     if config.stale is not None and "additive" not in strategy.capabilities:
         raise BadConfig(
             f"strategy {plan.strategy.name!r} changes from round to round what an update is "
@@ -332,4 +348,30 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         raise BadConfig(
             f"cohort.weight: examples needs every client's declared number of examples, and "
             f"{unknown[0]} has none; register it with --examples N"
+        )
+
+
+def _refuse_needy(plan: Plan, needs: Needs, names: Sequence[str], least: int) -> None:
+    """Refuse rounds that could close without what the strategy needs of each.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    what = f"strategy {plan.strategy.name!r} (as set)"
+    if needs.updates > least:
+        raise BadConfig(
+            f"{what} needs {needs.updates} updates in every round, and a round makes do with "
+            f"{least} (quorum) of the {len(names)} clients that may be asked; set quorum: "
+            f"{needs.updates} or more, or withstand fewer hostile clients"
+        )
+    if not needs.client:
+        return
+    if needs.client not in names:
+        hint = did_you_mean(needs.client, names) or f" (clients: {listed(names)})"
+        raise BadConfig(f"{what} needs client {needs.client!r}, which takes no part{hint}")
+    asked = asked_a_round(plan)
+    if plan.config.asynchronous is not None or asked < len(names):
+        raise BadConfig(
+            f"{what} needs client {needs.client!r} in every round, and a round asks {asked} of "
+            f"{len(names)} clients; ask all of them: leave cohort and asynchronous out"
         )

@@ -82,6 +82,8 @@ class Update:
         fingerprint: keyed digest of the data set that was trained on.
         declared: the client's weight by an operator's label, where the strategy asks for one. The
             orchestrator puts it on; what a client sends has none.
+        weight: what else this update counts, >= 0: a multiple of what the strategy weighs it by.
+            Set by a strategy for the one that it wraps; never sent.
     """
 
     client: str
@@ -94,6 +96,7 @@ class Update:
     spends: tuple[PrivacySpend, ...] = ()
     fingerprint: str = ""
     declared: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,25 @@ ALONE = Setting()
 """Of a run with one client."""
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Without what a strategy can make nothing of a round.
+
+    Attributes:
+        updates: the fewest updates, >= 1.
+        client: whose update must be among them; "" for nobody's.
+    """
+
+    updates: int = 1
+    client: str = ""
+
+
+def needs_of(strategy: Strategy) -> Needs:
+    """Return what ``strategy`` needs of every round: its ``needs``, where it says any."""
+    found: Needs = getattr(strategy, "needs", Needs())
+    return found
+
+
 class Strategy(Protocol):
     """How client updates become the next global adapter.
 
@@ -195,6 +217,10 @@ class Strategy(Protocol):
 
             ``private``: what travels is trained tensors under a mask that does not depend on a
             client's data, so that example-level DP holds as the trainer gives it.
+
+            ``shared-gauge``: of each product B A a round trains one factor, and all clients hold
+            the same other one. Then entries of that factor mean the same at each client, so that
+            they can be compared one by one; with both trained, (B G^-1)(G A) is the same model.
     """
 
     @property

@@ -52,7 +52,9 @@ class FedSVD:
     orthonormal: bool = False
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"exact", "private", "streaming"})
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"exact", "private", "shared-gauge", "streaming"}
+    )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:

@@ -21,7 +21,8 @@ LABEL = "label:"
 Weighting: TypeAlias = Annotated[
     str, Form(f"examples|uniform|{LABEL}.+", f"examples, uniform or {LABEL}NAME")
 ]
-"""What an update counts: its ``num_examples``, 1, or the number in an operator's label.
+"""What an update counts: its ``num_examples``, 1, or the number in an operator's label; each times
+its ``weight``.
 
 A strategy's option of this type is called ``weighting``: where that names a label, the orchestrator
 puts its number on each update as ``declared``. All three are public also under DP.
@@ -133,7 +134,7 @@ def weighted_mean(
     sums: dict[str, Tensor] | None = None
     total = 0.0
     for update in updates:
-        _check_update(update, like)
+        check_update(update, like)
         if sums is None:
             sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in update.tensors.items()}
         if sums.keys() != update.tensors.keys():
@@ -161,19 +162,23 @@ def weight_of(update: Update, weighting: Weighting) -> float:
     if update.num_examples < 0:
         raise BadUpdate(f"{who} counts {update.num_examples} examples; it must be at least 0")
     if weighting == "examples":
-        return update.num_examples
+        return update.weight * update.num_examples
     if weighting == "uniform":
-        return 1
+        return update.weight
     if update.declared is None or not (math.isfinite(update.declared) and update.declared > 0):
         raise BadUpdate(
             f"{who} has the declared weight {update.declared}, and updates are weighed by "
             f"{weighting!r}; the client's label must be a number > 0"
         )
-    return update.declared
+    return update.weight * update.declared
 
 
-def _check_update(update: Update, like: Tensors) -> None:
-    """Raise BadUpdate unless ``update`` fits ``like``; other shapes would silently broadcast."""
+def check_update(update: Update, like: Tensors) -> None:
+    """Refuse an update that does not fit ``like``; other shapes would silently broadcast.
+
+    Raises:
+        BadUpdate: naming the client and what of its update is wrong.
+    """
     who = f"the update of {update.client!r}"
     for name, tensor in update.tensors.items():
         if name not in like:

@@ -547,3 +547,30 @@ def test_simulated_clients_are_counted_where_they_are_drawn_by_size(plan, tiny, 
 
     assert [p.num_examples for p in weighted.participants] == [5, 4]
     assert [p.num_examples for p in plan(tiny(clients=clients)).participants] == [0, 0]
+
+
+def test_a_rule_that_needs_more_updates_than_a_round_makes_do_with_is_refused(
+    register, refused, plan, tiny
+):
+    for name in "abcde":
+        register(name)
+    krum = {"name": "krum", "inner": "ffa-lora"}
+    assert "needs 5 updates in every round, and a round makes do with 1 (quorum)" in refused(
+        strategy=krum
+    )
+    assert plan(tiny(strategy=krum, quorum=5)).strategy.options["hostile"] == 1
+
+
+def test_a_strategy_that_needs_a_client_in_every_round_is_refused_without_it(
+    register, refused, plan, tiny
+):
+    for name in ("a", "b", "roof"):
+        register(name)
+    trust = {"name": "fltrust", "inner": "ffa-lora", "root": "root"}
+    assert "needs client 'root', which takes no part; did you mean 'roof'" in refused(
+        strategy=trust, quorum=2
+    )
+    trust["root"] = "roof"
+    why = refused(strategy=trust, quorum=2, cohort=2)
+    assert "needs client 'roof' in every round, and a round asks 2 of 3 clients" in why
+    assert plan(tiny(strategy=trust, quorum=2)).strategy.options["root"] == "roof"

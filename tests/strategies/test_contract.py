@@ -259,6 +259,33 @@ def test_a_run_continued_from_saved_state_is_the_same_run(strategy, make_adapter
     assert all(same(x, y) for x, y in zip(both(on), both(again), strict=True))
 
 
+def test_all_clients_hold_the_factor_that_is_not_trained_if_the_strategy_says_so(
+    strategy, make_adapter
+):
+    state = strategy.init(make_adapter())
+    one, other = (strategy.broadcast(state, ClientSpec(client)) for client in "ab")
+    trained = {n for n in one.tensors if re.fullmatch(one.trainable, n)}
+    both_trained = [
+        n for n in trained if n.replace("lora_A", "lora_B") in trained and "lora_A" in n
+    ]
+    alike = same(one.tensors, other.tensors) and one.trainable == other.trainable
+    shared = alike and not both_trained and not one.personal
+    assert shared or "shared-gauge" not in strategy.capabilities
+
+
+def test_an_update_of_weight_two_counts_like_one_of_twice_the_examples(
+    strategy, make_adapter, train
+):
+    """Rules hand their weights on to what they wrap by it, and may count otherwise themselves."""
+    state = strategy.init(make_adapter())
+    first, *others = train(state)
+    weighed = strategy.aggregate(state, [replace(first, weight=2.0), *others])
+    double = replace(first, num_examples=2 * first.num_examples)
+    plain = strategy.aggregate(state, [double, *others])
+    alike = all(torch.equal(weighed.adapter[n], t) for n, t in plain.adapter.items())
+    assert alike or not strategy.capabilities & {"exact", "streaming"}
+
+
 def test_the_plugin_has_a_summary_and_a_source(name):
     assert STRATEGIES.get(name).summary.endswith(".")
     assert STRATEGIES.get(name).source
