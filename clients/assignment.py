@@ -146,6 +146,7 @@ class Assignment:
         device: ``cpu`` or ``cuda``.
         site: folder of the client's private state (keys, outbox, personal tensors).
         public: whether the data are public: fingerprints are then unkeyed.
+        uplink: encodings of what is sent back, in order; none for the tensors as they are.
     """
 
     action: Literal["init", "train", "evaluate"]
@@ -174,6 +175,7 @@ class Assignment:
     threads: int = 1
     device: str = "cpu"
     public: bool = False
+    uplink: tuple[PluginChoice, ...] = ()
 
     def digest(self) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.

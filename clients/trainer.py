@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients import data
+from clients import data, uplink
 from clients.assignment import Assignment
 from clients.checkpoint import (
     Checkpoints,
@@ -101,19 +101,24 @@ def train(
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
             spends = loop.run_private(NoiseStream(key, digest))
         trained = session.read()
+    tensors = {name: trained[name] for name in returned_names(assignment)}
+    own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
+    own |= loop.correction.after(loop.reference, trained)
+    if assignment.uplink:
+        sent, seed = assignment.broadcast, assignment.seed
+        tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
+        own |= left
     update = Update(
         client=assignment.client,
         round=assignment.round,
         base=assignment.base,
-        tensors={name: trained[name] for name in returned_names(assignment)},
+        tensors=tensors,
         num_examples=assignment.num_examples if privacy else len(examples),
         metrics=metrics,
         memory={},
         spends=spends,
         fingerprint=fingerprint,
     )
-    own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
-    own |= loop.correction.after(loop.reference, trained)
     if own:
         site.store_state(assignment.run, assignment.client, assignment.round, own)
     private = privacy is not None
@@ -145,7 +150,8 @@ def spend_of(assignment: Assignment) -> PrivacySpend:
 def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:
     """Return what the client kept of its last round, where this one asks for it."""
     sent = assignment.broadcast
-    if not personal_names(assignment, sent.tensors) and not corrections(sent.extra):
+    asked = personal_names(assignment, sent.tensors) or corrections(sent.extra) or assignment.uplink
+    if not asked:
         return {}
     return site.state(assignment.run, assignment.client, assignment.round - 1)
 

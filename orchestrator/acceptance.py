@@ -15,11 +15,13 @@ from clients.assignment import Assignment
 from clients.files import write_durably
 from clients.session import returned_names
 from clients.trainer import spend_of
+from clients.uplink import decoded
 from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken
 from orchestrator.plan import Participant
 from orchestrator.weighing import declared
 from strategies.base import Tensors, Update
+from strategies.uplink import BadEncoding
 
 _MOST_EXAMPLES = 2**53
 """Beyond it a float, in which updates are weighed, does not know the next number."""
@@ -55,6 +57,10 @@ def refusal(
             f"the update is of round {update.round} from {update.base[:12]}, expected round "
             f"{assignment.round} from {assignment.base[:12]}"
         )
+    try:
+        update = decoded_update(update, assignment)
+    except BadEncoding as error:
+        return str(error)
     odd = sorted(wanted.keys() ^ update.tensors.keys())
     if odd:
         return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not asked for'}"
@@ -88,6 +94,19 @@ def _odd_values(tensor: Tensor) -> str | None:
         return None
     num_odd = int((~torch.isfinite(tensor)).sum())
     return f"{num_odd} non-finite values" if num_odd else "its norm is not finite"
+
+
+def decoded_update(update: Update, assignment: Assignment) -> Update:
+    """Return an update with the tensors that are meant, whatever encodings they came through.
+
+    Raises:
+        BadEncoding: if they are not what the run's encodings make of what was asked for.
+    """
+    if not assignment.uplink:
+        return update
+    sent = assignment.broadcast
+    tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
+    return replace(update, tensors=tensors)
 
 
 def _odd_words(update: Update, assignment: Assignment) -> str | None:

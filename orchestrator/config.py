@@ -31,6 +31,7 @@ from orchestrator.sections import (
 )
 from storage.canonical import NotJson, canonical_json
 from strategies import STRATEGIES
+from strategies.encodings import ENCODINGS
 from strategies.merges import MERGES
 from strategies.plugins import BadOptions, Family, UnknownPlugin
 
@@ -40,6 +41,7 @@ FAMILIES: Mapping[str, Family] = {
     "optimizer": OPTIMIZERS,
     "regularizer": REGULARIZERS,
     "merge": MERGES,
+    "encoding": ENCODINGS,
     "logger": LOGGERS,
 }
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -118,6 +120,7 @@ class RunConfig(Rounds):
     strategy: PluginField = Choice(name="fedsvd")
     regularizers: tuple[PluginField, ...] = ()
     optimizer: PluginField = Choice(name="adamw")
+    uplink: tuple[PluginField, ...] = ()
     batch_size: int = Field(default=16, ge=1)
     microbatch: int = Field(default=64, ge=1)
     steps: int | None = Field(default=None, ge=1)
@@ -165,6 +168,7 @@ class RunConfig(Rounds):
                 "strategy": self.strategy.checked("strategy"),
                 "optimizer": self.optimizer.checked("optimizer"),
                 "regularizers": tuple(r.checked("regularizer") for r in self.regularizers),
+                "uplink": tuple(one.checked("encoding") for one in self.uplink),
                 "loggers": tuple(one.checked("logger") for one in self.loggers),
             }
         except (UnknownPlugin, BadOptions) as error:

@@ -100,7 +100,8 @@ class FaultyPerform:
         result = self.perform(assignment, stepped)
         if kind not in ("nan", "wrong-shape") or isinstance(result, Evaluation):
             return result
-        name, tensor = sorted(result.tensors.items())[0]
+        name = min(n for n, t in result.tensors.items() if t.is_floating_point())
+        tensor = result.tensors[name]
         wrong = _with_nan(tensor) if kind == "nan" else tensor.unsqueeze(0)
         return replace(result, tensors={**result.tensors, name: wrong})
 

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from orchestrator.acceptance import lazily, moved
+from orchestrator.acceptance import decoded_update, lazily, moved
 from orchestrator.availability import absent
 from orchestrator.backends.base import Backend, Failure, Result
 from orchestrator.beginning import begin
@@ -192,12 +192,21 @@ class Federation:
         """Return what makes an update of an older version one of ``done``."""
 
         def fresh(update: Update, weight: float) -> Update:
+            update = self._decoded(update)
             if update.base == done.version:
                 return update
             base = self._commits.of(update.base).state.adapter
             return moved(update, base, done.state.adapter, weight)
 
         return fresh
+
+    def _decoded(self, update: Update) -> Update:
+        """Return an update with the tensors that its client means by what it sent."""
+        if not self.plan.uplink:
+            return update
+        who = self._collector.people[update.client]
+        [asked] = self._assignments(update.round, update.base, [who])
+        return decoded_update(update, asked)
 
     def _stops(self) -> bool:
         """Return whether versions get no better, by ``stop``."""

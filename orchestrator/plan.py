@@ -78,6 +78,7 @@ class Plan:
         participants: sorted by name.
         start: where the run starts.
         loggers: checked choices of what is told of it; they change no result.
+        uplink: checked choices of how updates are encoded, in order.
     """
 
     run: str
@@ -90,6 +91,7 @@ class Plan:
     participants: tuple[Participant, ...]
     start: Start
     loggers: tuple[PluginChoice, ...] = ()
+    uplink: tuple[PluginChoice, ...] = ()
 
     @property
     def max_participations(self) -> int:
@@ -227,7 +229,11 @@ def plan_evaluation(
 
 def with_head_mask(broadcast: Broadcast, plan: Plan) -> Broadcast:
     """Return the broadcast with the head's rows of other tasks masked: they stay bit-identical."""
-    labels, task = plan.model.labels, plan.task_labels
+    return head_masked(broadcast, plan.model.labels, plan.task_labels)
+
+
+def head_masked(broadcast: Broadcast, labels: Sequence[str], task: Sequence[str]) -> Broadcast:
+    """Return the broadcast with the head's rows masked that are of ``labels`` outside ``task``."""
     head = [n for n in ("head.weight", "head.bias") if n in broadcast.tensors]
     if not head or set(task) == set(labels):
         return broadcast
@@ -271,4 +277,5 @@ def _assignment(
         threads=config.threads,
         device=config.device,
         public=who.public,
+        uplink=plan.uplink,
     )

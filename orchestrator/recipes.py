@@ -185,6 +185,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "stack": list(plan.start.stack),
         "offset": offset,
         **({"personal": True} if "personal" in strategy.capabilities else {}),
+        **({"uplink": [_choice(stage) for stage in plan.uplink]} if plan.uplink else {}),
         "cohort": config.cohort.model_dump(mode="json"),
         "seed": config.seed,
         "reproducible": _reproducible(plan),

@@ -14,7 +14,8 @@ from clients.optimizers import OPTIMIZERS
 from clients.optimizers.descent import PlainDescent
 from clients.records import listed
 from clients.regularizers import REGULARIZERS, Regularizer
-from orchestrator.cohort import asked_a_round, quorum, roster
+from clients.uplink import stages
+from orchestrator.cohort import goal, quorum, roster
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.merging import stacked
 from orchestrator.plan import Plan
@@ -34,6 +35,7 @@ from strategies.base import (
 )
 from strategies.plugins import BadOptions
 from strategies.tensors import NotLowRank, same_products
+from strategies.uplink import refuse_chain
 
 
 def _adapter(plan: Plan) -> Adapter:
@@ -134,6 +136,7 @@ def refuse_senseless(plan: Plan) -> None:
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     _refuse_strategy(plan, adapter)
+    _refuse_uplink(plan)
     trained = _trained_names(plan, adapter)
     _refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
@@ -184,6 +187,11 @@ def _refuse_correction(plan: Plan, sent: Broadcast) -> None:
             f"strategy {name!r} learns a client's gradient from how far its steps moved, and "
             "epochs are not as many steps for everybody; give steps"
         )
+    if plan.uplink:
+        raise BadConfig(
+            f"uplink: strategy {name!r} and its clients both learn from how far steps moved, and "
+            "with an encoding they would see different moves; leave uplink out"
+        )
 
 
 def _refuse_ranks(plan: Plan, adapter: Adapter) -> None:
@@ -233,6 +241,27 @@ def _refuse_rank(plan: Plan, rank: int, sent: Tensors) -> None:
             f"ranks: at rank {rank}, {odd[0]} of adapter {choice.name!r} is {list(wanted[odd[0]])},"
             f" and strategy {plan.strategy.name!r} sends it otherwise; use lora, rslora or dora"
         )
+
+
+def _refuse_uplink(plan: Plan) -> None:
+    """Refuse encodings that undo each other, or keep what means nothing a round later.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    chain = stages(plan.uplink)
+    try:
+        refuse_chain([(c.name, one) for c, one in zip(plan.uplink, chain, strict=True)])
+    except ValueError as error:
+        raise BadConfig(f"uplink: {error}") from None
+    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    for choice, stage in zip(plan.uplink, chain, strict=True):
+        if stage.feedback and "additive" not in strategy.capabilities:
+            raise BadConfig(
+                f"uplink: with {choice.name!r} (as set) clients send later what they left out, and "
+                f"strategy {plan.strategy.name!r} changes from round to round what a change is "
+                "relative to; set feedback: false, or use ffa-lora or fedavg"
+            )
 
 
 def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
@@ -369,9 +398,9 @@ def _refuse_needy(plan: Plan, needs: Needs, names: Sequence[str], least: int) ->
     if needs.client not in names:
         hint = did_you_mean(needs.client, names) or f" (clients: {listed(names)})"
         raise BadConfig(f"{what} needs client {needs.client!r}, which takes no part{hint}")
-    asked = asked_a_round(plan)
-    if plan.config.asynchronous is not None or asked < len(names):
+    enough = goal(plan.config, len(names))
+    if plan.config.asynchronous is not None or enough < len(names):
         raise BadConfig(
-            f"{what} needs client {needs.client!r} in every round, and a round asks {asked} of "
-            f"{len(names)} clients; ask all of them: leave cohort and asynchronous out"
+            f"{what} needs client {needs.client!r} in every round, and a round closes with "
+            f"{enough} of {len(names)} clients; wait for all: leave cohort and asynchronous out"
         )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from clients.assignment import PluginChoice
+from clients.uplink import decoded
 from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
+from orchestrator.plan import head_masked, seed_for
 from orchestrator.recipes import drift
 from orchestrator.weighing import declared
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
 from storage.updates import UpdateGone
 from strategies import STRATEGIES
-from strategies.base import ServerState, Strategy, Update
+from strategies.base import ClientSpec, ServerState, Strategy, Update
 
 _AGGREGATED = ("round", "final")
 
@@ -125,13 +127,31 @@ def _onto(
     updates: Sequence[Update],
 ) -> Iterator[Update]:
     """Yield the updates, those of older versions as ones of the version that is aggregated."""
-    for leaf, update in zip(recipe["updates"], updates, strict=True):
-        weighed = declared(update, leaf)
+    for leaf, sent in zip(recipe["updates"], updates, strict=True):
+        update = declared(_decoded(workspace, recipe, leaf, sent), leaf)
         if update.base == parent:
-            yield weighed
+            yield update
         else:
             base = workspace.store.tensors(update.base)
-            yield moved(weighed, base, before.adapter, leaf["weight"])
+            yield moved(update, base, before.adapter, leaf["weight"])
+
+
+def _decoded(
+    workspace: Workspace, recipe: Mapping[str, Any], leaf: Mapping[str, Any], update: Update
+) -> Update:
+    """Return an update with the tensors that its client meant by what it sent."""
+    uplink = [PluginChoice(one["name"], one["options"]) for one in recipe.get("uplink", ())]
+    if not uplink:
+        return update
+    state = ServerState(
+        workspace.store.tensors(update.base), workspace.store.auxiliary(update.base)
+    )
+    choice = recipe["strategy"]
+    strategy: Strategy = STRATEGIES.get(choice["name"]).build(**choice["options"])
+    sent = strategy.broadcast(state, ClientSpec(update.client, leaf.get("rank")))
+    sent = head_masked(sent, recipe["model"]["labels"], recipe["task_labels"])
+    seed = seed_for(recipe["seed"], update.round, update.client)
+    return replace(update, tensors=decoded(update.tensors, sent, uplink, seed))
 
 
 def _updates(workspace: Workspace, leaves: Sequence[Mapping[str, Any]]) -> Iterator[Update]:

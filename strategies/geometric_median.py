@@ -18,8 +18,7 @@ from torch import Tensor
 from strategies.base import Needs, Tensors, Update
 from strategies.geometry import gram
 from strategies.plugins import Range
-from strategies.robust import RobustRule, counted, finite, needs_with, told, weighed
-from strategies.tensors import Weighting
+from strategies.robust import Counting, RobustRule, counted, finite, needs_with, told, weighed
 
 _STILL = 1e-12  # relative change of the weights
 
@@ -42,7 +41,7 @@ class GeometricMedian(RobustRule):
     """
 
     hostile: Annotated[int, Range(0)] = 1
-    weighting: Weighting = "uniform"
+    weighting: Counting = "uniform"
     smoothing: Annotated[float, Range(0, open_low=True, open_high=True)] = 1e-6
     iterations: Annotated[int, Range(1)] = 1000
     head: bool = True

@@ -12,8 +12,7 @@ from typing import Annotated, Any, ClassVar
 from strategies.base import Needs, Tensors, Update
 from strategies.geometry import closeness, gram
 from strategies.plugins import Range
-from strategies.robust import RobustRule, counted, refuse_inner_needs, told
-from strategies.tensors import Weighting
+from strategies.robust import Counting, RobustRule, counted, refuse_inner_needs, told
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class MultiKrum(RobustRule):
 
     hostile: Annotated[int, Range(0)] = 1
     keep: Annotated[int | None, Range(1)] = None
-    weighting: Weighting = "uniform"
+    weighting: Counting = "uniform"
     head: bool = True
 
     mean_options: ClassVar[Mapping[str, Any]] = {"inner": "ffa-lora", "hostile": 0}

@@ -17,8 +17,7 @@ import torch
 from strategies.base import Needs, Tensors, Update
 from strategies.geometry import factor_for, gram, scaled
 from strategies.plugins import Range
-from strategies.robust import RobustRule, counted, finite, needs_with, told
-from strategies.tensors import Weighting
+from strategies.robust import Counting, RobustRule, counted, finite, needs_with, told
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class NormClip(RobustRule):
     """
 
     bound: Annotated[float | None, Range(0, open_low=True)] = None
-    weighting: Weighting = "uniform"
+    weighting: Counting = "uniform"
     head: bool = True
 
     mean_options: ClassVar[Mapping[str, Any]] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,9 +32,12 @@ from strategies.base import (
     needs_of,
 )
 from strategies.plugins import Nested
-from strategies.tensors import BadUpdate, Weighting, check_update, lora_layers
+from strategies.tensors import BadUpdate, check_update, lora_layers
 
-_PASSED_ON = frozenset({"any-rank", "private", "shared-gauge"})
+Counting: TypeAlias = Literal["uniform", "examples"]
+"""Whether clients count alike, or by the number of examples that they say they have."""
+
+_LOST = frozenset({"additive", "exact", "streaming"})
 
 
 class TooFewUpdates(BadUpdate):
@@ -80,9 +83,8 @@ class RobustRule(ABC):
 
         Changes in one gauge do not depend on which version they are added to; other ones do.
         """
-        found = self.inner.capabilities & _PASSED_ON
-        still = {"additive"} if "shared-gauge" in found else set()
-        return found | (self.inner.capabilities & still)
+        found = self.inner.capabilities
+        return found - (_LOST - {"additive"} if "shared-gauge" in found else _LOST)
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
         """Return the inner strategy's state before round 1.
@@ -153,7 +155,7 @@ def refuse_inner_needs(inner: Strategy, left: int) -> None:
         )
 
 
-def counted(updates: Iterable[Update], weighting: Weighting) -> list[Update]:
+def counted(updates: Iterable[Update], weighting: Counting) -> list[Update]:
     """Return the updates as they count: as they say, or each as one example."""
     if weighting == "examples":
         return list(updates)

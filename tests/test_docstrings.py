@@ -13,6 +13,7 @@ from clients.adapters import ADAPTERS
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
 from strategies import STRATEGIES
+from strategies.encodings import ENCODINGS
 from strategies.merges import MERGES
 from strategies.plugins import Family, Plugin
 
@@ -23,7 +24,7 @@ FILES = [
     for path in sorted((ROOT / package).rglob("*.py"))
     if "migrations" not in path.parts
 ]
-FAMILIES = (STRATEGIES, MERGES, ADAPTERS, REGULARIZERS, OPTIMIZERS)
+FAMILIES = (STRATEGIES, ENCODINGS, MERGES, ADAPTERS, REGULARIZERS, OPTIMIZERS)
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -73,7 +74,9 @@ def test_every_plugin_has_a_summary_of_one_line(family: Family) -> None:
     assert wrong == {}
 
 
-@pytest.mark.parametrize("family", [STRATEGIES, MERGES, REGULARIZERS], ids=lambda f: f.kind)
+@pytest.mark.parametrize(
+    "family", [STRATEGIES, ENCODINGS, MERGES, REGULARIZERS], ids=lambda f: f.kind
+)
 def test_every_method_names_its_source(family: Family) -> None:
     plugins = [family.get(name) for name in family.names()]
     assert [p.name for p in plugins if unsourced(p, module_text(p))] == []

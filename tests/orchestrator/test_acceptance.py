@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.assignment import Privacy
+from clients.assignment import PluginChoice, Privacy
 from clients.trainer import spend_of
+from clients.uplink import encoded
 from clients.wire import digest, pack
-from orchestrator.acceptance import lazily, moved, refusal, spill, spilled
+from orchestrator.acceptance import decoded_update, lazily, moved, refusal, spill, spilled
 from orchestrator.history import Taken
 from orchestrator.plan import RoundInputs, plan_round
 from strategies.base import Broadcast, Update
@@ -237,3 +238,44 @@ def test_a_metric_that_is_not_finite_is_refused(asked, value):
     update = answer(asked(), metrics={"loss": value})
 
     assert refusal(update, asked()) == f"metric 'loss' is {value}"
+
+
+UPLINK = (PluginChoice("top-k", {"density": 0.5}), PluginChoice("int8"))
+
+
+def encoded_answer(assignment):
+    right = answer(assignment)
+    sent, seed = assignment.broadcast, assignment.seed
+    return replace(right, tensors=encoded(right.tensors, sent, UPLINK, seed, {})[0])
+
+
+def test_an_encoded_update_is_accepted_and_means_what_it_said(asked):
+    assignment = asked(uplink=UPLINK)
+    update = encoded_answer(assignment)
+    assert refusal(update, assignment) is None
+    moved_by = decoded_update(update, assignment).tensors[B] - assignment.broadcast.tensors[B]
+    assert sorted(moved_by.flatten().round().tolist()) == [0.0] * 6 + [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "why"),
+    [
+        (B, torch.zeros(5, dtype=torch.int8), f"{B} is torch.int8 [5], expected torch.int8 [6]"),
+        (B, torch.zeros(6), f"{B} is torch.float32 [6], expected torch.int8 [6]"),
+        (f"{B}:at", torch.full((6,), 99, dtype=torch.int32), f"{B}:at must hold ascending places"),
+        (f"{B}:scale", torch.tensor(torch.nan), f"{B}:scale must hold finite scales"),
+        (f"{B}:scale", torch.tensor(3e38), f"{B}: 6 non-finite values"),
+        ("q.lora_A.weight", torch.zeros(5, dtype=torch.int8), "q.lora_A.weight:at is missing"),
+        ("other", torch.zeros(1), "other is not asked for"),
+    ],
+)
+def test_a_hostile_encoding_is_refused_by_a_sentence(asked, name, tensor, why):
+    assignment = asked(uplink=UPLINK)
+    update = encoded_answer(assignment)
+    hostile = replace(update, tensors={**update.tensors, name: tensor})
+    assert str(refusal(hostile, assignment)).startswith(why)
+
+
+def test_tensors_as_they_are_are_refused_where_encoded_ones_were_asked_for(asked):
+    assignment = asked(uplink=UPLINK)
+    assert "missing" in str(refusal(answer(assignment), assignment))

@@ -107,7 +107,7 @@ def test_a_client_s_own_columns_are_read(ok, tmp_path):
 def test_plugins_are_listed_by_kind_and_shown_with_options(ok, read):
     everything = read("plugins")
     assert {row["kind"] for row in everything} == {
-        *("strategy", "adapter", "optimizer", "regularizer", "merge", "logger")
+        *("strategy", "adapter", "optimizer", "regularizer", "merge", "encoding", "logger")
     }
     assert {row["kind"] for row in read("plugins", "merge")} == {"merge"}
     [fedsvd] = read("plugins", "strategy", "fedsvd")

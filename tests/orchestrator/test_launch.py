@@ -572,5 +572,28 @@ def test_a_strategy_that_needs_a_client_in_every_round_is_refused_without_it(
     )
     trust["root"] = "roof"
     why = refused(strategy=trust, quorum=2, cohort=2)
-    assert "needs client 'roof' in every round, and a round asks 2 of 3 clients" in why
+    assert "needs client 'roof' in every round, and a round closes with 2 of 3 clients" in why
     assert plan(tiny(strategy=trust, quorum=2)).strategy.options["root"] == "roof"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "uplink", "why"),
+    [
+        ("ffa-lora", ["int8", "top-k"], "uplink: 'top-k' cannot follow 'int8'"),
+        ("fedsvd", ["top-k"], "with 'top-k' (as set) clients send later what they left out, and"),
+    ],
+)
+def test_encodings_that_make_no_sense_are_refused(
+    register, refused, plan, tiny, strategy, uplink, why
+):
+    register()
+    assert why in refused(strategy=strategy, uplink=uplink)
+    kept = [{"name": "top-k", "feedback": False}, "fp16"]
+    assert [c.name for c in plan(tiny(strategy=strategy, uplink=kept)).uplink] == ["top-k", "fp16"]
+
+
+def test_encodings_are_in_the_recipe_where_there_are_any(register, plan, tiny):
+    register()
+    made = round_recipe(plan(tiny(strategy="ffa-lora", uplink=[{"name": "top-k"}])), 1, [])
+    assert made["uplink"] == [{"name": "top-k", "options": {"density": 0.05, "feedback": True}}]
+    assert "uplink" not in round_recipe(plan(tiny(strategy="ffa-lora")), 1, [])

@@ -16,6 +16,7 @@ from orchestrator.workspace import open_workspace
 from storage.blobs import name_of
 from storage.refs import UnknownVersion
 
+LABELS = ("cat", "dog", "model", "rank")
 DP = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
 
 
@@ -288,3 +289,28 @@ def test_the_commands_replay_a_version_and_a_run(ok, read, refused, weft, run_ya
     assert (code, json.loads(said)["updates"]) == (2, 0)
     assert "it differs first at round 1, w0: its data are not those" in error
     assert "give --verify for a version" in refused("replay", "task-1")
+
+
+def test_encoded_updates_are_aggregated_and_trained_again_to_the_same(home, tiny, kept):
+    """With feedback, so that round 2 sends what round 1 left out; under a robust rule."""
+    config = tiny(
+        rounds=2,
+        strategy={"name": "norm-clip", "inner": "ffa-lora"},
+        uplink=[{"name": "top-k", "density": 0.2}, "int8"],
+        labels=[*LABELS, "other"],
+        task_labels=list(LABELS),
+        retention="all",
+    )
+    service.launch(home, config)
+    assert outcomes(service.replay(home, "task-1", whole=True)) == [(2, "same"), (1, "same")]
+    again = service.retrain(home, "task-1")
+    assert (again.versions, again.updates, again.differs) == (3, 4, "")
+    version = home.store.version("task-1")
+    assert [stage["name"] for stage in version.recipe["uplink"]] == ["top-k", "int8"]
+    stored = [home.store.updates.read(digest) for digest in kept(home).values()]
+    sent = unpack(stored[0]).tensors
+    assert {t.dtype for t in sent.values()} == {torch.int8, torch.int32, torch.float32}
+    run = home.ledger.runs()[0].id
+    events = [e.data for e in home.ledger.events(run) if e.kind == "accepted"]
+    told = sorted(e["bytes"] for e in events)
+    assert told == sorted(len(data) for data in stored)
