@@ -8,7 +8,7 @@ that comes too late or is refused, only what was left out comes again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from clients.assignment import PluginChoice
 from strategies.base import Broadcast, Tensors
 from strategies.encodings import ENCODINGS
-from strategies.uplink import Encoding, decode, encode, outline
+from strategies.uplink import Encoding, decode, encode, layouts, outline
 
 LEFT_OUT = "left-out/"
 """Prefix of the client's own tensors that were left out of what it sent."""
@@ -25,6 +25,16 @@ LEFT_OUT = "left-out/"
 def stages(choices: Sequence[PluginChoice]) -> list[Encoding]:
     """Return the encodings of a run, in order."""
     return [ENCODINGS.get(choice.name).build(**choice.options) for choice in choices]
+
+
+def size_bytes(uplink: Sequence[PluginChoice], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return how large an update of float32 tensors of these shapes is on its way.
+
+    >>> size_bytes([PluginChoice("top-k", {"density": 0.5}), PluginChoice("fp16")], {"x": (4, 5)})
+    60
+    """
+    like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return sum(tensor.nbytes for tensor in layouts(stages(uplink), like)[-1].values())
 
 
 def encoded(

@@ -10,6 +10,7 @@ from typing import Any
 
 from clients import models
 from clients.adapters import ADAPTERS
+from clients.uplink import size_bytes
 from orchestrator.cohort import asked_a_round
 from orchestrator.config import RunConfig
 from orchestrator.epsilons import Epsilon, composed
@@ -82,11 +83,14 @@ def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
     observers_of(plan, Path())
     adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
     sizes = models.estimate(plan.model, adapter)
+    back = sizes["adapter_bytes"]
+    if plan.uplink:
+        back = size_bytes(plan.uplink, models.shapes(plan.model, adapter))
     return Check(
         plan=plan,
         sizes=sizes,
         worker_bytes=_worker_bytes(config, sizes, "offset" in adapter.capabilities),
-        round_bytes=2 * sizes["adapter_bytes"] * asked_a_round(plan),
+        round_bytes=(sizes["adapter_bytes"] + back) * asked_a_round(plan),
         epsilons=_epsilons(plan),
     )
 

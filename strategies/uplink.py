@@ -106,6 +106,19 @@ def refuse_chain(stages: Sequence[tuple[str, Encoding]]) -> None:
             )
 
 
+def layouts(stages: Sequence[Encoding], like: Tensors) -> list[Tensors]:
+    """Return ``like`` and what each stage makes of it, all without values.
+
+    Args:
+        stages: in order.
+        like: an :func:`outline`.
+    """
+    found = [like]
+    for stage in stages:
+        found.append(stage.layout(found[-1]))
+    return found
+
+
 def encode(stages: Sequence[Encoding], change: Tensors, seed: int) -> dict[str, Tensor]:
     """Return ``change`` after all stages.
 
@@ -134,9 +147,7 @@ def decode(
     Raises:
         BadEncoding: if names, shapes, dtypes or values are none that encoding returns.
     """
-    outlines = [like]
-    for stage in stages:
-        outlines.append(stage.layout(outlines[-1]))
+    outlines = layouts(stages, like)
     _check_layout(encoded, outlines[-1])
     decoded = dict(encoded)
     for place in reversed(range(len(stages))):

@@ -129,6 +129,11 @@ def test_a_file_is_written_checked_and_starts_nothing(ok, read, run_yaml, tmp_pa
     assert files(tmp_path / "home" / "blobs") == []
 
 
+def test_a_check_counts_updates_as_they_are_encoded(read, run_yaml):
+    plain = read("check", run_yaml())["round_bytes"]
+    assert 0.7 < read("check", run_yaml(uplink=["fp16"]))["round_bytes"] / plain < 0.8
+
+
 def test_a_check_without_privacy_says_so(ok, run_yaml):
     assert "privacy        none: updates are not noised" in ok("check", run_yaml())
 
