@@ -21,7 +21,7 @@ from strategies.median import Median
 from strategies.multi_krum import MultiKrum
 from strategies.norm_clip import NormClip
 from strategies.plugins import BadOptions
-from strategies.robust import TooFewUpdates
+from strategies.robust import RobustRule, TooFewUpdates
 from strategies.trimmed_mean import TrimmedMean
 
 A, B, SCALING = "q.lora_A.weight", "q.lora_B.weight", "q.scaling"
@@ -75,6 +75,12 @@ def cohort(seed=0, clients=HONEST, spread=0.3):
 
 def hostile(tensors, client="evil", num_examples=1):
     return Update(client, 1, "733e", tensors, num_examples)
+
+
+def test_every_rule_is_held_to_the_same_promises():
+    factories = {name: STRATEGIES.get(name).factory for name in STRATEGIES.names()}
+    found = {n for n, f in factories.items() if isinstance(f, type) and issubclass(f, RobustRule)}
+    assert found == set(RULES)
 
 
 def test_one_hostile_client_of_ten_leaves_the_result_near_the_honest_mean(rule):
