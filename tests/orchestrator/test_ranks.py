@@ -83,7 +83,7 @@ def test_an_adapter_that_has_no_such_rank_is_refused(refused):
 
 
 @pytest.mark.parametrize("strategy", ["flexlora", "flora", "hetlora"])
-def test_a_run_of_several_ranks_is_made_again_to_the_same_versions(home, tiny, strategy):
+def test_a_run_of_several_ranks_is_made_again_to_the_same_versions(home, tiny, kept, strategy):
     pattern = {"value": 3}
     adapter = {"name": "rslora", "r": 2, "alpha": 6.0, "layers": [0], "rank_pattern": pattern}
     adapter["target_modules"] = ["query", "value"]
@@ -94,10 +94,11 @@ def test_a_run_of_several_ranks_is_made_again_to_the_same_versions(home, tiny, s
     recipe = home.store.version(version).recipe
     assert recipe["ranks"] == [{"where": {}, "names": ["b"], "r": 1}]
     assert [leaf.get("rank") for leaf in recipe["updates"]] == [None, 1]
-    for path in home.home.glob("runs/*/round-*/*.safetensors"):
-        update = unpack(path.read_bytes())
+    updates = [unpack(home.store.updates.read(digest)) for digest in kept(home).values()]
+    assert len(updates) == 4
+    for update in updates:
         ranks = {n: t.shape[0] for n, t in update.tensors.items() if ".lora_A." in n}
-        expected = {"query": 2, "value": 3} if path.stem == "a" else {"query": 1, "value": 1}
+        expected = {"query": 2, "value": 3} if update.client == "a" else {"query": 1, "value": 1}
         assert {n.split(".")[-3]: r for n, r in ranks.items()} == expected
     scalings = {n: t for n, t in home.store.tensors(version).items() if n.endswith(".scaling")}
     assert len(scalings) == 2
@@ -111,7 +112,7 @@ def test_a_run_of_several_ranks_is_made_again_to_the_same_versions(home, tiny, s
     assert (found.versions, found.updates, found.differs) == (3, 4, "")
 
 
-def test_an_update_of_another_rank_than_was_sent_is_refused(home, tiny):
+def test_an_update_of_another_rank_than_was_sent_is_refused(home, tiny, kept):
     asked = []
 
     def seen(assignment, *rest):
@@ -124,7 +125,6 @@ def test_an_update_of_another_rank_than_was_sent_is_refused(home, tiny):
     by_client = {a.client: a for a in asked if a.action == "train"}
     small, large = by_client["b"], by_client["a"]
     assert (small.adapter.options["r"], large.adapter.options["r"]) == (1, 2)
-    [path] = home.home.glob("runs/*/round-1/b.safetensors")
-    update = unpack(path.read_bytes())
+    update = unpack(home.store.updates.read(kept(home)[(1, "b")]))
     assert refusal(update, small) is None
     assert "lora_A.weight is torch.float32 [1, 32], expected" in str(refusal(update, large))

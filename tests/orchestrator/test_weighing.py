@@ -25,11 +25,6 @@ def labelled(workspace, notes):
     return workspace
 
 
-def spilled(workspace):
-    """Return where the updates that were accepted lie, by client."""
-    return sorted((workspace.home / "runs").rglob("round-1/*.safetensors"))
-
-
 def test_the_label_is_found_in_the_strategy_or_in_one_inside_it():
     inner = {"name": "fedavg", "weighting": "label:beds"}
     assert weighing_label({"weighting": "label:beds"}) == "beds"
@@ -37,12 +32,13 @@ def test_the_label_is_found_in_the_strategy_or_in_one_inside_it():
     assert weighing_label({"weighting": "examples", "inner": {"name": "fedsvd"}}) is None
 
 
-def test_a_run_weighs_its_clients_by_the_label_and_is_replayed_so(labelled, tiny):
+def test_a_run_weighs_its_clients_by_the_label_and_is_replayed_so(labelled, tiny, kept):
     config = tiny(strategy={"name": "fedavg", "weighting": "label:beds"}, retention="all")
     version = service.launch(labelled, config)
     store = labelled.store
     leaves = store.version(version).recipe["updates"]
-    heads = [unpack(path.read_bytes()).tensors["head.bias"] for path in spilled(labelled)]
+    sent = [unpack(store.updates.read(digest)) for digest in kept(labelled).values()]
+    heads = [update.tensors["head.bias"] for update in sent]
 
     assert [leaf["declared"] for leaf in leaves] == [3.0, 1.0]
     wanted = (3 * heads[0] + heads[1]) / 4
