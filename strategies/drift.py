@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ def _most_columns(out: int, width: int) -> int:
     return min(_COLUMNS, _ELEMENTS // (out + width))
 
 
+@lru_cache(maxsize=8)  # the widths of a model; drawing them costs as much as using them
 def _probes(width: int) -> Tensor:
     """Return ``[width, probes]`` of which the image by a matrix has the matrix's norm on average.
 
@@ -69,7 +71,9 @@ class _Layer:
         out, width = self.start.b.shape[0], self.start.a.shape[1]
         if not columns or (if_full and columns < _most_columns(out, width)):
             return
-        image = torch.cat(self.u, dim=1) @ (torch.cat(self.v) @ _probes(width))
+        # singly precise: these are changes of a round, and the estimate is worse than that
+        probes = _probes(width).float()
+        image = (torch.cat(self.u, dim=1).float() @ (torch.cat(self.v).float() @ probes)).double()
         self.image = image if self.image is None else self.image + image
         self.u, self.v = [], []
 

@@ -26,9 +26,12 @@ class FedAvg:
     Attributes:
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
             ``label:NAME`` by the number in its label.
+        averaging_error: tell that metric. It takes the server ten times as long as the mean and
+            more: tens of milliseconds for a layer of 4096 x 4096, rank 16 and 8 clients.
     """
 
     weighting: Weighting = "examples"
+    averaging_error: bool = True
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"additive", "private", "streaming"})
     mean_options: ClassVar[Mapping[str, Any]] = {}
@@ -47,6 +50,9 @@ class FedAvg:
         Raises:
             BadUpdate: if the updates do not fit the adapter or each other.
         """
+        if not self.averaging_error:
+            mean = weighted_mean(updates, state.adapter, self.weighting)
+            return ServerState({**state.adapter, **mean}, state.auxiliary)
         error = AveragingError(state.adapter, self.weighting)
         mean = weighted_mean(error.watching(updates), state.adapter, self.weighting)
         adapter = {**state.adapter, **mean}

@@ -56,7 +56,7 @@ class Scaffold:
 
     inner: Annotated[Strategy, Nested()] = _MEAN
 
-    mean_options: ClassVar[Mapping[str, Any]] = {}
+    mean_options: ClassVar[Mapping[str, Any]] = {"inner": "fedavg"}
 
     def __post_init__(self) -> None:
         require_additive(self.inner, "control variates")

@@ -156,6 +156,21 @@ def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_s
     assert (kept and along and alike) is ("additive" in strategy.capabilities)
 
 
+def test_some_of_what_is_trained_stays_at_the_client_if_the_strategy_says_so(
+    strategy, make_adapter, train
+):
+    state = strategy.init(make_adapter())
+    sent = strategy.broadcast(state, ClientSpec("a"))
+    own = {
+        n
+        for n in sent.tensors
+        if re.fullmatch(sent.trainable, n) and re.fullmatch(sent.personal, n)
+    }
+    after = strategy.aggregate(state, train(state)).adapter
+    assert bool(own) is ("personal" in strategy.capabilities)
+    assert all(torch.equal(after[n], state.adapter[n]) for n in own)
+
+
 def test_a_round_without_updates_leaves_the_adapter_as_it_is(strategy, make_adapter):
     state = strategy.init(make_adapter())
     assert same(strategy.aggregate(state, []).adapter, state.adapter)

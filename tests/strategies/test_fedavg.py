@@ -72,6 +72,14 @@ def test_the_error_of_averaging_factors_is_their_covariance(
         assert drift.norm() > 0.1 * exact[layer].norm()
 
 
+def test_the_error_is_told_unless_it_is_not_wanted(make_adapter, make_update, state):
+    updates = updates_differing_in(make_adapter, make_update, state, ["lora"])
+    told, silent = (FedAvg(averaging_error=wanted).aggregate(state, updates) for wanted in (1, 0))
+    assert told.metrics["averaging_error"] > 0
+    assert silent.metrics == {}
+    assert all(torch.equal(silent.adapter[n], t) for n, t in told.adapter.items())
+
+
 def test_uniform_weighting_does_not_look_at_the_examples(make_update):
     state = ServerState({"head.bias": torch.zeros(1)})
     updates = [
