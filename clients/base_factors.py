@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from clients.initialisations import InitInputs
 from strategies.plugins import BadOptions
@@ -147,6 +146,8 @@ def _dequantized(base: Any) -> Tensor:
 
 
 def _transposed(base: Any) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(base, Conv1D)
 
 
@@ -375,6 +376,8 @@ def _loftq(name: str, layer: Any, adapter: str, inputs: InitInputs) -> Factors:
         )
     base = layer.get_base_layer()
     weight = inputs.weight(f"{name}.weight")
+    from transformers.pytorch_utils import Conv1D
+
     if getattr(base, "source_cls", None) is Conv1D:
         weight = weight.T
     return residual_factors(weight, _dequantized(base), layer.r[adapter], layer.scaling[adapter])

@@ -1,4 +1,4 @@
-"""Commands that only look answer at once: they load nothing that learns."""
+"""Commands that only look answer at once: they load nothing that learns, nor any model."""
 
 import json
 import subprocess
@@ -8,7 +8,9 @@ import pytest
 
 from storage.ledger import ClientRecord
 
-HEAVY = ("torch", "transformers", "peft", "ray", "opacus", "datasets", "numpy", "scipy")
+MODELS = ("transformers", "peft", "ray", "opacus", "datasets")
+HEAVY = (*MODELS, "torch", "numpy", "scipy")
+TENSORS = ("diff bot:v1 bot:v2", "plugins strategy", "plugins adapter")
 COMMANDS = (
     "--help",
     "names",
@@ -41,8 +43,7 @@ import sys
 
 import orchestrator.cli
 
-heavy, commands = json.load(sys.stdin)
-for command in commands:
+for command, heavy in json.load(sys.stdin):
     sys.argv = ["weft", *command.split()]
     try:
         orchestrator.cli.main()
@@ -65,12 +66,13 @@ def kept(home, grow, make_plan):
     return home.home
 
 
-def test_a_command_that_reads_no_tensor_loads_no_library_that_learns(kept, notes, monkeypatch):
+def test_a_command_loads_no_library_that_it_does_not_need(kept, notes, monkeypatch):
     monkeypatch.setenv("WEFT_HOME", str(kept))
-    commands = [command.format(data=notes()) for command in COMMANDS]
+    commands = [(command.format(data=notes()), HEAVY) for command in COMMANDS]
+    commands += [(command, MODELS) for command in TENSORS]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([HEAVY, commands]),
+        input=json.dumps(commands),
         capture_output=True,
         text=True,
         timeout=120,
