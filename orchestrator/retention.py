@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clients.wire import digest
-from orchestrator.acceptance import Accepted
 from orchestrator.policy import Retention
-from orchestrator.replay import asked_round
-from orchestrator.workspace import Workspace
 from storage.store import AdapterStore
 from storage.updates import Leaf
 
-_SUFFIX, _TOMB = ".safetensors", ".withdrawn.json"
+if TYPE_CHECKING:  # accepting takes torch, keeping does not
+    from orchestrator.acceptance import Accepted
+
+SUFFIX = ".safetensors"
 
 
 def folder_of(home: Path, run: str) -> Path:
@@ -82,55 +81,16 @@ def drop_after_close(
 
 def bury_waiting(folder: Path, clients: Collection[str]) -> int:
     """Delete the updates of clients that a run has not aggregated; return how many those were."""
-    found = [path for client in clients for path in folder.glob(f"round-*/{client}{_SUFFIX}")]
+    found = [path for client in clients for path in folder.glob(f"round-*/{client}{SUFFIX}")]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)
 
 
-def take_in(workspace: Workspace) -> int:
-    """Keep in the store what an older weft kept in folders of runs; return how many updates.
-
-    Whatever is there of versions on a run's log is taken in, tombstones too. It can be cut short
-    and done again.
-
-    Raises:
-        OSError, BlobsUnavailable: if they cannot be stored.
-    """
-    count = 0
-    for record in workspace.ledger.runs(limit=1_000_000):
-        folder = folder_of(workspace.home, record.id)
-        if any(folder.glob("round-*/*")):
-            for event in workspace.ledger.events(record.id):
-                if event.kind == "committed":
-                    facts = event.data["version"], event.data["round"]
-                    count += _take_in(workspace, record.id, folder, *facts)
-    return count
-
-
-def _take_in(workspace: Workspace, run: str, folder: Path, version: str, round_: int) -> int:
-    """Keep a version's updates that lie in its run's folder."""
-    leaves, old = [], []
-    for leaf in workspace.store.version(version).recipe["updates"]:
-        there = folder / f"round-{asked_round(workspace, leaf)}"
-        path, tomb = (there / f"{leaf['client']}{suffix}" for suffix in (_SUFFIX, _TOMB))
-        is_it = path.exists() and digest(path.read_bytes()) == leaf["digest"]
-        if is_it or tomb.exists():
-            leaves.append(Leaf(leaf["client"], leaf["digest"], path))
-            old += [path, tomb]
-    workspace.store.updates.keep(run, version, round_, leaves)
-    for path in old:
-        path.unlink(missing_ok=True)
-    for place in {path.parent for path in old}:
-        if not any(place.iterdir()):
-            place.rmdir()
-    return len(leaves)
-
-
 def _empty(folder: Path) -> None:
     """Delete the updates that wait to be aggregated."""
     for place in folder.glob("round-*"):
-        for path in place.glob(f"*{_SUFFIX}"):
+        for path in place.glob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
         if not any(place.iterdir()):
             place.rmdir()

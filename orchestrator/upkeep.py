@@ -13,7 +13,6 @@ from sqlalchemy import func, select
 
 from clients.files import write_durably
 from clients.keys import has_key
-from orchestrator.retention import take_in
 from orchestrator.workspace import Workspace, open_workspace, place_of
 from storage import backup, garbage, restoring, schema
 from storage import fsck as checking
@@ -206,6 +205,8 @@ def upgrade(
         engine.dispose()
     workspace = open_workspace(place, url)
     try:
+        from orchestrator.taking_in import take_in  # torch, which no other upkeep needs
+
         take_in(workspace)
         return before, saved, fsck(workspace)
     finally:
