@@ -172,7 +172,7 @@ def _copy_rows(
                         target.execute(there[table.name].insert(), page)
                         counts[table.name] += len(page)
         with reading(copy) as connection:
-            wanted = sorted(references(connection)) if wants_blobs else []
+            wanted = [digest for digest, _ in references(connection)] if wants_blobs else []
     finally:
         copy.dispose()  # the last connection empties the log into the file
     with path.open("rb") as file:

@@ -161,13 +161,18 @@ class BlobStore:
                     self.cache.write(name, data)
 
 
+def is_digest(text: str) -> bool:
+    """Return whether a text is a SHA-256 as blobs are named by: 64 hex digits, lower case."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def name_of(digest: str) -> str:
     """Return the name of a blob's file in its place.
 
     Raises:
         BlobMissing: if it is no digest.
     """
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise BlobMissing(f"a blob's digest is 64 hex digits, got {digest!r}")
     return f"{digest[:2]}/{digest[2:]}"
 
@@ -175,4 +180,4 @@ def name_of(digest: str) -> str:
 def digest_of(name: str) -> str | None:
     """Return which blob's file this is by its name, or None if it is none's."""
     digest = name.replace("/", "", 1)
-    return digest if _DIGEST.fullmatch(digest) and name[2] == "/" else None
+    return digest if is_digest(digest) and name[2] == "/" else None

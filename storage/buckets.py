@@ -130,14 +130,14 @@ class Bucket:
                 return
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every file below the prefix."""
+        """Yield every file below the prefix, in the order of names; holds what is said of all."""
         with self._speaking("list", ""):
             try:
                 found = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 found = {}
         below = f"{self._root}/"
-        for path, facts in found.items():
+        for path, facts in sorted(found.items()):
             yield Entry(path.removeprefix(below), facts["size"] or 0, _modified(facts))
 
     def _path(self, name: str) -> str:

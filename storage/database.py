@@ -234,7 +234,7 @@ def insert_or_update(
         connection.execute(upsert, [dict(row) for row in rows])
 
 
-def in_byte_order(connection: Connection, column: Column[str]) -> ColumnElement[str]:
+def in_byte_order(connection: Connection, column: ColumnElement[str]) -> ColumnElement[str]:
     """Return a text column that sorts and compares as Python's ``sorted`` does, on any server."""
     return column.collate("C" if connection.dialect.name == "postgresql" else "BINARY")
 

@@ -6,18 +6,20 @@ and a blob is older than its row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import islice
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
-from storage.blobs import BlobCorrupt, BlobMissing, BlobStore, digest_of
+from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
 from storage.database import reading
 from storage.garbage import dead_drafts, discard
 from storage.integrity import Problem, row_problems
+from storage.inventory import Digests, inventory, together
 from storage.places import Entry, is_draft
 from storage.references import references
 
@@ -25,6 +27,7 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` is told how many blobs were hashed."""
 
 _AT_ONCE = 4
+_PAGE, _SOME = 64, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,59 +80,74 @@ def fsck(
     Raises:
         DatabaseUnavailable, BlobsUnavailable: if either cannot be read at all.
     """
-    entries = list(blobs.place.entries())
-    stored = {digest: e for e in entries if (digest := digest_of(e.name)) is not None}
+    stored, others = inventory(blobs.place.entries())
     with reading(engine) as connection:
         problems = list(row_problems(connection))
-        reached = references(connection)
-    drafts = dead_drafts(entries, datetime.now(UTC))
+        wanted, names, orphans = _wanted(connection, stored)
+    drafts = dead_drafts(others, datetime.now(UTC))
     mend = _Mend(engine, blobs, mirrors) if repair else None
     num_bytes = 0
-    wanted = sorted({*stored, *reached})
     progress(0, len(wanted))
-    for done, (digest, problem, size) in enumerate(_checked(blobs, wanted, reached), 1):
+    for done, (digest, by, problem, size) in enumerate(_checked(blobs, wanted, names), 1):
         num_bytes += size
         if problem is not None:
-            problems.append(mend(problem, digest, digest in reached) if mend else problem)
+            problems.append(mend(problem, digest, by != "") if mend else problem)
         progress(done, len(wanted))
     if repair:
         for draft in drafts:
             blobs.place.remove(draft.name)
     return Checkup(
         problems=tuple(problems),
-        orphans=tuple(sorted(stored.keys() - reached.keys())),
+        orphans=tuple(orphans),
         drafts=drafts,
-        strangers=tuple(sorted(_strangers(entries))),
+        strangers=tuple(sorted(entry.name for entry in others if not is_draft(entry))),
         num_blobs=len(wanted),
         num_bytes=num_bytes,
     )
 
 
-def _strangers(entries: Sequence[Entry]) -> Iterator[str]:
-    for entry in entries:
-        if digest_of(entry.name) is None and not is_draft(entry):
-            yield entry.name
+def _wanted(connection: Connection, stored: Digests) -> tuple[Digests, list[str], list[str]]:
+    """Compare what is stored with what is reached.
+
+    Returns:
+        Every digest of either, each with the place of who names it in the second list, which begins
+        with "" for nobody; and what is stored and not reached.
+    """
+    wanted, orphans = Digests(), []
+    places = {"": 0}
+    for digest, (_, by) in together(stored, references(connection)):
+        wanted.add(digest, places.setdefault(by or "", len(places)))
+        orphans += [] if by else [digest]
+    return wanted, list(places), orphans
 
 
 def _checked(
-    blobs: BlobStore, digests: Sequence[str], reached: Mapping[str, str]
-) -> Iterator[tuple[str, Problem | None, int]]:
-    """Yield each digest, what is wrong with its blob, and its size; a few are read at once."""
+    blobs: BlobStore, wanted: Digests, names: Sequence[str]
+) -> Iterator[tuple[str, str, Problem | None, int]]:
+    """Yield each digest, who names it, what is wrong with its blob, and its size."""
 
-    def look(digest: str) -> tuple[str, Problem | None, int]:
-        by = reached.get(digest)
+    def look(one: tuple[str, int]) -> tuple[str, str, Problem | None, int]:
+        digest, by = one[0], names[one[1]]
         suffix = f" ({by} names it)" if by else " (no row names it)"
         try:
-            return digest, None, len(blobs.fetch(digest))
+            return digest, by, None, len(blobs.fetch(digest))
         except BlobMissing as error:
-            if by is None:  # `gc` removed it meanwhile
-                return digest, None, 0
-            return digest, Problem("blob-missing", digest, f"{error.args[0]}{suffix}"), 0
+            if not by:  # `gc` removed it meanwhile
+                return digest, by, None, 0
+            problem = Problem("blob-missing", digest, f"{error.args[0]}{suffix}")
         except BlobCorrupt as error:
-            return digest, Problem("blob-corrupt", digest, f"{error}{suffix}"), 0
+            problem = Problem("blob-corrupt", digest, f"{error}{suffix}")
+        return digest, by, problem, 0
 
+    def look_at(some: list[tuple[str, int]]) -> list[tuple[str, str, Problem | None, int]]:
+        return [look(one) for one in some]
+
+    rest = iter(wanted)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(look, digests)
+        # A pool takes at once all that it is given, and handing over costs as much as a small blob.
+        while page := [s for _ in range(_PAGE) if (s := list(islice(rest, _SOME)))]:
+            for found in pool.map(look_at, page):
+                yield from found
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Connection, Engine, delete, select, update
 
-from storage.blobs import BlobStore, digest_of
-from storage.database import insert_or_update, lock, reading, writing
+from storage.blobs import BlobStore
+from storage.database import in_byte_order, insert_or_update, lock, reading, writing
+from storage.inventory import Digests, inventory, together
 from storage.places import DRAFT_S, Entry, is_draft
 from storage.references import LOCK, blob_columns, references
 from storage.schema import condemned
@@ -22,6 +23,7 @@ GRACE_S = 86_400.0
 """Seconds that a condemned blob is kept."""
 
 _BATCH = 50
+_PAGE = 10_000
 
 Named = Callable[[Connection, Sequence[str]], set[str]]
 """``named(connection, digests)`` returns which of these a row names."""
@@ -89,17 +91,16 @@ def collect(
     if grace_s < 0:
         raise ValueError(f"the grace must be >= 0 seconds, got {grace_s:g}")
     at = moment or datetime.now(UTC)
-    entries = list(blobs.place.entries())  # before the rows: what is put from now on is not listed
-    sizes = {digest: e.size_bytes for e in entries if (digest := digest_of(e.name)) is not None}
-    drafts = dead_drafts(entries, at, grace_s)
+    stored, others = inventory(blobs.place.entries())  # before the rows: what comes is not listed
+    drafts = dead_drafts(others, at, grace_s)
     if delete_them:
         with writing(engine) as connection:
             lock(connection, LOCK)
-            reached, waiting = _condemned(connection, sizes, at)
-            _note(connection, reached, waiting)
+            num_reached, rescued, waiting = _condemned(connection, stored, at)
+            _note(connection, rescued, waiting)
     else:
         with reading(engine) as connection:
-            reached, waiting = _condemned(connection, sizes, at)
+            num_reached, _, waiting = _condemned(connection, stored, at)
     over = at - timedelta(seconds=grace_s)
     due = [one for one in waiting if one.since <= over]
     if delete_them:
@@ -108,7 +109,7 @@ def collect(
             blobs.place.remove(draft.name)
     kept = {one.digest for one in due}
     return Collection(
-        tuple(due), tuple(w for w in waiting if w.digest not in kept), drafts, len(reached)
+        tuple(due), tuple(w for w in waiting if w.digest not in kept), drafts, num_reached
     )
 
 
@@ -121,24 +122,30 @@ def dead_drafts(
 
 
 def _condemned(
-    connection: Connection, sizes: dict[str, int], at: datetime
-) -> tuple[dict[str, str], list[Condemned]]:
-    """Return what is reached, and what is stored and not reached, oldest condemnation first."""
-    reached = references(connection)
-    since = {
-        row.digest: row.condemned_at
-        for row in connection.execute(select(condemned).where(condemned.c.removed_at.is_(None)))
-    }
-    found = [
-        Condemned(digest, size, since.get(digest, at))
-        for digest, size in sizes.items()
-        if digest not in reached
-    ]
-    return reached, sorted(found, key=lambda one: (one.since, one.digest))
+    connection: Connection, stored: Digests, at: datetime
+) -> tuple[int, list[str], list[Condemned]]:
+    """Compare what is stored with what is reached.
+
+    Returns:
+        How many digests are reached, which of them were condemned, and what is stored and not
+        reached, oldest condemnation first.
+    """
+    num_reached, rescued, found = 0, [], []
+    known = (condemned.c.digest, condemned.c.condemned_at, condemned.c.removed_at)
+    query = select(*known).order_by(in_byte_order(connection, condemned.c.digest))
+    rows = connection.execute(query.execution_options(yield_per=_PAGE))
+    before = ((digest, at if removed else since) for digest, since, removed in rows)
+    for digest, (size, by, since) in together(stored, references(connection), before):
+        if by is not None:
+            num_reached += 1
+            rescued += [] if since is None else [digest]
+        elif size is not None:
+            found.append(Condemned(digest, size, since or at))
+    return num_reached, rescued, sorted(found, key=lambda one: (one.since, one.digest))
 
 
-def _note(connection: Connection, reached: dict[str, str], waiting: Sequence[Condemned]) -> None:
-    """Write down what is condemned; what is reached all the same is rescued."""
+def _note(connection: Connection, rescued: Sequence[str], waiting: Sequence[Condemned]) -> None:
+    """Write down what is condemned, and forget what is reached all the same."""
     rows = [
         {
             "digest": one.digest,
@@ -149,9 +156,9 @@ def _note(connection: Connection, reached: dict[str, str], waiting: Sequence[Con
         for one in waiting
     ]
     insert_or_update(connection, condemned, rows)
-    for digest in connection.scalars(select(condemned.c.digest)).all():
-        if digest in reached:
-            connection.execute(delete(condemned).where(condemned.c.digest == digest))
+    for start in range(0, len(rescued), _BATCH):
+        batch = condemned.c.digest.in_(rescued[start : start + _BATCH])
+        connection.execute(delete(condemned).where(batch))
 
 
 def _removed(

@@ -218,7 +218,8 @@ def _foreign_aliases(connection: Connection) -> Iterator[Problem]:
 def _wrong_runs(connection: Connection) -> Iterator[Problem]:
     """Runs whose log has gaps, or says that they stand elsewhere than their row does."""
     names = (runs.c.number, runs.c.id, runs.c.seq, *(runs.c[name] for name in PROJECTED))
-    for row in connection.execute(select(*names).order_by(runs.c.number)).all():
+    query = select(*names).order_by(runs.c.number).execution_options(yield_per=_PAGE)
+    for row in connection.execute(query):
         try:
             log = _log(connection, row.id)
             told = {name: _plain(value) for name, value in project(log).items()}
@@ -241,7 +242,8 @@ def _wrong_runs(connection: Connection) -> Iterator[Problem]:
 
 
 def _log(connection: Connection, run: str) -> list[Event]:
-    query = select(events).where(events.c.run == run).order_by(events.c.seq)
+    names = (events.c.seq, events.c.kind, events.c.created_at, events.c.changes)
+    query = select(*names).where(events.c.run == run).order_by(events.c.seq)
     return [
         Event(row.seq, row.kind, {}, row.created_at, json.loads(row.changes))
         for row in connection.execute(query)

@@ -11,6 +11,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,7 +83,7 @@ class Place(Protocol):
         ...
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every file, in no order."""
+        """Yield every file; those in folders of one level in the order of their names."""
         ...
 
 
@@ -140,16 +141,23 @@ class Folder:
         (self._root / name).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every file; those that vanish meanwhile may be left out."""
-        for folder, _, files in os.walk(self._root):
-            for file in files:
-                path = Path(folder, file)
-                try:
-                    found = path.stat()
-                except FileNotFoundError:
-                    continue
-                name = path.relative_to(self._root).as_posix()
-                yield Entry(name, found.st_size, found.st_mtime)
+        """Yield every file in the order of names; those that vanish meanwhile may be left out."""
+        yield from self._below("")
+
+    def _below(self, folder: str) -> Iterator[Entry]:
+        """Yield the files of a folder; what is held are the names in one."""
+        try:
+            with os.scandir(self._root / folder) as found:
+                inside = sorted(found, key=lambda one: one.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for one in inside:
+            if one.is_dir(follow_symlinks=False):
+                yield from self._below(f"{folder}{one.name}/")
+                continue
+            with suppress(FileNotFoundError):
+                facts = one.stat()
+                yield Entry(f"{folder}{one.name}", facts.st_size, facts.st_mtime)
 
 
 def _is_linked(path: Path, target: Path) -> bool:

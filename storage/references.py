@@ -9,12 +9,14 @@ blob that ``gc`` has removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
-from sqlalchemy import Column, Connection, delete, select
+from sqlalchemy import Column, Connection, delete, literal, select, union_all
 
-from storage.blobs import BlobStore
-from storage.database import lock
+from storage.blobs import BlobStore, is_digest
+from storage.database import in_byte_order, lock
 from storage.schema import condemned, metadata
 
 LOCK = "weft blobs"
@@ -34,18 +36,24 @@ def blob_columns() -> list[Column[str]]:
     ]
 
 
-def references(connection: Connection) -> dict[str, str]:
-    """Return every digest that the database names, with the table and column that do.
+def references(connection: Connection) -> Iterator[tuple[str, str]]:
+    """Yield every digest that the database names, once, in order, with a table and column that do.
 
-    About 200 bytes of memory each.
+    The database sorts them; what is held here is a page. A blob column that somebody wrote anything
+    else into names nothing: ``fsck`` finds that by the id of its version.
     """
-    found: dict[str, str] = {}
-    for column in blob_columns():
-        query = select(column).where(column.is_not(None)).execution_options(yield_per=_PAGE)
-        place = f"{column.table.name}.{column.name}"
-        for digest in connection.scalars(query):
-            found.setdefault(digest, place)
-    return found
+    parts = [
+        select(
+            column.label("digest"), literal(f"{column.table.name}.{column.name}").label("by")
+        ).where(column.is_not(None))
+        for column in blob_columns()
+    ]
+    named = union_all(*parts).subquery()
+    query = select(named).order_by(in_byte_order(connection, named.c.digest), named.c.by)
+    found = connection.execute(query.execution_options(yield_per=_PAGE))
+    for digest, rows in groupby(found, key=itemgetter(0)):
+        if is_digest(digest):
+            yield digest, next(rows)[1]
 
 
 def claim(connection: Connection, blobs: BlobStore, digests: Sequence[str | None]) -> list[str]:

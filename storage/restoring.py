@@ -109,7 +109,8 @@ def restore(
             with reading(engine) as target:
                 _refuse_losses(source, target)
         with reading(engine) as target:
-            wanted = sorted(references(source).keys() - _buried(source, target))
+            buried = _buried(source, target)
+        wanted = [digest for digest, _ in references(source) if digest not in buried]
         copies = BlobStore(Folder(folder / "blobs"))
         while True:
             missing = tuple(_fetched(copies, blobs, wanted, progress))
