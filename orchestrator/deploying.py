@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.workspace import Workspace
 from storage.aliases import AliasMove, Yank
-from storage.refs import AmbiguousRef
+from storage.refs import AmbiguousRef, quoted
 
 
 class BadPointer(ValueError):
@@ -126,7 +126,9 @@ def parse_pointer(pointer: str) -> tuple[str, str]:
     """
     name, _, alias = pointer.partition("@")
     if not name or not alias:
-        raise BadPointer(f"an alias is written NAME@ALIAS, such as bot@production, got {pointer!r}")
+        raise BadPointer(
+            f"an alias is written NAME@ALIAS, such as bot@production, got {quoted(pointer)}"
+        )
     return name, alias
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, func, insert, select
 from storage import schema
 from storage.database import writing
 from storage.lineage import yanked_now
-from storage.refs import UnknownVersion, check_name, pointed_at, resolve
+from storage.refs import UnknownVersion, check_name, pointed_at, quoted, resolve
 from storage.schema import named_versions, promotions, yanks
 
 ANYWHERE = "*"
@@ -265,7 +265,7 @@ def _check_usable(connection: Connection, name: str, version: str) -> None:
     number = connection.scalar(numbers)
     if number is None:
         raise UnknownVersion(
-            f"{version[:12]} is not a version of {name!r}, and an alias points at one; "
+            f"{version[:12]} is not a version of {quoted(name)}, and an alias points at one; "
             "give it that name first"
         )
     reason = yanked_now(connection, [version]).get(version)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from storage.canonical import canonical_json
-from storage.refs import check_name, did_you_mean
+from storage.refs import check_name, did_you_mean, quoted
 
 _PREFIX = "ed25519:"
 
@@ -136,8 +136,8 @@ class KeyRing:
         known = {key.name: key for key in self.keys()}
         if name not in known:
             raise UnknownKey(
-                f"no key is called {name!r}{did_you_mean(name, list(known))}; weft keys list shows "
-                "those that are here"
+                f"no key is called {quoted(name)}{did_you_mean(name, list(known))}; weft keys list "
+                "shows those that are here"
             )
         return known[name]
 

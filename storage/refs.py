@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, select, true
@@ -15,6 +16,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _LIKE_AN_ID = re.compile(r"[0-9a-f]{8,}")
 _ID_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _NUMBERED = re.compile(r"(?P<name>.+):v(?P<number>[1-9]\d{0,8})")
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = 140
 _CANDIDATES = 5
 _HINTS = 10_000  # names that are compared with a wrong one
 
@@ -29,6 +32,11 @@ class AmbiguousRef(LookupError):
 
 class BadName(ValueError):
     """A name or alias that the grammar of refs cannot tell apart."""
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes for a message; of a long one, its beginning and its end."""
+    return _QUOTED.repr(text)
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
@@ -49,8 +57,8 @@ def check_name(what: str, name: str) -> None:
     """
     if not _NAME.fullmatch(name) or _LIKE_AN_ID.fullmatch(name):
         raise BadName(
-            f"{what} {name!r} must be 1 to 128 of a-z, 0-9, '.', '_' and '-', begin with a letter "
-            "or digit, and not look like an id (8 or more hex digits)"
+            f"{what} {quoted(name)} must be 1 to 128 of a-z, 0-9, '.', '_' and '-', begin with a "
+            "letter or digit, and not look like an id (8 or more hex digits)"
         )
 
 
@@ -153,10 +161,10 @@ def _unknown(connection: Connection, ref: str) -> str:
             f"{n}@{a}" for n, a, _ in connection.execute(current.where(promotions.c.name == name))
         )
         has = " and ".join([f"v1 to v{newest[0]}" if newest[0] > 1 else "v1", *own])
-        return f"no version is called {ref!r}; {name!r} has {has}"
+        return f"no version is called {quoted(ref)}; {name!r} has {has}"
     aliased = [f"{n}@{a}" for n, a, _ in connection.execute(current)]
     known = connection.scalars(select(names.c.name).limit(_HINTS)).all()
     return (
-        f"no version is called {ref!r}{did_you_mean(ref, [*known, *aliased])} "
+        f"no version is called {quoted(ref)}{did_you_mean(ref, [*known, *aliased])} "
         "(a ref is an id, 4 or more of its first digits, NAME, NAME:vN or NAME@ALIAS)"
     )
