@@ -143,8 +143,9 @@ def test_every_method_of_peft_is_the_same_function_as_lora_or_is_refused(method,
     torch.testing.assert_close(logits_of(converted, decoder), logits, rtol=0, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
-@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((n, "causal-lm") for n in ADAPTERS.names()), ("dora", "classification")]
+)
 def test_every_method_of_weft_is_the_same_function_as_lora_or_is_refused(
     name, kind, tiny_encoder, tiny_decoder, tiny_options
 ):
@@ -154,8 +155,6 @@ def test_every_method_of_weft_is_the_same_function_as_lora_or_is_refused(
     options = {"r": 4, **tiny_options.get(name, {})}
     base = models.unshared(spec)
     adapter = ADAPTERS.get(name).build(**options)
-    if "causal-only" in adapter.capabilities and kind == "classification":
-        pytest.skip("it is for causal-lm alone")
     torch.manual_seed(5)
     model = adapter.attach(base, {}).eval()
     with torch.no_grad():
