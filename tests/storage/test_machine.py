@@ -35,6 +35,7 @@ from storage.store import AdapterStore, UnknownVersion
 
 NAMES = st.sampled_from(["bot", "task-1"])
 POINTERS = st.sampled_from([("bot", "production"), ("bot", "candidate"), ("task-1", "production")])
+LAST = st.integers(0, 2)
 VALUES = st.integers(0, 5)
 POINTS = ("INSERT INTO versions", "INSERT INTO version_parents", "UPDATE condemned", "COMMIT")
 
@@ -145,6 +146,18 @@ class Store(RuleBasedStateMachine):
         else:
             self.store.promote(*pointer, version, who="me", why="")
             self.aliases.setdefault(pointer, Pointer()).promote(version)
+
+    @precondition(lambda self: self.names)
+    @rule(pointer=POINTERS, last=LAST)
+    def promote_one_of_the_last(self, pointer: tuple[str, str], last: int) -> None:
+        if numbered := self.names.get(pointer[0]):
+            self.promote(numbered[-1 - last % len(numbered)], pointer)
+
+    @precondition(lambda self: self.aliases)
+    @rule(pointer=POINTERS, times=st.integers(1, 2))
+    def roll_back_again(self, pointer: tuple[str, str], times: int) -> None:
+        for _ in range(times):
+            self.roll_back(pointer)
 
     @rule(pointer=POINTERS)
     def roll_back(self, pointer: tuple[str, str]) -> None:
