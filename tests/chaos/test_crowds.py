@@ -207,8 +207,10 @@ def driven(
 def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
     private_run, tmp_path, capsys
 ) -> None:
+    # on a busy machine a model loads for longer than a worker may live here
+    config = parse_config({**private_run, "retries": 20})
     whole = service.open_workspace(tmp_path / "whole")
-    wanted = service.launch(whole, parse_config(private_run))
+    wanted = service.launch(whole, config)
     over, killed, enough = threading.Event(), [], int(SECONDS / 10)
     draw = random.Random(0)
 
@@ -228,7 +230,6 @@ def test_a_run_ends_where_it_would_have_while_workers_are_killed_at_random(
         while killer.is_alive():
             number += 1
             workspace = service.open_workspace(tmp_path / f"home-{number}")
-            config = parse_config(private_run)
             assert service.launch(workspace, config, backend=backend) == wanted
             rounds += workspace.ledger.runs(1)[0].round
             workspace.close()
