@@ -30,7 +30,9 @@ class RoLoRA:
 
     weighting: Weighting = "examples"
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"exact", "private", "streaming"})
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"exact", "private", "shared-gauge", "streaming"}
+    )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:

@@ -288,22 +288,13 @@ def test_all_clients_hold_the_factor_that_is_not_trained_if_the_strategy_says_so
     assert shared or "shared-gauge" not in strategy.capabilities
 
 
-def test_an_update_of_weight_two_counts_like_one_of_twice_the_examples_or_like_two(
-    strategy, make_adapter, train
-):
+def test_an_update_of_weight_two_counts_like_two_of_it(strategy, make_adapter, train):
     """Rules hand their weights on to what they wrap by it, and may count otherwise themselves."""
-    state = strategy.init(make_adapter())
+    state = strategy.init(make_adapter(dtype=torch.float64))
     first, *others = train(state)
     weighed = strategy.aggregate(state, [replace(first, weight=2.0), *others]).adapter
-    double = replace(first, num_examples=2 * first.num_examples)
-    again = replace(first, client="a again")
-    alike = any(
-        all(
-            torch.allclose(weighed[n], t)
-            for n, t in strategy.aggregate(state, sent).adapter.items()
-        )
-        for sent in ([double, *others], [first, again, *others])
-    )
+    twice = strategy.aggregate(state, [first, replace(first, client="aa"), *others]).adapter
+    alike = all(torch.allclose(weighed[n], t, atol=1e-9) for n, t in twice.items())
     assert alike or not strategy.capabilities & {"exact", "streaming"}
 
 
