@@ -181,9 +181,14 @@ class Needs:
 
 
 def needs_of(strategy: Strategy) -> Needs:
-    """Return what ``strategy`` needs of every round: its ``needs``, where it says any."""
-    found: Needs = getattr(strategy, "needs", Needs())
-    return found
+    """Return what ``strategy`` needs of every round: its ``needs``, or those of its ``inner``.
+
+    A strategy that says neither needs one update.
+    """
+    found: Needs | None = getattr(strategy, "needs", None)
+    if found is None and hasattr(strategy, "inner"):
+        return needs_of(strategy.inner)
+    return found or Needs()
 
 
 class Strategy(Protocol):

@@ -294,6 +294,12 @@ def test_rules_can_be_wrapped_in_each_other():
     assert result(both, 4.0, 4.5, 4.6, 5.0, 900.0) == 1.0
 
 
+def test_what_wraps_a_rule_needs_what_the_rule_needs():
+    wrapped = STRATEGIES.get("fedavgm").build(inner={"name": "krum", "inner": "ffa-lora"})
+    assert needs_of(wrapped).updates == 5
+    assert needs_of(FFALoRA()).updates == 1
+
+
 def test_too_few_updates_are_refused_by_a_sentence(rule):
     state, updates = cohort()
     enough = needs_of(rule).updates
