@@ -45,11 +45,8 @@ class Once:
         """Return the reference under which the store has ``tensors``, for a client of a round."""
         known = self._refs.pop(id(tensors), None)
         if known is None:
-            known = (
-                tensors,
-                ray.put(to_arrays(tensors)),
-                round_,
-            )  # kept, so that the id stays theirs
+            # the tensors are kept, so that the id stays theirs
+            known = tensors, ray.put(to_arrays(tensors)), round_
         kept, ref, last = known
         self._refs[id(tensors)] = kept, ref, max(last, round_)
         if round_ > self._newest:

@@ -328,7 +328,7 @@ def test_a_spent_budget_is_refused(refused, ok, run_yaml, notes, read):
         (["clients", "add", "a", "--data", "jsonl:gone.jsonl"], "gone.jsonl"),
         (["clients", "add", "a", "--data", "gone.jsonl"], "has no scheme"),
         (["plugins", "strategi"], "no kind of plug-in is called 'strategi'"),
-        (["plugins", "strategy", "lorra"], "did you mean 'ffa-lora'?"),
+        (["plugins", "strategy", "lorra"], "did you mean 'flora'?"),
         (["data", "check", "jsonl:gone.jsonl"], "gone.jsonl"),
         (["data", "check", "jsonl:gone.jsonl", "--fields", "text"], "--fields takes key=value"),
     ],

@@ -25,7 +25,7 @@ def test_every_field_of_an_assignment_reaches_the_worker(make_plan, tmp_path):
     asked = replace(plan_round(plan, inputs, lambda c: sent, plan.participants)[0], seed=7)
     parts = {}
 
-    def put(tensors):
+    def put(tensors, round_):
         parts[str(len(parts))] = tensors
         return Key(len(parts) - 1)
 
