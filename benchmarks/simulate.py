@@ -48,12 +48,13 @@ from clients.assignment import Assignment
 from clients.builtin import parameter_types
 from clients.evaluate import Evaluation
 from clients.pace import Stepped
+from clients.seeds import seed_for
 from clients.worker import perform
 from orchestrator import service
 from orchestrator.backends.base import complete
 from orchestrator.backends.ray import RayBackend
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.plan import Plan, RoundInputs, plan_round, seed_for
+from orchestrator.plan import Plan, RoundInputs, plan_round
 from strategies.base import Broadcast, Update
 
 BARE, SHARED = "bare loop", 0.1

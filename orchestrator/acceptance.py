@@ -61,6 +61,17 @@ def refusal(
         update = decoded_update(update, assignment)
     except BadEncoding as error:
         return str(error)
+    return unfit(update, wanted, max_update_norm) or _odd_privacy(update, assignment)
+
+
+def unfit(update: Update, wanted: Tensors, max_update_norm: float | None = None) -> str | None:
+    """Return why an update is no new value of ``wanted``, or None if it is.
+
+    Args:
+        update: what came; its names, shapes, dtypes, values, counts and metrics are looked at.
+        wanted: the tensors that were to be trained, as they were sent.
+        max_update_norm: as :func:`refusal` says.
+    """
     odd = sorted(wanted.keys() ^ update.tensors.keys())
     if odd:
         return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not asked for'}"
@@ -71,7 +82,7 @@ def refusal(
             return f"{name} is {got}, expected {want}"
         if odd_values := _odd_values(tensor):
             return f"{name}: {odd_values}"
-    return _too_far(update, wanted, max_update_norm) or _odd_words(update, assignment)
+    return _too_far(update, wanted, max_update_norm) or _odd_numbers(update)
 
 
 def _too_far(update: Update, sent: Tensors, most: float | None) -> str | None:
@@ -109,13 +120,18 @@ def decoded_update(update: Update, assignment: Assignment) -> Update:
     return replace(update, tensors=tensors)
 
 
-def _odd_words(update: Update, assignment: Assignment) -> str | None:
-    """Return what is wrong with what an update says besides its tensors, or None."""
+def _odd_numbers(update: Update) -> str | None:
+    """Return what is wrong with an update's count and metrics, or None."""
     if not 1 <= update.num_examples <= _MOST_EXAMPLES:
         return f"num_examples must be from 1 to 2**53, got {update.num_examples}"
     endless = [name for name, value in update.metrics.items() if not math.isfinite(value)]
     if endless:
         return f"metric {endless[0]!r} is {update.metrics[endless[0]]}"
+    return None
+
+
+def _odd_privacy(update: Update, assignment: Assignment) -> str | None:
+    """Return what is wrong with what an update says of privacy, or None."""
     if update.spends != ((spend_of(assignment),) if assignment.privacy else ()):
         return "the update's privacy spend is not what the assignment asked for"
     if assignment.privacy and (update.metrics or update.num_examples != assignment.num_examples):

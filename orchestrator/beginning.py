@@ -8,10 +8,11 @@ from typing import Any
 
 from clients.initialisations import OFFSET
 from clients.regularizers import recall
+from clients.seeds import seed_for
 from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
 from orchestrator.merging import split_head, stacked
-from orchestrator.plan import Plan, seed_for
+from orchestrator.plan import Plan
 from orchestrator.recipes import offset_recipe, start_recipe
 from storage.store import AdapterStore
 from strategies.base import BENEATH, ServerState, Setting, Strategy, Tensors, Update, beneath

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clients.seeds import seed_for
 from orchestrator.config import RunConfig
 from orchestrator.history import History
-from orchestrator.plan import Participant, Plan, seed_for
+from orchestrator.plan import Participant, Plan
 from orchestrator.policy import Cohort, share
 from orchestrator.quarantine import quarantined
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from clients.assignment import NO_DATA, Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
+from clients.seeds import seed_for
 from orchestrator.config import RunConfig
 from orchestrator.ranks import adapter_at
 from orchestrator.sections import EvaluateConfig
@@ -123,18 +123,6 @@ class Plan:
 
 
 _PLAN = TypeAdapter(Plan)
-
-
-def seed_for(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on every part and on nothing else.
-
-    >>> seed_for(0, 3, "clinic-7") == seed_for(0, 3, "clinic-7")
-    True
-    >>> seed_for(0, 3) == seed_for(0, 4)
-    False
-    """
-    text = "\0".join(f"{type(p).__name__}:{p}" for p in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

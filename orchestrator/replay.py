@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from clients.assignment import PluginChoice
+from clients.seeds import seed_for
 from clients.uplink import decoded
 from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
-from orchestrator.plan import head_masked, seed_for
+from orchestrator.plan import head_masked
 from orchestrator.recipes import drift
 from orchestrator.weighing import declared
 from orchestrator.workspace import Workspace

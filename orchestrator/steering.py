@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+from clients.seeds import seed_for
 from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
-from orchestrator.plan import Plan, seed_for
+from orchestrator.plan import Plan
 from orchestrator.retention import drop_after_close, folder_of
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger, RunChanged, RunFields, RunRecord

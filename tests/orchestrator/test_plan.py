@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clients.assignment import DataSpec, Privacy, Shard
+from clients.seeds import seed_for
 from orchestrator.plan import (
     Plan,
     RoundInputs,
@@ -14,7 +15,6 @@ from orchestrator.plan import (
     plan_evaluation,
     plan_init,
     plan_round,
-    seed_for,
     with_head_mask,
 )
 from orchestrator.sections import EvaluateConfig
