@@ -22,7 +22,9 @@ FORBIDDEN = {
     | {"clients", "strategies", "orchestrator"},
     "clients": {"ray", "sqlalchemy", "alembic", "storage", "orchestrator"},
 }
-CONFINED = {"flwr": {"orchestrator.backends.superlink", "clients.flower"}}
+CONFINED = {
+    "flwr": {"orchestrator.backends.superlink", "orchestrator.flower_strategy", "clients.flower"}
+}
 """Libraries whose internals stay in one place."""
 
 JUNK_DRAWERS = {"common", "core", "helper", "helpers", "misc", "util", "utils"}
