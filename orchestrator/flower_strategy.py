@@ -29,7 +29,7 @@ from clients.assignment import NO_DATA, PluginChoice
 from clients.flower import NUM_EXAMPLES, ROUND, BadRecord, arrays_of, instruction, tensors_of
 from clients.seeds import seed_for
 from orchestrator.acceptance import unfit
-from orchestrator.plan import Participant
+from orchestrator.plan import Participant, likeness
 from orchestrator.weighing import weighed, weighing_label
 from strategies import STRATEGIES
 from strategies.base import (
@@ -140,12 +140,13 @@ class WeftStrategy(FlowerStrategy):
         state = self.state = self._going_on(arrays, grid, len(messages))
         config[ROUND] = server_round
         self._asked = {m.metadata.dst_node_id: self._ask(state, m) for m in messages}
-        contents: dict[int, RecordDict] = {}
+        contents: dict[tuple[Any, ...], RecordDict] = {}
         for message in messages:
             sent = self._asked[message.metadata.dst_node_id].sent
-            if id(sent) not in contents:  # one object for clients that are alike
-                contents[id(sent)] = instruction(sent, beneath(state.auxiliary), config)
-            message.content = contents[id(sent)]
+            like = likeness(sent)
+            if like not in contents:  # one object for clients that are alike
+                contents[like] = instruction(sent, beneath(state.auxiliary), config)
+            message.content = contents[like]
         return messages
 
     def aggregate_train(

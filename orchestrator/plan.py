@@ -163,18 +163,27 @@ def plan_round(
     for participant in cohort:
         raw = broadcast(ClientSpec(participant.name, participant.rank, participant.labels))
         # one masked object for all that hold the same tensors, so that a backend ships it once
-        parts = (raw.tensors, raw.mask)
-        same = (
-            raw.trainable,
-            *(id(part) if part else 0 for part in parts),
-            *((name, id(tensor)) for name, tensor in raw.extra.items()),
-        )
+        same = likeness(raw)
         if same not in masked:
             masked[same] = (raw, with_head_mask(raw, plan))  # the first is kept: ids stay theirs
         sent = masked[same][1]
         seed = seed_for(plan.config.seed, inputs.round, participant.name)
         assignments.append(_assignment(plan, inputs, participant, sent, seed))
     return assignments
+
+
+def likeness(sent: Broadcast) -> tuple[Any, ...]:
+    """Return what is equal for broadcasts that say the same and hold the same tensors, by identity.
+
+    As long as one of them is kept, since another tensor may get the identity of one that is gone.
+    """
+    parts = (sent.tensors, sent.mask)
+    return (
+        sent.trainable,
+        sent.personal,
+        *(id(part) if part else 0 for part in parts),
+        *((name, id(tensor)) for name, tensor in sent.extra.items()),
+    )
 
 
 def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:

@@ -208,6 +208,17 @@ def test_a_client_that_answers_with_its_whole_model_is_taken_for_what_was_asked(
     assert same(*results)
 
 
+def test_clients_that_are_alike_are_sent_one_object(tensors):
+    """An adapter is encoded once, however many nodes are sampled."""
+    assert len({id(m.content) for m in asked(wrapped("fedavg"), tensors())}) == 1
+    ranks = {"a": 1, "b": 1, "c": 2, "d": None}
+    sampling = FedAvg(min_train_nodes=4, fraction_evaluate=0.0)
+    strategy = WeftStrategy(
+        "flexlora", sampling=sampling, clients=lambda n: ClientSpec(NODES[n], ranks[NODES[n]])
+    )
+    assert len({id(m.content) for m in asked(strategy, tensors())}) == 2
+
+
 def test_the_order_of_replies_changes_no_bit(tensors):
     results = []
     for backwards in (1, -1):
