@@ -109,7 +109,8 @@ def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> 
     return held
 
 
-def _epsilons(plan: Plan) -> dict[str, Epsilon]:
+def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
+    """Return what each client of a run spends in all, at most, by its name; none without DP."""
     privacy, steps = plan.config.privacy, plan.config.local_steps
     if privacy is None or steps is None:
         return {}
@@ -117,17 +118,21 @@ def _epsilons(plan: Plan) -> dict[str, Epsilon]:
     found = {}
     for who in plan.participants:
         assert who.privacy is not None
-        spend = PrivacySpend(
-            "gaussian",
-            privacy.unit,
-            "add-remove",
-            {
-                "noise_multiplier": who.privacy.noise_multiplier,
-                "sample_rate": who.privacy.sample_rate,
-                "steps": steps * rounds,
-            },
-        )
-        found[who.name] = composed(
-            who.population, [spend], privacy.delta, privacy.accountant, who.public
-        )
+        parameters = {
+            "noise_multiplier": who.privacy.noise_multiplier,
+            "sample_rate": who.privacy.sample_rate,
+            "steps": steps * rounds,
+        }
+        found[who.name] = PrivacySpend("gaussian", privacy.unit, "add-remove", parameters)
     return found
+
+
+def _epsilons(plan: Plan) -> dict[str, Epsilon]:
+    privacy, spends = plan.config.privacy, planned_spends(plan)
+    return {
+        who.name: composed(
+            who.population, [spends[who.name]], privacy.delta, privacy.accountant, who.public
+        )
+        for who in plan.participants
+        if privacy is not None and who.name in spends
+    }

@@ -138,7 +138,7 @@ def coordinator(  # noqa: PLR0913  (one option each)
 
             yield seen
 
-    with _stopped_by_signals(stop), process:
+    with stopped_by_signals(stop), process:
         count = service.serve(
             workspace,
             service.Serving(limits(limit), once, until_idle),
@@ -372,7 +372,7 @@ def _say(record: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
     """Set ``stop`` at SIGTERM or Ctrl-C; a second Ctrl-C interrupts."""
 
     def heard(number: int, frame: object) -> None:

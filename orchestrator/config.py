@@ -252,6 +252,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         BadConfig: with a line for each mistake.
     """
+    return parse_config(read_document(path), overrides)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, unchecked.
+
+    Raises:
+        BadConfig: if there is none.
+    """
     file = Path(path)
     try:
         document = yaml.safe_load(file.read_text("utf-8"))
@@ -263,7 +272,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise BadConfig(f"{file} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
         raise BadConfig(f"{file} must hold a mapping of options, such as 'name: task-1'")
-    return parse_config(document, overrides)
+    return document
 
 
 def parse_config(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -305,6 +314,18 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def with_values(document: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``document`` with values at dotted paths, as ``--set`` puts them; shorter paths first.
+
+    Raises:
+        BadConfig: if a path leads through what is not a mapping.
+    """
+    merged = _plain(document)
+    for path, value in sorted(values.items(), key=lambda item: (item[0].count("."), item[0])):
+        _put(merged, path.split("."), _plain(value), path)
+    return dict(merged)
+
+
 def _override(document: dict[str, Any], text: str) -> None:
     """Apply one ``--set path.to.key=value``; the value is read as YAML."""
     path, equals, raw = text.partition("=")
@@ -315,6 +336,10 @@ def _override(document: dict[str, Any], text: str) -> None:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
         raise BadConfig(f"--set {path}: the value is not YAML ({error})") from None
+    _put(document, keys, value, f"--set {text!r}")
+
+
+def _put(document: dict[str, Any], keys: Sequence[str], value: Any, what: str) -> None:
     inner = document
     for depth, key in enumerate(keys[:-1]):
         below = inner.get(key)
@@ -323,7 +348,7 @@ def _override(document: dict[str, Any], text: str) -> None:
         elif below is None:
             below = _default(key)
         if not isinstance(below, dict):
-            raise BadConfig(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is not a mapping")
+            raise BadConfig(f"{what}: {'.'.join(keys[: depth + 1])} is not a mapping")
         inner[key] = below
         inner = below
     inner[keys[-1]] = value

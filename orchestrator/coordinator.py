@@ -247,7 +247,7 @@ def serve(
             continue
         count += 1
         with watch() as observe:
-            _drive_to_an_end(workspace, record, observe, driving)
+            drive_to_an_end(workspace, record, observe, driving)
         if serving.once:
             break
     return count
@@ -284,9 +284,17 @@ def make_backend(config: RunConfig, num_clients: int) -> Backend:
     )
 
 
-def _drive_to_an_end(
+def drive_to_an_end(
     workspace: Workspace, record: RunRecord, observe: Observe, driving: Driving
 ) -> None:
+    """Drive a run that this process has claimed; how it ends is on its record, and no error.
+
+    Args:
+        workspace: where.
+        record: the run as its claim gave it, with the token.
+        observe: called with each event.
+        driving: how.
+    """
     try:
         drive(workspace, record, observe, driving)
     except (RoundFailed, Paused, Cancelled, Stopped, ClaimedInVain, Drifted, LeaseLost) as error:

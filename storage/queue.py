@@ -121,6 +121,14 @@ class RunQueue:
         with self._engine.connect() as connection:
             return connection.execute(query).first() is None
 
+    def labelled(self, key: str, value: str) -> list[str]:
+        """Return the ids of the runs with a label, oldest first."""
+        with self._engine.connect() as connection:
+            kinds = connection.scalars(select(runs.c.labels).distinct())
+            meant = [kind for kind in kinds if f"{key}={value}" in _labels(kind)]
+            query = select(runs.c.id).where(runs.c.labels.in_(meant)).order_by(runs.c.number)
+            return list(connection.scalars(query))
+
 
 def _live(moment: datetime) -> ColumnElement[bool]:
     return and_(runs.c.status == "running", runs.c.lease_until > moment)
