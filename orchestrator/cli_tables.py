@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli_runs import Label, Priority, stopped_by_signals
+from orchestrator.cli_runs import Label, Priority, runs_app, stopped_by_signals
 from orchestrator.terminal import JsonFlag, err, out, pairs, print_json, workspace_here
 
 
@@ -114,3 +115,37 @@ def _print_costs(found: Any) -> None:
 
     for line in tables.cost_lines(found):
         out.print(line, markup=False, highlight=False)
+
+
+@runs_app.command("compare")
+def runs_compare(
+    refs: Annotated[list[str] | None, typer.Argument(help="Ids, prefixes or names.")] = None,
+    of_sweep: Annotated[
+        str | None, typer.Option("--sweep", help="All runs of the sweep of this name.")
+    ] = None,
+    metric: Annotated[
+        list[str], typer.Option("--metric", help="Only this metric; may be repeated.")
+    ] = [],  # noqa: B006
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, unrounded.")] = False,
+    as_latex: Annotated[
+        bool, typer.Option("--latex", help="Print a LaTeX table, for booktabs.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare runs by what differs in their configs: mean and spread over seeds."""
+    from orchestrator import comparing, tables
+    from orchestrator.config import BadConfig
+
+    if sum((as_csv, as_latex, as_json)) > 1:
+        raise BadConfig("give one of --csv, --latex, --json")
+    found = comparing.compare(workspace_here(), refs or [], of_sweep, metric)
+    if as_json:
+        print_json(found.to_json())
+    elif as_csv or as_latex:
+        sys.stdout.write(found.to_csv() if as_csv else found.to_latex())
+        for note in found.notes if as_csv else ():
+            err.print(note, style="dim", markup=False, highlight=False)
+    else:
+        out.print(tables.comparison_table(found))
+        for note in found.notes:
+            out.print(note, style="dim", markup=False, highlight=False)

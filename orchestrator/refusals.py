@@ -137,7 +137,7 @@ def refuse_senseless(plan: Plan) -> None:
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     _refuse_strategy(plan, adapter)
     _refuse_uplink(plan)
-    trained = _trained_names(plan, adapter)
+    trained = trained_names(plan, adapter)
     _refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
         _refuse_moved_start(plan, models.shapes(plan.model, adapter))
@@ -295,7 +295,7 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
             )
 
 
-def _trained_names(plan: Plan, adapter: Adapter) -> list[str]:
+def trained_names(plan: Plan, adapter: Adapter) -> list[str]:
     """Return the names of the tensors that the run trains.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sweeps as people read them."""
+"""Sweeps and comparisons as people read them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from clients.records import listed
 from orchestrator.sweep import shown
 
 if TYPE_CHECKING:
+    from orchestrator.comparing import Comparison
     from orchestrator.sweeping import Standing
 
 
@@ -42,3 +43,11 @@ def cost_lines(found: Standing) -> Iterator[str]:
             "without privacy, on data that are not public: no ε bounds what tuning and its "
             f"results say of {listed(found.unprotected)}"
         )
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return runs beside each other, a line a setting."""
+    table = Table(*(escape(name) for name in found.header()))
+    for row in found.rows():
+        table.add_row(*(escape(text) for text in row))
+    return table
