@@ -212,12 +212,18 @@ def evaluate(
 def plugins(
     kind: Annotated[str | None, typer.Argument(help="strategy, adapter, …")] = None,
     name: Annotated[str | None, typer.Argument()] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="What goes together, as Markdown, with the reasons.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """List plug-ins, of one kind or all; with a name, its options."""
     from orchestrator import catalogue, report
     from orchestrator.config import find_plugin
 
+    if matrix:
+        _print_matrix(as_json)
+        return
     rows = list(catalogue.plugin_table(kind))
     if name is not None:
         assert kind is not None
@@ -230,6 +236,19 @@ def plugins(
         out.print(rows[0]["summary"], highlight=False)
     else:
         out.print(report.plugins_table(rows))
+
+
+def _print_matrix(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from orchestrator.matrix import markdown
+    from orchestrator.matrix import matrix as planned
+
+    cells = planned()
+    if as_json:
+        print_json([asdict(cell) for cell in cells])
+    else:
+        sys.stdout.write(markdown(cells))
 
 
 @data_app.command("check")

@@ -292,7 +292,7 @@ def _trained(plan: Plan, known: dict[str, int | None]) -> int | None:
         adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
         try:
             shapes = models.shapes(plan.model, adapter)
-            known[key] = sum(math.prod(shapes[name]) for name in trained_names(plan, adapter))
+            known[key] = sum(math.prod(shapes[name]) for name in trained_names(plan, shapes))
         except models.ModelNotFound:
             known[key] = None
     return known[key]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
 from clients import data, models
 from clients.adapters import ADAPTERS, Adapter
+from clients.assignment import ModelSpec
 from clients.optimizers import OPTIMIZERS
 from clients.optimizers.descent import PlainDescent
 from clients.records import listed
@@ -36,6 +38,8 @@ from strategies.base import (
 from strategies.plugins import BadOptions
 from strategies.tensors import NotLowRank, same_products
 from strategies.uplink import refuse_chain
+
+Shapes: TypeAlias = Callable[[ModelSpec, Adapter], Mapping[str, tuple[int, ...]]]
 
 
 def _adapter(plan: Plan) -> Adapter:
@@ -107,8 +111,12 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
             )
 
 
-def refuse_senseless(plan: Plan) -> None:
+def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
     """Refuse combinations in which a method would do nothing, or undo another.
+
+    Args:
+        plan: of a run.
+        shapes: returns those of an adapter's tensors on a model.
 
     Raises:
         BadConfig: with the reason.
@@ -137,10 +145,10 @@ def refuse_senseless(plan: Plan) -> None:
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     _refuse_strategy(plan, adapter)
     _refuse_uplink(plan)
-    trained = trained_names(plan, adapter)
+    trained = trained_names(plan, shapes(plan.model, adapter))
     _refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
-        _refuse_moved_start(plan, models.shapes(plan.model, adapter))
+        _refuse_moved_start(plan, shapes(plan.model, adapter))
     _refuse_regularizers(plan, trained)
 
 
@@ -295,14 +303,15 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
             )
 
 
-def trained_names(plan: Plan, adapter: Adapter) -> list[str]:
-    """Return the names of the tensors that the run trains.
+def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the names of the tensors that the run trains, of those with ``shapes``.
 
     Raises:
         BadConfig: if none of the adapter's is among them, or the strategy undoes the adapter.
     """
     strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
-    sample = {n: torch.ones(shape) for n, shape in models.shapes(plan.model, adapter).items()}
+    adapter = _adapter(plan)
+    sample = {n: torch.ones(shape) for n, shape in shapes.items()}
     try:
         state = strategy.init(sample)
     except NotLowRank as error:
