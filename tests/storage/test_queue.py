@@ -47,6 +47,18 @@ def test_the_highest_priority_is_claimed_first_then_the_oldest(ledger, submit):
     assert claim_all(ledger) == ["b", "d", "a", "e", "c"]
 
 
+def test_runs_are_found_by_a_label_oldest_first(ledger, submit):
+    for name, labels in (
+        ("b", {"sweep": "rates", "gpu": "a100"}),
+        ("c", {"sweep": "other"}),
+        ("a", {"sweep": "rates"}),
+        ("d", {}),
+    ):
+        submit(name, **labels)
+    assert ledger.queue.labelled("sweep", "rates") == ["b", "a"]
+    assert ledger.queue.labelled("sweep", "rate") == []
+
+
 def test_a_claimed_run_has_an_owner_a_token_and_a_lease(ledger, submit):
     run = submit("a")
     record = ledger.queue.claim("gpu-3:17", 60)
