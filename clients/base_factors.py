@@ -187,6 +187,31 @@ def _config(init: str, options: Mapping[str, Any], **settings: Any) -> LoraConfi
     return LoraConfig(init_lora_weights=init, **own, **settings)
 
 
+def mean_gradients(
+    layers: Mapping[str, Any], adapter: str, inputs: InitInputs
+) -> dict[str, Tensor]:
+    """Return the gradient of every adapted weight, ``[out, in]``, mean over the examples read.
+
+    The base weights are bit-identical afterwards, and none keeps a gradient.
+
+    Args:
+        layers: PEFT's LoRA layers by the base model's names.
+        adapter: PEFT's name of the adapter among them that starts; its delta must be zero.
+        inputs: where data come from.
+
+    Raises:
+        BadOptions: if there are no data, or a layer has no gradient on them.
+    """
+    _read(inputs, 1, "gradient")
+    with _prepared("lora_ga", {}, layers, adapter, inputs) as prepare:
+        found = {}
+        for name, layer in layers.items():
+            marked: Any = _scratch(layer_weight(layer, adapter))
+            prepare(layer, marked)
+            found[name] = marked._peft_loraga_grad.float()
+        return found
+
+
 # --- what reads data --------------------------------------------------------------------------
 
 

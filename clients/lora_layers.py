@@ -16,13 +16,15 @@ from clients.base_factors import Factors
 from strategies.base import Tensors
 
 A, B, DIAGONAL, SCALING = ".lora_A.weight", ".lora_B.weight", ".lora_diag", ".scaling"
-_RANK_AXIS = {
-    A: 0,
-    ".lora_A.blocks": 0,
-    B: 1,
-    ".lora_B.blocks": 1,
-    DIAGONAL: 0,
-    ".lora_monteclora_sampler.std_prior": 0,
+CORE = ".lora_core.weight"
+_RANK_AXES = {
+    A: (0,),
+    ".lora_A.blocks": (0,),
+    B: (1,),
+    ".lora_B.blocks": (1,),
+    DIAGONAL: (0,),
+    CORE: (0, 1),
+    ".lora_monteclora_sampler.std_prior": (0,),
 }
 
 
@@ -97,6 +99,8 @@ def _holders(layer: Any, adapter: str) -> dict[str, tuple[nn.Module, str]]:
         found[".lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter], "weight"
     if adapter in getattr(layer, "lora_diag", {}):
         found[DIAGONAL] = layer.lora_diag, adapter
+    if adapter in getattr(layer, "lora_core", {}):
+        found[CORE] = layer.lora_core[adapter], "weight"
     samplers = getattr(layer, "lora_monteclora_sampler", {})
     if adapter in samplers:
         for name, _ in samplers[adapter].named_parameters(recurse=False):
@@ -111,8 +115,8 @@ def _num_blocks(factor: nn.Module) -> int:
 
 def _shape(part: str, shape: Sequence[int], old_rank: int, rank: int) -> list[int]:
     """Return the shape of a part at another rank."""
-    axis = _RANK_AXIS.get(part)
-    return [n * rank // old_rank if i == axis else n for i, n in enumerate(shape)]
+    axes = _RANK_AXES.get(part, ())
+    return [n * rank // old_rank if i in axes else n for i, n in enumerate(shape)]
 
 
 def _rank(name: str, layer: Any, adapter: str, given: Tensors) -> int:
@@ -128,7 +132,7 @@ def _set_rank(layer: Any, adapter: str, rank: int) -> None:
         return
     for part, (holder, attribute) in _holders(layer, adapter).items():
         old = getattr(holder, attribute)
-        if part in _RANK_AXIS:
+        if part in _RANK_AXES:
             # A new object: autograd remembers the shape that the old one had in past graphs.
             empty = old.new_empty(_shape(part, old.shape, old_rank, rank))
             setattr(holder, attribute, nn.Parameter(empty, requires_grad=old.requires_grad))

@@ -69,7 +69,7 @@ def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
     elif not reads:
         raise BadConfig(
             f"init_data: adapter {name!r} (as set) reads no data; leave it out, or choose init "
-            "eva, corda or lora_ga"
+            "eva, corda or lora_ga (of lora-sb: gradient)"
         )
     elif not (chosen.public or data.is_public(chosen.data)):
         raise BadConfig(
@@ -87,6 +87,7 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
     Raises:
         BadConfig: naming what would change it.
     """
+    adapter = _adapter(plan)
     generator = torch.Generator().manual_seed(0)
     drawn, past = (
         {n: torch.randn(shape, generator=generator) for n, shape in names.items()} for _ in range(2)
@@ -100,10 +101,10 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
     strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
     state = strategy.init(drawn)
     lying = beneath(state.auxiliary)
-    begun = stacked([*([lying] if lying else []), state.adapter])
+    begun = stacked([*([lying] if lying else []), adapter.factored(state.adapter)])
     movers.append((f"strategy {plan.strategy.name!r}", begun))
     for what, after in movers:
-        if not same_products(drawn, after):
+        if not same_products(adapter.factored(drawn), adapter.factored(after)):
             raise BadConfig(
                 f"{what} (as set) chooses A anew before round 1, and adapter "
                 f"{plan.adapter.name!r} (as set) starts with a product B A that must stay as it "
@@ -315,6 +316,11 @@ def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str
     try:
         state = strategy.init(sample)
     except NotLowRank as error:
+        if "core" in strategy.capabilities:
+            raise BadConfig(
+                f"strategy {plan.strategy.name!r} trains cores between frozen factors, and adapter "
+                f"{plan.adapter.name!r} has none ({error})"
+            ) from error
         raise BadConfig(
             f"strategy {plan.strategy.name!r} needs plain factors B and A, and adapter "
             f"{plan.adapter.name!r} has others ({error}); use fedavg"

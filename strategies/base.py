@@ -206,6 +206,9 @@ class Strategy(Protocol):
             shifting them in the adapter and in every update shifts the result. Not so where a round
             changes the basis.
 
+            ``core``: what it trains of the adapter are the cores between frozen factors, so that
+            it needs an adapter that has them.
+
             ``exact``: the next product B A (with what lies beneath) is the weighted mean of the
             clients' products, but for rounding, as long as its rank fits.
 

@@ -56,7 +56,8 @@ class Factors(NamedTuple):
 
 
 _A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
-_BETWEEN = ".lora_diag"  # KaSA's diagonal
+CORE = ".lora_core.weight"
+_BETWEEN = {".lora_diag": "a diagonal", CORE: "a core"}  # KaSA's and LoRA-SB's
 _ROUNDING = 1e-4  # relative, of float32 factors that were refactored
 
 ALL_TRAINED = r"(?!.*\.scaling$).*"
@@ -81,9 +82,9 @@ def lora_layers(tensors: Tensors) -> dict[str, Factors]:
         missing = [n for n in names if n not in tensors]
         if missing:
             raise NotLowRank(f"layer {layer!r} is incomplete: the adapter has no {missing[0]!r}")
-        if layer + _BETWEEN in tensors:
+        for between in (what for part, what in _BETWEEN.items() if layer + part in tensors):
             raise NotLowRank(
-                f"layer {layer!r} has a diagonal between its factors, so that B A is not its "
+                f"layer {layer!r} has {between} between its factors, so that B A is not its "
                 "delta; use a strategy that takes every tensor by itself, such as fedavg"
             )
         factors = Factors(*(tensors[n] for n in names))

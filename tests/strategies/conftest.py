@@ -24,6 +24,7 @@ def make_adapter() -> Callable[..., Adapter]:
         dtype: torch.dtype = torch.float32,
         head: bool = True,
         layers: Mapping[str, tuple[int, int]] = LAYERS,
+        core: bool = False,
     ) -> Adapter:
         generator = torch.Generator().manual_seed(seed)
 
@@ -35,6 +36,8 @@ def make_adapter() -> Callable[..., Adapter]:
             tensors[f"{name}.lora_A.weight"] = draw(rank, in_features)
             tensors[f"{name}.lora_B.weight"] = draw(out_features, rank)
             tensors[f"{name}.scaling"] = torch.tensor(scaling)
+            if core:
+                tensors[f"{name}.lora_core.weight"] = draw(rank, rank)
         if head:
             tensors |= {"head.weight": draw(3, 5), "head.bias": draw(3)}
         return tensors
@@ -44,16 +47,17 @@ def make_adapter() -> Callable[..., Adapter]:
 
 @pytest.fixture
 def products() -> Callable[[Mapping[str, Tensor]], Adapter]:
-    """Every layer's scaling * B @ A, dense and in float64."""
+    """Every layer's scaling * B @ A, or B @ core @ A, dense and in float64."""
 
     def dense(tensors: Mapping[str, Tensor]) -> Adapter:
-        layers = sorted(n.removesuffix(".scaling") for n in tensors if n.endswith(".scaling"))
-        return {
-            layer: tensors[f"{layer}.scaling"].double()
-            * (tensors[f"{layer}.lora_B.weight"].double())
-            @ tensors[f"{layer}.lora_A.weight"].double()
-            for layer in layers
-        }
+        found = {}
+        for layer in sorted(n.removesuffix(".scaling") for n in tensors if n.endswith(".scaling")):
+            b = tensors[f"{layer}.lora_B.weight"].double()
+            if f"{layer}.lora_core.weight" in tensors:
+                b = b @ tensors[f"{layer}.lora_core.weight"].double()
+            a = tensors[f"{layer}.lora_A.weight"].double()
+            found[layer] = tensors[f"{layer}.scaling"].double() * b @ a
+        return found
 
     return dense
 

@@ -3,6 +3,7 @@
 import re
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ COUNTS = {"a": 1, "b": 2, "c": 5}
 def strategy(name):
     plugin = STRATEGIES.get(name)
     return plugin.build(**plugin.factory.mean_options)
+
+
+@pytest.fixture
+def make_adapter(make_adapter, strategy):
+    """Adapters of the kind that the strategy is for."""
+    return partial(make_adapter, core="core" in strategy.capabilities)
 
 
 @pytest.fixture
