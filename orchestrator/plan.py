@@ -177,12 +177,12 @@ def likeness(sent: Broadcast) -> tuple[Any, ...]:
 
     As long as one of them is kept, since another tensor may get the identity of one that is gone.
     """
-    parts = (sent.tensors, sent.mask)
     return (
         sent.trainable,
         sent.personal,
-        *(id(part) if part else 0 for part in parts),
-        *((name, id(tensor)) for name, tensor in sent.extra.items()),
+        id(sent.tensors),
+        *(("mask", name, id(tensor)) for name, tensor in sent.mask.items()),
+        *(("extra", name, id(tensor)) for name, tensor in sent.extra.items()),
     )
 
 

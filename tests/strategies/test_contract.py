@@ -40,7 +40,11 @@ def train(strategy, make_update):
             broadcast = strategy.broadcast(state, ClientSpec(client))
             generator = torch.Generator().manual_seed(0 if agree else index)
             trained = {
-                name: (tensor + torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+                name: (
+                    tensor
+                    + torch.randn(tensor.shape, generator=generator)
+                    * broadcast.mask.get(name, torch.tensor(True))
+                ).to(tensor.dtype)
                 for name, tensor in sorted(broadcast.tensors.items())
                 if re.fullmatch(broadcast.trainable, name)
                 and not re.fullmatch(broadcast.personal, name)
@@ -157,7 +161,8 @@ def test_updates_of_another_version_may_be_moved_onto_this_one_if_the_strategy_s
     now, later = (
         strategy.broadcast(s, ClientSpec("a")) for s in (state, strategy.aggregate(state, updates))
     )
-    alike = now.trainable == later.trainable and same(now.extra, later.extra)
+    told = same(now.extra, later.extra) and same(now.mask, later.mask)
+    alike = now.trainable == later.trainable and told
     kept = all(torch.equal(result[n], t) for n, t in state.adapter.items() if n not in trained)
     along = all(torch.allclose(after[n], t) for n, t in shifted(result).items())
     assert (kept and along and alike) is ("additive" in strategy.capabilities)
