@@ -16,8 +16,14 @@ def test_checks_that_were_terminated_have_not_passed(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     (tmp_path / "Makefile").write_text("lint:\n\techo > started\n\tcat go-on\n")
 
+    # a make of its own, although `make test` may run this
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     process = subprocess.Popen(
-        [tmp_path / ".ci" / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [tmp_path / ".ci" / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     )
     (tmp_path / "started").read_text()
     process.send_signal(signal.SIGTERM)

@@ -96,6 +96,8 @@ def test_a_strategy_has_the_states_under_flower_that_it_has_by_itself(name, tens
     options = plugin.factory.mean_options
     alone, under = plugin.build(**options), wrapped(name, **options)
     adapter = tensors(layers=("k", "q"))
+    if "core" in alone.capabilities:
+        adapter |= {f"{layer}.lora_core.weight": torch.eye(2) for layer in "kq"}
     state = alone.init(adapter, Setting(len(NODES), len(NODES), seed_for(7, 0, "strategy")))
     arrays, config = arrays_of(adapter), ConfigRecord()
 
