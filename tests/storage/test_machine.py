@@ -354,7 +354,8 @@ def keeps_its_promises(empty: Callable[[], str], folder: Path, examples: int, st
 
 
 POSTGRES = pytest.mark.postgres
-SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+SLOW = (pytest.mark.slow, pytest.mark.timeout(300))
+CHAOS = (pytest.mark.chaos, pytest.mark.timeout(3600))
 
 
 @pytest.mark.parametrize(
@@ -362,8 +363,10 @@ SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
     [
         pytest.param("sqlite", 8, 20, id="sqlite"),
         pytest.param("postgres", 3, 15, id="postgres", marks=POSTGRES),
-        pytest.param("sqlite", 150, 60, id="sqlite-long", marks=SLOW),
-        pytest.param("postgres", 50, 60, id="postgres-long", marks=(*SLOW, POSTGRES)),
+        pytest.param("sqlite", 30, 40, id="sqlite-long", marks=SLOW),
+        pytest.param("postgres", 10, 40, id="postgres-long", marks=(*SLOW, POSTGRES)),
+        pytest.param("sqlite", 150, 60, id="sqlite-longest", marks=CHAOS),
+        pytest.param("postgres", 50, 60, id="postgres-longest", marks=(*CHAOS, POSTGRES)),
     ],
     indirect=["empty"],
 )
