@@ -17,10 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import _peers
 
 _HERE = Path(__file__).parent
 _CONSTRAINTS = _HERE.parent / "constraints.txt"
@@ -41,7 +42,7 @@ def wanted(arguments: argparse.Namespace) -> bool:
     """Return whether Flower is measured too; make its environment if that was asked for."""
     if arguments.peer is False:
         return False
-    made = (environment() / "complete").exists()
+    made = _peers.is_complete(environment())
     if arguments.peer and not made:
         make()
         return True
@@ -58,8 +59,7 @@ def name() -> str:
 
 def environment() -> Path:
     """Return the folder of the peer's virtual environment, whether it is there or not."""
-    cache = os.environ.get("WEFT_BENCH_CACHE", "~/.cache/weft-bench")
-    return Path(cache).expanduser() / f"flower-{_version()}"
+    return _peers.folder_of(f"flower-{_version()}")
 
 
 def make() -> None:
@@ -67,16 +67,10 @@ def make() -> None:
 
     ``TORCH_INDEX`` says where else to look for torch, as for make.
     """
-    folder = environment()
-    print(f"making {folder}; this takes minutes", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", _CONSTRAINTS]
-    index = os.environ.get("TORCH_INDEX")
+    index, pinned = os.environ.get("TORCH_INDEX"), ["-c", str(_CONSTRAINTS)]
     extra = ["--extra-index-url", index] if index else []
-    subprocess.run([*pip, *extra, "torch"], check=True)
-    subprocess.run([*pip, f"flwr[simulation]=={_version()}", *_PACKAGES], check=True)
-    (folder / "complete").touch()
+    flower = [*pinned, f"flwr[simulation]=={_version()}", *_PACKAGES]
+    _peers.make(environment(), [*pinned, *extra, "torch"], flower)
 
 
 class Engine:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import _peers
 
 VERSION = "3.17.2"
 _PEER = Path(__file__).parent / "_mlflow_peer.py"
@@ -36,11 +36,11 @@ def wanted(arguments: argparse.Namespace) -> bool:
     """Return whether MLflow is measured too; make its environment if that was asked for."""
     if arguments.peer is False:
         return False
-    if not (environment() / "complete").exists():
+    if not _peers.is_complete(environment()):
         if not arguments.peer:
             print(f"the peer {name()} is left out; --peer measures it too", file=sys.stderr)
             return False
-        _make()
+        _peers.make(environment(), [f"mlflow=={VERSION}"])
     return True
 
 
@@ -51,18 +51,7 @@ def name() -> str:
 
 def environment() -> Path:
     """Return the folder of the peer's virtual environment, whether it is there or not."""
-    cache = os.environ.get("WEFT_BENCH_CACHE", "~/.cache/weft-bench")
-    return Path(cache).expanduser() / f"mlflow-{VERSION}"
-
-
-def _make() -> None:
-    folder = environment()
-    print(f"making {folder}; this takes minutes", file=sys.stderr)
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"mlflow=={VERSION}"], check=True)
-    (folder / "complete").touch()
+    return _peers.folder_of(f"mlflow-{VERSION}")
 
 
 class Registry:

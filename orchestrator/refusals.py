@@ -47,6 +47,11 @@ def _adapter(plan: Plan) -> Adapter:
     return adapter
 
 
+def _strategy(plan: Plan) -> Strategy:
+    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    return strategy
+
+
 def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
     """Refuse a start that cannot be computed, or not without showing data to everyone.
 
@@ -98,7 +103,7 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
         movers.append(
             (f"regularizer {choice.name!r}", method.initialise(drawn, method.consolidate(past, {})))
         )
-    strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     state = strategy.init(drawn)
     lying = beneath(state.auxiliary)
     begun = stacked([*([lying] if lying else []), adapter.factored(state.adapter)])
@@ -155,7 +160,7 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
 
 def _refuse_strategy(plan: Plan, adapter: Adapter) -> None:
     config, name = plan.config, plan.strategy.name
-    strategy: Strategy = STRATEGIES.get(name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     if config.privacy is not None and "private" not in strategy.capabilities:
         raise BadConfig(
             f"strategy {name!r} (as set) lets clients send what depends on their data besides "
@@ -212,7 +217,7 @@ def _refuse_ranks(plan: Plan, adapter: Adapter) -> None:
     config, name = plan.config, plan.strategy.name
     if not config.ranks:
         return
-    strategy: Strategy = STRATEGIES.get(name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     if "any-rank" not in strategy.capabilities:
         raise BadConfig(
             f"ranks: strategy {name!r} takes factors of one rank only; use flexlora, flora or "
@@ -263,7 +268,7 @@ def _refuse_uplink(plan: Plan) -> None:
         refuse_chain([(c.name, one) for c, one in zip(plan.uplink, chain, strict=True)])
     except ValueError as error:
         raise BadConfig(f"uplink: {error}") from None
-    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     for choice, stage in zip(plan.uplink, chain, strict=True):
         if stage.feedback and "additive" not in strategy.capabilities:
             raise BadConfig(
@@ -288,7 +293,7 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
             )
-        strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+        strategy = _strategy(plan)
         keeps = type(method).consolidate is not Regularizer.consolidate
         if keeps and "beneath" in strategy.capabilities:
             raise BadConfig(
@@ -310,7 +315,7 @@ def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str
     Raises:
         BadConfig: if none of the adapter's is among them, or the strategy undoes the adapter.
     """
-    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     adapter = _adapter(plan)
     sample = {n: torch.ones(shape) for n, shape in shapes.items()}
     try:
@@ -379,7 +384,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         )
     if needed > len(names):
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
-    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
+    strategy = _strategy(plan)
     _refuse_needy(plan, needs_of(strategy), names, needed)
     if config.stale is not None and "additive" not in strategy.capabilities:
         raise BadConfig(

@@ -105,7 +105,9 @@ def reached(workspace: Workspace, version: Version, updates: Sequence[Update]) -
         strategy: Strategy = STRATEGIES.get(recipe["strategy"]["name"]).build(
             **recipe["strategy"]["options"]
         )
-        after = strategy.aggregate(before, _onto(workspace, parent, before, recipe, updates))
+        after = strategy.aggregate(
+            before, _onto(workspace, parent, before, recipe, strategy, updates)
+        )
     memory = store.memory(parent)
     choices = [PluginChoice(one["name"], one["options"]) for one in recipe["regularizers"]]
     return {
@@ -125,31 +127,34 @@ def _onto(
     parent: str,
     before: ServerState,
     recipe: Mapping[str, Any],
+    strategy: Strategy,
     updates: Sequence[Update],
 ) -> Iterator[Update]:
     """Yield the updates, those of older versions as ones of the version that is aggregated."""
+    store, states = workspace.store, {parent: before}
     for leaf, sent in zip(recipe["updates"], updates, strict=True):
-        update = declared(_decoded(workspace, recipe, leaf, sent), leaf)
+        if sent.base not in states:
+            states[sent.base] = ServerState(store.tensors(sent.base), store.auxiliary(sent.base))
+        base = states[sent.base]
+        update = declared(_decoded(recipe, leaf, sent, strategy, base), leaf)
         if update.base == parent:
             yield update
         else:
-            base = workspace.store.tensors(update.base)
-            yield moved(update, base, before.adapter, leaf["weight"])
+            yield moved(update, base.adapter, before.adapter, leaf["weight"])
 
 
 def _decoded(
-    workspace: Workspace, recipe: Mapping[str, Any], leaf: Mapping[str, Any], update: Update
+    recipe: Mapping[str, Any],
+    leaf: Mapping[str, Any],
+    update: Update,
+    strategy: Strategy,
+    base: ServerState,
 ) -> Update:
-    """Return an update with the tensors that its client meant by what it sent."""
+    """Return an update of ``base`` with the tensors that its client meant by what it sent."""
     uplink = [PluginChoice(one["name"], one["options"]) for one in recipe.get("uplink", ())]
     if not uplink:
         return update
-    state = ServerState(
-        workspace.store.tensors(update.base), workspace.store.auxiliary(update.base)
-    )
-    choice = recipe["strategy"]
-    strategy: Strategy = STRATEGIES.get(choice["name"]).build(**choice["options"])
-    sent = strategy.broadcast(state, ClientSpec(update.client, leaf.get("rank")))
+    sent = strategy.broadcast(base, ClientSpec(update.client, leaf.get("rank")))
     sent = head_masked(sent, recipe["model"]["labels"], recipe["task_labels"])
     seed = seed_for(recipe["seed"], update.round, update.client)
     return replace(update, tensors=decoded(update.tensors, sent, uplink, seed))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
-from strategies.tensors import Weighting, lora_layers, weighted_mean
+from strategies.tensors import ALL_TRAINED, Weighting, lora_layers, weighted_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class FedSALoRA:
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
         """Return the adapter, all of it to be trained but the scalings, B to be kept."""
-        return Broadcast(state.adapter, trainable=r"(?!.*\.scaling$).*", personal=r".*\.lora_B\..*")
+        return Broadcast(state.adapter, trainable=ALL_TRAINED, personal=r".*\.lora_B\..*")
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state with A and head averaged. B is the same tensor.

@@ -18,7 +18,7 @@ from torch import Tensor
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.drift import AveragingError, norm
 from strategies.plugins import Range
-from strategies.tensors import Weighting, lora_layers, weighted_mean
+from strategies.tensors import ALL_TRAINED, Weighting, lora_layers, weighted_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class LoRAFAIR:
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
         """Return the adapter, all of it to be trained but the scalings."""
-        return Broadcast(state.adapter, trainable=r"(?!.*\.scaling$).*")
+        return Broadcast(state.adapter, trainable=ALL_TRAINED)
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state with the means, and B corrected.

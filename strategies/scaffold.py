@@ -10,7 +10,6 @@ It needs optimizers for which a displacement is a sum of gradients, and rounds o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -32,7 +31,7 @@ from strategies.base import (
 )
 from strategies.fedavg import FedAvg
 from strategies.plugins import Nested
-from strategies.server_optimizer import require_additive
+from strategies.server_optimizer import kept_dtype, require_additive, sent_tensors
 
 _MEAN = FedAvg(weighting="uniform")
 _CLIENTS = "scaffold/clients"
@@ -74,11 +73,9 @@ class Scaffold:
             setting: its ``num_clients`` is the paper's N.
         """
         state = self.inner.init(adapter, setting)
-        sent = self.inner.broadcast(state, ClientSpec("anyone"))
         zeros = {
-            CORRECTION + name: torch.zeros_like(tensor, dtype=_dtype(tensor))
-            for name, tensor in sorted(state.adapter.items())
-            if re.fullmatch(sent.trainable, name) and not re.fullmatch(sent.personal, name)
+            CORRECTION + name: torch.zeros_like(tensor, dtype=kept_dtype(tensor))
+            for name, tensor in sent_tensors(self.inner, state).items()
         }
         count = {_CLIENTS: torch.tensor(setting.num_clients)}
         return replace(state, auxiliary={**state.auxiliary, **zeros, **count})
@@ -119,7 +116,3 @@ def _watched(
         for name, tensor in update.tensors.items():
             moved = start[name].double() - tensor.double()
             sums[name] = sums[name] + moved if name in sums else moved
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -67,8 +67,8 @@ class FedOpt:
         """Return the inner strategy's state and the first moments."""
         state = self.inner.init(adapter, setting)
         moments = {
-            self._key(moment, name): torch.full_like(tensor, value, dtype=_dtype(tensor))
-            for name, tensor in self._trained(state).items()
+            self._key(moment, name): torch.full_like(tensor, value, dtype=kept_dtype(tensor))
+            for name, tensor in sent_tensors(self.inner, state).items()
             for moment, value in self.first().items()
         }
         count = {self._key("steps"): torch.tensor(0)}
@@ -91,25 +91,31 @@ class FedOpt:
         count = int(state.auxiliary[self._key("steps")]) + 1
         adapter, auxiliary = dict(after.adapter), dict(after.auxiliary)
         auxiliary[self._key("steps")] = torch.tensor(count)
-        for name, tensor in self._trained(state).items():
+        for name, tensor in sent_tensors(self.inner, state).items():
             old = tensor.double()
             moments = {m: state.auxiliary[self._key(m, name)].double() for m in self.first()}
             step, moments = self.step(after.adapter[name].double() - old, moments, count)
             adapter[name] = (old + step).to(tensor.dtype)
-            auxiliary |= {self._key(m, name): t.to(_dtype(tensor)) for m, t in moments.items()}
+            auxiliary |= {self._key(m, name): t.to(kept_dtype(tensor)) for m, t in moments.items()}
         return replace(after, adapter=adapter, auxiliary=auxiliary)
 
     def _key(self, *parts: str) -> str:
         return "/".join((type(self).__name__.lower(), *parts))
 
-    def _trained(self, state: ServerState) -> dict[str, Tensor]:
-        """Return the tensors that clients train and send, sorted by name."""
-        sent = self.inner.broadcast(state, _ANYONE)
-        return {
-            name: state.adapter[name]
-            for name in sorted(state.adapter)
-            if re.fullmatch(sent.trainable, name) and not re.fullmatch(sent.personal, name)
-        }
+
+def sent_tensors(inner: Strategy, state: ServerState) -> dict[str, Tensor]:
+    """Return the tensors that clients of a strategy train and send, sorted by name."""
+    sent = inner.broadcast(state, _ANYONE)
+    return {
+        name: state.adapter[name]
+        for name in sorted(state.adapter)
+        if re.fullmatch(sent.trainable, name) and not re.fullmatch(sent.personal, name)
+    }
+
+
+def kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of what is kept of a tensor from round to round: at least float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def require_additive(inner: Strategy, what: str) -> None:
@@ -134,7 +140,3 @@ def _noted(updates: Iterable[Update], seen: list[bool]) -> Iterator[Update]:
     for update in updates:
         seen[:] = [True]
         yield update
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
