@@ -28,9 +28,16 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make durable what a file holds, or which names a folder has."""
+    """Make durable what a file holds, or which names a folder has.
+
+    Raises:
+        OSError: naming ``path``, if there is no space.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)  # the system names none
+        raise
     finally:
         os.close(handle)

@@ -6,7 +6,7 @@ Everything lies under one folder that no Update, Version, log or recipe ever sho
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -133,11 +133,8 @@ class Site:
     def _once(self, path: Path) -> bytes:
         """Return the key in ``path``, drawing it first if nobody has; two at once agree."""
         while not path.exists():
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(new_key())
-                file.flush()
-                os.fsync(file.fileno())
-            draft = Path(file.name)
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            write_durably(draft, new_key())
             try:
                 os.link(draft, path)  # fails if another process was first
             except FileExistsError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -86,9 +87,12 @@ def main() -> None:
 
 
 def _is_expected(error: BaseException) -> bool:
-    """Whether an error is one of ours by name, or the system's about a file."""
-    own = type(error).__module__.partition(".")[0] in _OURS
-    return own or (isinstance(error, OSError) and error.filename is not None)
+    """Whether an error is one of ours by name, or the system's about a file or a full disk."""
+    if type(error).__module__.partition(".")[0] in _OURS:
+        return True
+    return isinstance(error, OSError) and (
+        error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 @app.command()

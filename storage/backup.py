@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from sqlalchemy import Connection, Engine, MetaData, Table, select
 
 from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
 from storage.database import REVISION_TABLE, connect, migrate, reading, revision, writing
-from storage.places import Folder
+from storage.places import Folder, sync
 from storage.references import references
 
 MANIFEST = "manifest.json"
@@ -175,8 +174,7 @@ def _copy_rows(
             wanted = [digest for digest, _ in references(connection)] if wants_blobs else []
     finally:
         copy.dispose()  # the last connection empties the log into the file
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return counts, wanted
 
 

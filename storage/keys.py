@@ -202,10 +202,15 @@ class KeyRing:
     def _write(self, name: str, data: bytes, mode: int) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            (self._folder / name).unlink()
+            error.filename = str(self._folder / name)  # the system names none
+            raise
 
 
 def public_key(public: str) -> Key:

@@ -134,7 +134,7 @@ class Folder:
             if size != path.stat().st_size and not (size is None and _is_linked(path, target)):
                 self.write(name, path.read_bytes())
         for folder in sorted(folders):
-            _sync_folder(folder)
+            sync(folder)
 
     def remove(self, name: str) -> None:
         """Remove a file; what is not there is no error."""
@@ -182,9 +182,9 @@ def _write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
         if new_folder:
-            _sync_folder(path.parent.parent)
+            sync(path.parent.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -192,9 +192,17 @@ def _write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make durable what a file holds, or which names a folder has.
+
+    Raises:
+        OSError: naming ``path``, if there is no space.
+    """
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        error.filename = str(path)  # the system names none
+        raise
     finally:
         os.close(handle)

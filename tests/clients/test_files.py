@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from clients.files import write_durably
+from clients.files import sync, write_durably
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
@@ -30,3 +30,12 @@ def test_a_full_disk_is_named_by_the_file_and_leaves_nothing_half_written(tmp_pa
         write_durably(tmp_path / "update", b"second")
     assert [p.name for p in tmp_path.iterdir()] == ["update"]
     assert (tmp_path / "update").read_bytes() == b"first"
+
+
+def test_a_full_disk_at_the_names_of_a_folder_names_the_folder(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        sync(tmp_path)

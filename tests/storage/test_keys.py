@@ -1,6 +1,8 @@
 """Keys sign and verify, stay private, and are refused when they are not what they should be."""
 
 import base64
+import errno
+import os
 import stat
 
 import pytest
@@ -150,3 +152,15 @@ def test_public_keys_alone_verify(ring):
     key = public_key(ring.key("alice").public)
     assert trusted_signer([key], "manifest", "ab", [made]) == key
     assert key.name == key.id == ring.key("alice").id
+
+
+def test_a_full_disk_is_named_and_leaves_half_a_key_of_neither_kind(ring, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/keys/alice"):
+            ring.new("alice")
+    assert list((tmp_path / "keys").iterdir()) == []
+    assert ring.new("alice").id
