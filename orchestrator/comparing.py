@@ -19,9 +19,9 @@ from orchestrator.config import BadConfig, RunConfig, find_plugin
 from orchestrator.coordinator import planned
 from orchestrator.history import History
 from orchestrator.plan import Plan
-from orchestrator.refusals import trained_names
 from orchestrator.spending import spent_by_run
 from orchestrator.stopping import best
+from orchestrator.strategy_refusals import trained_names
 from orchestrator.sweep import LABEL, shown
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger, RunRecord

@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
 from clients import data, models
-from clients.adapters import ADAPTERS, Adapter
+from clients.adapters import Adapter
 from clients.assignment import ModelSpec
 from clients.optimizers import OPTIMIZERS
-from clients.optimizers.descent import PlainDescent
 from clients.records import listed
 from clients.regularizers import REGULARIZERS, Regularizer
-from clients.uplink import stages
 from orchestrator.cohort import goal, quorum, roster
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.merging import stacked
 from orchestrator.plan import Plan
-from orchestrator.ranks import adapter_at
+from orchestrator.strategy_refusals import (
+    adapter_of,
+    refuse_ranks,
+    refuse_strategy,
+    refuse_uplink,
+    strategy_of,
+    trained_names,
+)
 from storage.refs import did_you_mean
-from strategies import STRATEGIES
 from strategies.base import (
-    Broadcast,
-    ClientSpec,
     Needs,
-    Strategy,
     Tensors,
-    Update,
     beneath,
-    corrections,
     needs_of,
 )
-from strategies.plugins import BadOptions
-from strategies.tensors import NotLowRank, same_products
-from strategies.uplink import refuse_chain
+from strategies.tensors import same_products
 
 Shapes: TypeAlias = Callable[[ModelSpec, Adapter], Mapping[str, tuple[int, ...]]]
-
-
-def _adapter(plan: Plan) -> Adapter:
-    adapter: Adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
-    return adapter
-
-
-def _strategy(plan: Plan) -> Strategy:
-    strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
-    return strategy
 
 
 def _refuse_init(config: RunConfig, adapter: Adapter) -> None:
@@ -92,7 +78,7 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
     Raises:
         BadConfig: naming what would change it.
     """
-    adapter = _adapter(plan)
+    adapter = adapter_of(plan)
     generator = torch.Generator().manual_seed(0)
     drawn, past = (
         {n: torch.randn(shape, generator=generator) for n, shape in names.items()} for _ in range(2)
@@ -103,7 +89,7 @@ def _refuse_moved_start(plan: Plan, names: Mapping[str, tuple[int, ...]]) -> Non
         movers.append(
             (f"regularizer {choice.name!r}", method.initialise(drawn, method.consolidate(past, {})))
         )
-    strategy = _strategy(plan)
+    strategy = strategy_of(plan)
     state = strategy.init(drawn)
     lying = beneath(state.auxiliary)
     begun = stacked([*([lying] if lying else []), adapter.factored(state.adapter)])
@@ -128,7 +114,7 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
         BadConfig: with the reason.
     """
     config = plan.config
-    adapter = _adapter(plan)
+    adapter = adapter_of(plan)
     for needed, wanted, why in (
         ("dp-hooks", config.privacy is not None, "has no exact per-example gradients under DP"),
         ("low-rank", bool(plan.start.stack), "cannot be stacked on another adapter"),
@@ -149,133 +135,13 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
         )
     # options that do not go together are found by building, before any client is asked
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
-    _refuse_strategy(plan, adapter)
-    _refuse_uplink(plan)
+    refuse_strategy(plan, adapter)
+    refuse_uplink(plan)
     trained = trained_names(plan, shapes(plan.model, adapter))
-    _refuse_ranks(plan, adapter)
+    refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
         _refuse_moved_start(plan, shapes(plan.model, adapter))
     _refuse_regularizers(plan, trained)
-
-
-def _refuse_strategy(plan: Plan, adapter: Adapter) -> None:
-    config, name = plan.config, plan.strategy.name
-    strategy = _strategy(plan)
-    if config.privacy is not None and "private" not in strategy.capabilities:
-        raise BadConfig(
-            f"strategy {name!r} (as set) lets clients send what depends on their data besides "
-            "trained tensors, which example-level privacy does not cover; use fedsvd or ffa-lora, "
-            "or run without privacy"
-        )
-    if "beneath" in strategy.capabilities and "low-rank" not in adapter.capabilities:
-        raise BadConfig(
-            f"strategy {name!r} lays a part of what is learned beneath the adapter, and adapter "
-            f"{plan.adapter.name!r} changes the base model by more than a product that adds to "
-            "one beneath; use flexlora or fedavg, or adapter lora or rslora"
-        )
-    if "personal" in strategy.capabilities and config.evaluate is not None:
-        raise BadConfig(
-            f"evaluate: with strategy {name!r} a part of the adapter stays at each client, and no "
-            "version is a whole model; leave evaluate out"
-        )
-
-
-def _refuse_correction(plan: Plan, sent: Broadcast) -> None:
-    """Refuse control variates where clients could learn none from what their steps move.
-
-    Raises:
-        BadConfig: with the reason.
-    """
-    if not corrections(sent.extra):
-        return
-    name, chosen = plan.strategy.name, plan.optimizer
-    optimizer = OPTIMIZERS.get(chosen.name).build([torch.zeros(1)], **chosen.options)
-    if not isinstance(optimizer, PlainDescent):
-        raise BadConfig(
-            f"strategy {name!r} learns a client's gradient from how far its steps moved, and with "
-            f"optimizer {chosen.name!r} (as set) that is no sum of gradients; use sgd without "
-            "momentum and weight_decay"
-        )
-    if plan.config.local_steps is None:
-        raise BadConfig(
-            f"strategy {name!r} learns a client's gradient from how far its steps moved, and "
-            "epochs are not as many steps for everybody; give steps"
-        )
-    if plan.uplink:
-        raise BadConfig(
-            f"uplink: strategy {name!r} and its clients both learn from how far steps moved, and "
-            "with an encoding they would see different moves; leave uplink out"
-        )
-
-
-def _refuse_ranks(plan: Plan, adapter: Adapter) -> None:
-    """Refuse ranks that the strategy, the adapter or the rounds know nothing to do with.
-
-    Raises:
-        BadConfig: with the reason.
-    """
-    config, name = plan.config, plan.strategy.name
-    if not config.ranks:
-        return
-    strategy = _strategy(plan)
-    if "any-rank" not in strategy.capabilities:
-        raise BadConfig(
-            f"ranks: strategy {name!r} takes factors of one rank only; use flexlora, flora or "
-            "hetlora, or leave ranks out"
-        )
-    if config.stale is not None:
-        raise BadConfig(
-            "ranks: an update of a lower rank cannot be moved onto a newer version; leave late: "
-            "keep and asynchronous out, or ranks"
-        )
-    most = plan.adapter.options.get("r")
-    for rule in config.ranks:
-        if most is None or rule.r > most:
-            raise BadConfig(
-                f"ranks: {rule.r} is above the adapter's r, {most}, which is the rank of the "
-                "result; raise adapter.r, or lower the client's"
-            )
-    shapes = models.shapes(plan.model, adapter)
-    state = strategy.init({n: torch.ones(shape) for n, shape in shapes.items()})
-    for rank in sorted({rule.r for rule in config.ranks}):
-        _refuse_rank(plan, rank, strategy.broadcast(state, ClientSpec("anyone", rank)).tensors)
-
-
-def _refuse_rank(plan: Plan, rank: int, sent: Tensors) -> None:
-    """Refuse a rank at which the adapter has other tensors than its clients would be sent."""
-    choice = adapter_at(plan.adapter, rank)
-    try:
-        lower: Adapter = ADAPTERS.get(choice.name).build(**choice.options)
-    except BadOptions as error:
-        raise BadConfig(f"ranks: {error}") from None
-    wanted = models.shapes(plan.model, lower)
-    odd = sorted(n for n in wanted if n not in sent or wanted[n] != tuple(sent[n].shape))
-    if odd:
-        raise BadConfig(
-            f"ranks: at rank {rank}, {odd[0]} of adapter {choice.name!r} is {list(wanted[odd[0]])},"
-            f" and strategy {plan.strategy.name!r} sends it otherwise; use lora, rslora or dora"
-        )
-
-
-def _refuse_uplink(plan: Plan) -> None:
-    """Refuse encodings that undo each other, or keep what means nothing a round later.
-
-    Raises:
-        BadConfig: with the reason.
-    """
-    chain = stages(plan.uplink)
-    try:
-        refuse_chain([(c.name, one) for c, one in zip(plan.uplink, chain, strict=True)])
-    except ValueError as error:
-        raise BadConfig(f"uplink: {error}") from None
-    strategy = _strategy(plan)
-    for choice, stage in zip(plan.uplink, chain, strict=True):
-        if stage.feedback and "additive" not in strategy.capabilities:
-            raise BadConfig(
-                f"uplink: with {choice.name!r} (as set) clients send later what they left out, and "
-                f"strategy {plan.strategy.name!r} changes from round to round what a change is "
-                "relative to; set feedback: false, or use ffa-lora or fedavg"
-            )
 
 
 def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
@@ -293,7 +159,7 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
             )
-        strategy = _strategy(plan)
+        strategy = strategy_of(plan)
         keeps = type(method).consolidate is not Regularizer.consolidate
         if keeps and "beneath" in strategy.capabilities:
             raise BadConfig(
@@ -307,62 +173,6 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
                 f"regularizer {choice.name!r} computes its memory from data, which is not "
                 "private; leave it out or run without privacy"
             )
-
-
-def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the names of the tensors that the run trains, of those with ``shapes``.
-
-    Raises:
-        BadConfig: if none of the adapter's is among them, or the strategy undoes the adapter.
-    """
-    strategy = _strategy(plan)
-    adapter = _adapter(plan)
-    sample = {n: torch.ones(shape) for n, shape in shapes.items()}
-    try:
-        state = strategy.init(sample)
-    except NotLowRank as error:
-        if "core" in strategy.capabilities:
-            raise BadConfig(
-                f"strategy {plan.strategy.name!r} trains cores between frozen factors, and adapter "
-                f"{plan.adapter.name!r} has none ({error})"
-            ) from error
-        raise BadConfig(
-            f"strategy {plan.strategy.name!r} needs plain factors B and A, and adapter "
-            f"{plan.adapter.name!r} has others ({error}); use fedavg"
-        ) from error
-    # two rounds: a strategy may train one factor after the other
-    anyone, later = ClientSpec("anyone"), strategy.aggregate(state, [])
-    sent = [strategy.broadcast(one, anyone) for one in (state, later)]
-    _refuse_correction(plan, sent[0])
-    pattern = "|".join(dict.fromkeys(one.trainable for one in sent))
-    asked = [n for n in sample if re.fullmatch(pattern, n) and not n.endswith(".scaling")]
-    trained = [n for n in asked if not re.fullmatch(adapter.frozen, n)]
-    if all(n.startswith("head.") for n in trained):
-        frozen = [n for n in asked if n not in trained]
-        why = f"keeps {frozen[0]} frozen; use fedavg" if frozen else "has no such tensor"
-        raise BadConfig(
-            f"strategy {plan.strategy.name!r} trains {pattern!r}, and adapter "
-            f"{plan.adapter.name!r} {why}"
-        )
-    if "trains-a" in adapter.capabilities and not any(".lora_A." in n for n in trained):
-        raise BadConfig(
-            f"strategy {plan.strategy.name!r} keeps A frozen, and adapter {plan.adapter.name!r} "
-            "(as set) differs from lora in how A trains; use fedavg, or adapter lora"
-        )
-    if adapter.frozen:
-        needs = needs_of(strategy)
-        first = {n: 2 * sample[n] for n in trained if re.fullmatch(sent[0].trainable, n)}
-        update = Update(needs.client or "anyone", 1, "", first, 1, declared=1.0)
-        others = [replace(update, client=f"{i}") for i in range(1, needs.updates)]
-        after = strategy.aggregate(state, [update, *others]).adapter
-        kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
-        moved = [n for n in kept if not torch.equal(after[n], sample[n])]
-        if moved:
-            raise BadConfig(
-                f"strategy {plan.strategy.name!r} changes {moved[0]}, which adapter "
-                f"{plan.adapter.name!r} keeps as it is; use fedavg"
-            )
-    return trained
 
 
 def refuse_impossible_rounds(plan: Plan) -> None:
@@ -384,7 +194,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         )
     if needed > len(names):
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
-    strategy = _strategy(plan)
+    strategy = strategy_of(plan)
     _refuse_needy(plan, needs_of(strategy), names, needed)
     if config.stale is not None and "additive" not in strategy.capabilities:
         raise BadConfig(
