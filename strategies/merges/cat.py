@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from strategies.base import Tensors
-from strategies.tensors import lora_tensors, merge_terms, merged_factors, stack
+from strategies.tensors import lora_tensors
+from strategies.terms import merge_terms, merged_factors, stack
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
 

@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 
 from strategies.base import Tensors
-from strategies.tensors import (
-    BadMerge,
-    Factors,
-    Term,
-    lora_tensors,
-    merge_terms,
-    merged_factors,
-    product_norm,
-)
+from strategies.tensors import Factors, lora_tensors, product_norm
+from strategies.terms import BadMerge, Term, merge_terms, merged_factors
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
 

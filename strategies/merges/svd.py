@@ -14,7 +14,8 @@ from torch import Tensor
 
 from strategies.base import Tensors
 from strategies.plugins import Range
-from strategies.tensors import factored_svd, lora_tensors, merge_terms, merged_factors, stack
+from strategies.tensors import factored_svd, lora_tensors
+from strategies.terms import merge_terms, merged_factors, stack
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
 

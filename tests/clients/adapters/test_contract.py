@@ -17,7 +17,7 @@ from clients.gradients import NoPerExampleGradient, PrivateGradient
 from clients.initialisations import TRAITS, InitInputs
 from clients.noise import NoiseStream
 from strategies.plugins import BadOptions
-from strategies.tensors import BadMerge, merge_terms
+from strategies.terms import BadMerge, merge_terms
 
 
 def having(capability: str, has: bool = True) -> pytest.MarkDecorator:

@@ -3,7 +3,8 @@ import torch
 from torch.testing import assert_close
 
 from strategies.merges.linear import linear
-from strategies.tensors import BadMerge, refactored
+from strategies.tensors import refactored
+from strategies.terms import BadMerge
 
 LAYER = "encoder.query"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
