@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from strategies.base import (
@@ -184,34 +183,3 @@ def finite(inner: Tensor) -> tuple[list[int], Tensor]:
     """
     places = [i for i, norm in enumerate(inner.diagonal().tolist()) if norm < float("inf")]
     return places, inner[places][:, places]
-
-
-def refuse_other_gauges(inner: Strategy, rule: str) -> None:
-    """Refuse a rule on single coordinates where they mean something else at each client.
-
-    Raises:
-        ValueError: unless all clients share the gauge.
-    """
-    if "shared-gauge" not in inner.capabilities:
-        raise ValueError(
-            f"{rule} compares single coordinates, and with this inner strategy clients train both "
-            "factors: (B G^-1)(G A) is the same model as B A for every invertible G, so that their "
-            "coordinates mean nothing to each other; wrap ffa-lora or fedsvd, or use krum or "
-            "geometric-median, which compare products"
-        )
-
-
-def middle_mean(adapter: Tensors, updates: Sequence[Update], drop: int) -> Update:
-    """Return one update: per coordinate the mean of what is left without the extremes.
-
-    Args:
-        adapter: gives the result's dtypes.
-        updates: n of them.
-        drop: how many of the lowest and of the highest values to leave out, 2 drop < n.
-    """
-    tensors = {}
-    for name in sorted(updates[0].tensors):
-        values = torch.stack([update.tensors[name] for update in updates]).sort(dim=0).values
-        middle = values[drop : len(updates) - drop].to(torch.float64)
-        tensors[name] = middle.mean(dim=0).to(adapter[name].dtype)
-    return replace(updates[0], client="", tensors=tensors, num_examples=1, metrics={}, weight=1.0)

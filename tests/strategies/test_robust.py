@@ -312,8 +312,12 @@ def test_too_few_updates_are_refused_by_a_sentence(rule):
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("median", {"inner": "fedavg"}, "median compares single coordinates, .* wrap ffa-lora"),
-        ("trimmed-mean", {"inner": "fedavg"}, "trimmed-mean compares single coordinates"),
+        (
+            "median",
+            {"inner": "fedavg"},
+            "median.*: it compares single coordinates, .* wrap ffa-lora",
+        ),
+        ("trimmed-mean", {"inner": "fedavg"}, "trimmed-mean.*: it compares single coordinates"),
         ("krum", {"inner": {"name": "krum", "inner": "ffa-lora"}}, "needs 5 updates every round"),
         ("krum", {"inner": {"name": "fltrust", "inner": "ffa-lora"}}, "needs that of 'root'"),
         ("krum", {"inner": "ffa-lora", "hostile": -1}, "hostile must be >= 0"),
