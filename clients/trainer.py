@@ -30,6 +30,7 @@ from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
 from clients.pace import Stepped, unheard
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
+from clients.selection import Selection
 from clients.session import (
     Session,
     allowed_labels,
@@ -42,6 +43,7 @@ from clients.session import (
 from clients.site import Site
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
+from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
 
 _VERIFIED: set[tuple[str, ...]] = set()
@@ -101,7 +103,7 @@ def train(
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
             spends = loop.run_private(NoiseStream(key, digest))
         trained = session.read()
-    tensors = {name: trained[name] for name in returned_names(assignment)}
+    tensors = compact({n: trained[n] for n in returned_names(assignment)}, loop.chosen)
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
     own |= loop.correction.after(loop.reference, trained)
     if assignment.uplink:
@@ -179,6 +181,8 @@ class _Loop:
     optimizer: torch.optim.Optimizer = field(init=False)
     correction: Correction = field(init=False)
     loss_sum: Tensor = field(init=False)
+    selection: Selection = field(init=False)
+    chosen: dict[str, Tensor] = field(default_factory=dict)
     num_seen: int = 0
     step: int = 0
     _checkpoints: Checkpoints | None = None
@@ -203,6 +207,7 @@ class _Loop:
         )
         self.correction = Correction.of(a, self.params, self.optimizer, self.kept)
         self.loss_sum = torch.zeros((), device=a.device)
+        self.selection = Selection.of(a, self._num_steps())
         self.session.model.train()
 
     def keep(self, checkpoints: Checkpoints) -> None:
@@ -218,6 +223,7 @@ class _Loop:
                 parameter.copy_(state["params"][name])
         set_optimizer_state(self.optimizer, state["optimizer"])
         set_generators(state["generators"], self.assignment.device)
+        self._restrict(state["chosen"])
 
     def _state(self) -> dict[str, Any]:
         """Return everything that a step changes."""
@@ -227,6 +233,7 @@ class _Loop:
             "loss_sum": self.loss_sum,
             "memory": self.memory,
             "params": self.params,
+            "chosen": self.chosen,
             "optimizer": optimizer_state(self.optimizer),
             "generators": generators(self.assignment.device),
         }
@@ -306,8 +313,18 @@ class _Loop:
             self.memory |= namespaced(observed, name)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._restrict(self.selection.at(self.step, self.params))
         if self._checkpoints is not None and self.step < self._num_steps():
             self._checkpoints.offer(self._state)
+
+    def _restrict(self, chosen: Tensors) -> None:
+        """Train only these ranks from here on; all others are as they were sent."""
+        self.chosen |= chosen
+        for name, ranks in chosen.items():
+            parameter, before = self.params[name], self.reference[name]
+            mask = mask_of(name, ranks.to(before.device), before)
+            self.mask[name] = mask * self.mask[name] if name in self.mask else mask
+            parameter.data.copy_(torch.where(mask, parameter, before))
 
     def _add_penalties(self) -> None:
         """Add the penalties' gradients: after the noise, because they see no data."""

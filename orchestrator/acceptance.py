@@ -20,7 +20,8 @@ from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken
 from orchestrator.plan import Participant
 from orchestrator.weighing import declared
-from strategies.base import Tensors, Update
+from strategies.base import Broadcast, Tensors, Update
+from strategies.selection import budget_of, expanded, refusal_of
 from strategies.uplink import BadEncoding
 
 _MOST_EXAMPLES = 2**53
@@ -58,10 +59,14 @@ def refusal(
             f"{assignment.round} from {assignment.base[:12]}"
         )
     try:
-        update = decoded_update(update, assignment)
+        whole = decoded_update(update, assignment)
     except BadEncoding as error:
         return str(error)
-    return unfit(update, wanted, max_update_norm) or _odd_privacy(update, assignment)
+    return (
+        unfit(whole, wanted, max_update_norm)
+        or over_budget(update, assignment.broadcast)
+        or _odd_privacy(whole, assignment)
+    )
 
 
 def unfit(update: Update, wanted: Tensors, max_update_norm: float | None = None) -> str | None:
@@ -107,16 +112,31 @@ def _odd_values(tensor: Tensor) -> str | None:
     return f"{num_odd} non-finite values" if num_odd else "its norm is not finite"
 
 
+def over_budget(update: Update, sent: Broadcast) -> str | None:
+    """Return why an update holds more ranks than its client was to choose, or None.
+
+    Args:
+        update: as it came, of the ranks and shapes that were asked for.
+        sent: what the client was sent.
+    """
+    budget = budget_of(sent.extra)
+    return refusal_of(update.tensors, budget, sent.tensors) if budget else None
+
+
 def decoded_update(update: Update, assignment: Assignment) -> Update:
-    """Return an update with the tensors that are meant, whatever encodings they came through.
+    """Return an update with the tensors that are meant, whole, whatever they came through.
 
     Raises:
-        BadEncoding: if they are not what the run's encodings make of what was asked for.
+        BadEncoding: if they are not what the run's encodings make of what was asked for, or no
+            choice of ranks.
     """
-    if not assignment.uplink:
-        return update
     sent = assignment.broadcast
-    tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
+    if assignment.uplink:
+        tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
+    elif budget_of(sent.extra):
+        tensors = expanded(update.tensors, sent.tensors)
+    else:
+        return update
     return replace(update, tensors=tensors)
 
 

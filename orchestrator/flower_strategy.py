@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
 
@@ -28,7 +28,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import NO_DATA, PluginChoice
 from clients.flower import NUM_EXAMPLES, ROUND, BadRecord, arrays_of, instruction, tensors_of
 from clients.seeds import seed_for
-from orchestrator.acceptance import unfit
+from orchestrator.acceptance import over_budget, unfit
 from orchestrator.plan import Participant, likeness
 from orchestrator.weighing import weighed, weighing_label
 from strategies import STRATEGIES
@@ -44,6 +44,7 @@ from strategies.base import (
     needs_of,
 )
 from strategies.plugins import BadOptions
+from strategies.selection import budget_of, expanded
 
 _LOG = getLogger("flwr.weft")  # shown where Flower shows its own
 
@@ -243,11 +244,13 @@ class WeftStrategy(FlowerStrategy):
             n: t for n, t in sent.tensors.items() if pattern.fullmatch(n) and not apart.fullmatch(n)
         }
         try:
-            update = _update(asked, round_, reply.content, wanted)
+            update = whole = _update(asked, round_, reply.content, wanted)
+            if budget_of(sent.extra):
+                whole = replace(update, tensors=expanded(update.tensors, sent.tensors))
         except (BadRecord, KeyError, TypeError, ValueError) as error:
             return f"{asked.client.name}: {error}"
-        reason = unfit(update, wanted, self._max_update_norm)
-        return update if reason is None else f"{asked.client.name}: {reason}"
+        reason = unfit(whole, wanted, self._max_update_norm) or over_budget(update, sent)
+        return whole if reason is None else f"{asked.client.name}: {reason}"
 
     def _again(self, round_: int, reply: Message) -> Update:
         """Return an update that was accepted: read twice, so that one is held at a time."""

@@ -20,6 +20,7 @@ from orchestrator.merging import stacked
 from orchestrator.plan import Plan
 from orchestrator.strategy_refusals import (
     adapter_of,
+    refuse_budgets,
     refuse_ranks,
     refuse_strategy,
     refuse_uplink,
@@ -196,6 +197,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
     strategy = strategy_of(plan)
     _refuse_needy(plan, needs_of(strategy), names, needed)
+    refuse_budgets(plan)
     if config.stale is not None and "additive" not in strategy.capabilities:
         raise BadConfig(
             f"strategy {plan.strategy.name!r} changes from round to round what an update is "

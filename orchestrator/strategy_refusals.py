@@ -98,6 +98,24 @@ def _refuse_correction(plan: Plan, sent: Broadcast) -> None:
         )
 
 
+def refuse_budgets(plan: Plan) -> None:
+    """Refuse budgets of ranks that are none, once it is known who takes part.
+
+    Raises:
+        BadConfig: naming the first client whose label is no budget.
+    """
+    strategy = strategy_of(plan)
+    if "selects" not in strategy.capabilities:
+        return
+    shapes = models.shapes(plan.model, adapter_of(plan))
+    state = strategy.init({n: torch.ones(shape) for n, shape in shapes.items()})
+    for who in plan.participants:
+        try:
+            strategy.broadcast(state, ClientSpec(who.name, who.rank, who.labels))
+        except ValueError as error:
+            raise BadConfig(f"strategy {plan.strategy.name!r}: {error}") from error
+
+
 def refuse_ranks(plan: Plan, adapter: Adapter) -> None:
     """Refuse ranks that the strategy, the adapter or the rounds know nothing to do with.
 
@@ -159,6 +177,12 @@ def refuse_uplink(plan: Plan) -> None:
     except ValueError as error:
         raise BadConfig(f"uplink: {error}") from None
     strategy = strategy_of(plan)
+    if chain and "selects" in strategy.capabilities:
+        raise BadConfig(
+            f"uplink: with strategy {plan.strategy.name!r} clients send the ranks that they choose,"
+            " and an encoding takes tensors whose shapes are known before; leave uplink out, or "
+            "use rolora"
+        )
     for choice, stage in zip(plan.uplink, chain, strict=True):
         if stage.feedback and "additive" not in strategy.capabilities:
             raise BadConfig(

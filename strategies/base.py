@@ -226,6 +226,9 @@ class Strategy(Protocol):
             ``private``: what travels is trained tensors under a mask that does not depend on a
             client's data, so that example-level DP holds as the trainer gives it.
 
+            ``selects``: clients send of each trained factor the ranks that they choose, within a
+            budget that the broadcast names: see :mod:`strategies.selection`.
+
             ``shared-gauge``: of each product B A a round trains one factor, and all clients hold
             the same other one. Then entries of that factor mean the same at each client, so that
             they can be compared one by one; with both trained, (B G^-1)(G A) is the same model.

@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
+from torch.testing import assert_close
 
 from clients.assignment import PluginChoice
 from clients.flower import arrays_of, tensors_of
@@ -17,6 +18,8 @@ from orchestrator.flower_strategy import BadFlowerRun, WeftStrategy
 from strategies import STRATEGIES
 from strategies.base import ClientSpec, Setting, Update, beneath
 from strategies.plugins import BadOptions
+from strategies.selection import compact
+from strategies.tensors import B_AND_HEAD
 
 NODES = {17: "c", 11: "b", 23: "a", 5: "d"}
 COUNTS = {"a": 1, "b": 2, "c": 5, "d": 3}
@@ -208,6 +211,26 @@ def test_a_client_that_answers_with_its_whole_model_is_taken_for_what_was_asked(
         replies = [answer(m, change=every) if whole else answer(m) for m in messages]
         results.append(tensors_of(strategy.aggregate_train(1, replies)[0]))
     assert same(*results)
+
+
+def test_what_a_client_chose_of_its_ranks_is_taken_for_the_whole(tensors):
+    strategy, adapter = wrapped("lora-a2", budget=1), tensors()
+    messages = asked(strategy, adapter)
+    name, mask = "q.lora_B.weight", torch.tensor([False, True])
+
+    def selected(trained):
+        return compact(trained, {name: mask})
+
+    replies = [answer(m, change=selected) for m in messages]
+    replies[0] = answer(messages[0])  # more than the budget
+    strategy.aggregate_train(1, replies)
+    after = strategy.state.adapter[name]
+    assert torch.equal(after[:, 0], adapter[name][:, 0])
+    values = {c: moved(c, 1, adapter, B_AND_HEAD, "")[name] for c in NODES.values()}
+    del values[NODES[messages[0].metadata.dst_node_id]]
+    total = sum(COUNTS[c] for c in values)
+    mean = sum(COUNTS[c] * v[:, 1].double() for c, v in values.items()) / total
+    assert_close(after[:, 1], mean.float())
 
 
 def test_clients_that_are_alike_are_sent_one_object(tensors):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from strategies import STRATEGIES
 from strategies.base import BENEATH, ClientSpec, ServerState, beneath
+from strategies.selection import budget_of
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
 
@@ -298,6 +299,11 @@ def test_all_clients_hold_the_factor_that_is_not_trained_if_the_strategy_says_so
     alike = same(one.tensors, other.tensors) and one.trainable == other.trainable
     shared = alike and not both_trained and not one.personal
     assert shared or "shared-gauge" not in strategy.capabilities
+
+
+def test_clients_choose_their_ranks_within_a_budget_if_the_strategy_says_so(strategy, make_adapter):
+    sent = strategy.broadcast(strategy.init(make_adapter()), ClientSpec("a"))
+    assert bool(budget_of(sent.extra)) is ("selects" in strategy.capabilities)
 
 
 def test_an_update_of_weight_two_counts_like_two_of_it(strategy, make_adapter, train):
