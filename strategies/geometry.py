@@ -5,6 +5,10 @@ head), since the adapter it was sent. Factors alone say nothing: ``(B G^-1)(G A)
 for every invertible G. Inner products of products are taken from the factors, by ``<L R, L' R'> =
 <L^T L', R R'^T>``, in float64, at O((out + in) rank² n²) for n updates; where all share a factor,
 at O(out rank n²). No product is formed.
+
+Cores between two frozen factors are a shared gauge: ``B C A`` has the inner products of ``R C S``,
+where R and S are the factors' triangles, ``[rank, rank]``. With orthonormal factors they are those
+of the cores.
 """
 
 from __future__ import annotations
@@ -17,10 +21,56 @@ import torch
 from torch import Tensor
 
 from strategies.base import Tensors, Update
-from strategies.tensors import Factors, lora_layers, lora_tensors
+from strategies.cores import cored_layers
+from strategies.tensors import CORE, BadUpdate, Factors, lora_layers, lora_tensors
 
+_A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
 _HALVINGS = 100  # more than a float64 has bits
 _DOUBLINGS = 200
+
+
+def comparable(
+    adapter: Tensors, updates: Sequence[Update] = ()
+) -> tuple[Tensors, Sequence[Update]]:
+    """Return plain factors whose products have the inner products of these; as they are if plain.
+
+    A core goes into B, and B and A become their triangles.
+
+    Args:
+        adapter: what the clients were sent.
+        updates: of it.
+
+    Raises:
+        NotLowRank: if some layers have a core and others none.
+        BadUpdate: if an update changes a factor around a core.
+    """
+    if not any(name.endswith(CORE) for name in adapter):
+        lora_layers(adapter)
+        return adapter, updates
+    layers = cored_layers(adapter)
+    lefts = {n: torch.linalg.qr(one.b.double(), mode="r").R for n, one in layers.items()}
+    rights = {n: torch.linalg.qr(one.a.double().T, mode="r").R.T for n, one in layers.items()}
+    factors = lora_tensors({n: Factors(one.a, one.b, one.scaling) for n, one in layers.items()})
+
+    def plain(tensors: Tensors) -> dict[str, Tensor]:
+        found = {n: t for n, t in tensors.items() if n not in factors and not n.endswith(CORE)}
+        for name, left in lefts.items():
+            if name + CORE in tensors:
+                found[name + _B] = left @ tensors[name + CORE].double()
+        return found
+
+    whole = plain(adapter)
+    for name, one in layers.items():
+        whole |= {name + _A: rights[name], name + _SCALING: one.scaling}
+    found = []
+    for update in updates:
+        moved = sorted(factors.keys() & update.tensors.keys())
+        if moved:
+            raise BadUpdate(
+                f"the update of {update.client!r} has {moved[0]!r}, which is frozen around a core"
+            )
+        found.append(replace(update, tensors=plain(update.tensors)))
+    return whole, found
 
 
 def gram(adapter: Tensors, updates: Sequence[Update], head: bool = True) -> Tensor:
@@ -35,8 +85,9 @@ def gram(adapter: Tensors, updates: Sequence[Update], head: bool = True) -> Tens
         ``[n, n]``, float64, symmetric. What overflows is not finite.
 
     Raises:
-        NotLowRank: as :func:`strategies.tensors.lora_layers`.
+        NotLowRank: if a layer is neither a plain product nor one with a core.
     """
+    adapter, updates = comparable(adapter, updates)
     total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for layer, old in lora_layers(adapter).items():
         trained = [name for name in lora_tensors({layer: old}) if name in updates[0].tensors]
@@ -105,7 +156,7 @@ def factor_for(adapter: Tensors, update: Update, norm: float, head: bool = True)
     Returns:
         At least 0; 1 for no change.
     """
-    linear, cross, square = _curve(adapter, update, head)
+    linear, cross, square = _curve(*comparable(adapter, [update]), head)
 
     def length(t: float) -> float:
         return t * math.sqrt(max(linear + 2 * t * cross + t * t * square, 0.0))
@@ -124,13 +175,13 @@ def factor_for(adapter: Tensors, update: Update, norm: float, head: bool = True)
     return low
 
 
-def _curve(adapter: Tensors, update: Update, head: bool) -> tuple[float, float, float]:
+def _curve(adapter: Tensors, updates: Sequence[Update], head: bool) -> tuple[float, float, float]:
     """Return the squared norm of the linear part, its product with the quadratic one, and that's.
 
     The change of the model is ``t linear + t² quadratic`` where all tensors move by ``t`` times
     their change.
     """
-    total = torch.zeros(2, 2, dtype=torch.float64)
+    total, update = torch.zeros(2, 2, dtype=torch.float64), updates[0]
     for layer, factors in lora_layers(adapter).items():
         changes = _Changes(factors)
         old, new = changes.old, changes.new(update, layer)

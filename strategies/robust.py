@@ -30,8 +30,9 @@ from strategies.base import (
     Update,
     needs_of,
 )
+from strategies.geometry import comparable
 from strategies.plugins import Nested
-from strategies.tensors import BadUpdate, check_update, lora_layers
+from strategies.tensors import BadUpdate, check_update
 
 Counting: TypeAlias = Literal["uniform", "examples"]
 """Whether clients count alike, or by the number of examples that they say they have."""
@@ -89,9 +90,9 @@ class RobustRule(ABC):
         """Return the inner strategy's state before round 1.
 
         Raises:
-            NotLowRank: if the adapter has no plain low-rank layers.
+            NotLowRank: if a layer is neither a plain product nor one with a core.
         """
-        lora_layers(adapter)
+        comparable(adapter)
         return self.inner.init(adapter, setting)
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:

@@ -64,3 +64,12 @@ def test_a_strategy_of_plain_products_is_refused_on_cores(refused, strategy):
 
 def test_an_average_of_all_that_trains_takes_cores_too(home, tiny):
     assert plan_of(tiny(strategy="fedavg", adapter=ADAPTER), home.store, home.ledger)
+
+
+@pytest.mark.parametrize("rule", ["norm-clip", "geometric-median", "median"])
+def test_a_robust_rule_goes_with_cores(home, tiny, rule):
+    hostile = {} if rule == "norm-clip" else {"hostile": 0}
+    strategy = {"name": rule, "inner": "fed-sb", **hostile}
+    config = tiny(strategy=strategy, adapter={**ADAPTER, "init": "orthogonal"})
+    tensors = home.store.tensors(service.launch(home, config, backend=InlineBackend()))
+    assert tensors[f"{QUERY}.lora_core.weight"].any()

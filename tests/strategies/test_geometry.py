@@ -8,8 +8,10 @@ from torch.testing import assert_close
 
 from strategies.base import Update
 from strategies.geometry import closeness, distances, factor_for, gram, scaled
+from strategies.tensors import BadUpdate
 
 A, B, SCALING = "q.lora_A.weight", "q.lora_B.weight", "q.scaling"
+CORE = "q.lora_core.weight"
 
 
 def random(generator, *shape):
@@ -63,6 +65,53 @@ def test_clients_may_have_ranks_of_their_own():
     adapter, updates = problem(0, 6, 5, 2, 2.0, {A, B}, ranks=(1, 2, 4))
     rows = torch.stack([change(adapter, update) for update in updates])
     assert_close(gram(adapter, updates), rows @ rows.T)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.integers(4, 9), st.integers(4, 9), st.integers(1, 4))
+def test_inner_products_of_cores_are_those_of_the_dense_changes(seed, out, width, rank):
+    """Between factors that are not orthonormal, and with a head."""
+    adapter, updates = cores(seed, out, width, rank)
+    rows = torch.stack([core_change(adapter, update) for update in updates])
+    expected = rows @ rows.T
+    assert_close(gram(adapter, updates), expected, rtol=0, atol=1e-10 * float(1 + expected.max()))
+    norm = 0.3 * float(rows[0].norm())
+    shorter = scaled(adapter, updates[0], factor_for(adapter, updates[0], norm))
+    assert float(core_change(adapter, shorter).norm()) == pytest.approx(norm, rel=1e-9)
+
+
+def test_between_orthonormal_factors_inner_products_are_those_of_the_cores():
+    adapter, updates = cores(0, 6, 5, 3)
+    adapter[B] = torch.linalg.qr(adapter[B]).Q
+    adapter[A] = torch.linalg.qr(adapter[A].T).Q.T
+    rows = torch.stack([(u.tensors[CORE] - adapter[CORE]).flatten() for u in updates])
+    assert_close(gram(adapter, updates, head=False), 4 * rows @ rows.T)  # scaling 2, squared
+
+
+def test_a_factor_that_moved_around_a_core_is_refused():
+    adapter, [update, *_] = cores(0, 6, 5, 3)
+    odd = Update("a", 1, "733e", {**update.tensors, A: adapter[A] + 1}, 1)
+    with pytest.raises(BadUpdate, match="which is frozen around a core"):
+        gram(adapter, [odd])
+
+
+def cores(seed, out, width, rank):
+    """An adapter with a core and a head, and three updates of these."""
+    adapter, updates = problem(seed, out, width, rank, 2.0, {"head.weight"})
+    generator = torch.Generator().manual_seed(seed + 100)
+    adapter[CORE] = random(generator, rank, rank)
+    return adapter, [
+        Update(u.client, 1, "733e", {**u.tensors, CORE: random(generator, rank, rank)}, 1)
+        for u in updates
+    ]
+
+
+def core_change(adapter, update):
+    """The change of the whole model as one vector."""
+    core = update.tensors[CORE] - adapter[CORE]
+    product = adapter[SCALING] * adapter[B] @ core @ adapter[A]
+    head = update.tensors["head.weight"] - adapter["head.weight"]
+    return torch.cat([product.flatten(), head.flatten()])
 
 
 def test_the_head_can_be_left_out():

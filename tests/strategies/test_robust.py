@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from strategies import STRATEGIES
 from strategies.base import ServerState, Update, needs_of
+from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
 from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALoRA
@@ -25,6 +26,7 @@ from strategies.robust import RobustRule, TooFewUpdates
 from strategies.trimmed_mean import TrimmedMean
 
 A, B, SCALING = "q.lora_A.weight", "q.lora_B.weight", "q.scaling"
+CORE = "q.lora_core.weight"
 HONEST = 9
 
 RULES = {
@@ -93,6 +95,32 @@ def test_one_hostile_client_of_ten_leaves_the_result_near_the_honest_mean(rule):
         assert float((after - mean).norm()) <= furthest
     plain = FFALoRA().aggregate(state, [*updates, evil]).adapter[B]
     assert float((plain - mean).norm()) > furthest
+
+
+def test_one_hostile_client_of_ten_leaves_the_mean_core_near_the_honest_one(rule):
+    """Cores are a shared gauge, so that every rule goes with them, on coordinates too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    adapter = {A: draw(3, 6), B: draw(5, 3), SCALING: torch.tensor(2.0), CORE: draw(3, 3)}
+    rule, meant = replace(rule, inner=FedSB()), draw(3, 3)
+    updates = [
+        Update(f"c{i}", 1, "733e", {CORE: adapter[CORE] + meant + 0.3 * draw(3, 3)}, 1)
+        for i in range(HONEST)
+    ]
+    mean = sum(u.tensors[CORE] for u in updates) / HONEST
+    evil = hostile({CORE: adapter[CORE] - 1e6 * meant})
+    state = rule.init(adapter)
+    assert rule.broadcast(state, None).trainable == FedSB().broadcast(state, None).trainable
+    after = rule.aggregate(state, [*updates, evil]).adapter
+
+    def far(core):
+        return float((adapter[B] @ (core - mean) @ adapter[A]).norm())
+
+    assert far(after[CORE]) <= max(far(u.tensors[CORE]) for u in updates)
+    assert far(FedSB().aggregate(state, [*updates, evil]).adapter[CORE]) > 1e3
 
 
 def test_clients_that_are_alike_are_believed(rule):
