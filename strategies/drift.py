@@ -8,7 +8,7 @@ here relative to the adapter that the round began with, so that nothing large ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -50,12 +50,35 @@ def _probes(width: int) -> Tensor:
     return drawn / math.sqrt(_PROBES)
 
 
+def relative(norms: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return errors relative to what they are of, in all and by layer, as metrics.
+
+    >>> relative({"q": (3.0, 5.0), "k": (4.0, 0.0)})
+    {'averaging_error': 1.0, 'averaging_error/q': 0.6, 'averaging_error/k': 0.0}
+
+    Args:
+        norms: by layer, the norm of what averaging loses and that of the mean product, with their
+            scalings.
+    """
+    if not norms:
+        return {}
+    total = math.hypot(*(one for one, _ in norms.values()))
+    every = math.hypot(*(whole for _, whole in norms.values()))
+    found = {"averaging_error": total / every if every else 0.0}
+    for name, (one, whole) in norms.items():
+        found[f"averaging_error/{name}"] = one / whole if whole else 0.0
+    return found
+
+
 @dataclass(slots=True)
 class _Layer:
     """The running sum ``sum w_k (B_k - b)(A_k - a)`` of one layer, in float64."""
 
     start: Factors
+    loose: bool = False
     total: float = 0.0
+    sum_b: Tensor | None = None  # of w_k (B_k - b), and of A's; kept where it is loose
+    sum_a: Tensor | None = None
     u: list[Tensor] = field(default_factory=list)  # w_k (B_k - b)
     v: list[Tensor] = field(default_factory=list)  # A_k - a
     image: Tensor | None = None  # of the probes, once there are too many columns
@@ -64,6 +87,10 @@ class _Layer:
         self.total += weight
         self.u.append((b.double() - self.start.b.double()) * weight)
         self.v.append(a.double() - self.start.a.double())
+        if self.loose:
+            moved = self.v[-1] * weight
+            self.sum_b = self.u[-1].clone() if self.sum_b is None else self.sum_b + self.u[-1]
+            self.sum_a = moved if self.sum_a is None else self.sum_a + moved
 
     def fold(self, *, if_full: bool = False) -> None:
         """Forget the sum's factors; keep what it makes of the probes."""
@@ -84,7 +111,15 @@ class _Layer:
         """
         du, dv = mean.b.double() - self.start.b.double(), mean.a.double() - self.start.a.double()
         u = [one / self.total for one in self.u]
-        return torch.cat([*u, -du], dim=1), torch.cat([*self.v, dv])
+        more_u, more_v = self._beside(du, dv)
+        return torch.cat([*u, -du, *more_u], dim=1), torch.cat([*self.v, dv, *more_v])
+
+    def _beside(self, du: Tensor, dv: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return factors of what is lost besides, where the factors are not the weighted means."""
+        if self.sum_b is None or self.sum_a is None:
+            return [], []
+        b, a = self.start.b.double(), self.start.a.double()
+        return [b, self.sum_b / self.total - du], [self.sum_a / self.total - dv, a]
 
     def norms(self, mean: Factors) -> tuple[float, float]:
         """Return the norms of the deviation and of the mean product, scaled."""
@@ -98,6 +133,8 @@ class _Layer:
         probes = _probes(a.shape[1])
         du, dv = b - self.start.b.double(), a - self.start.a.double()
         lost = self.image / self.total - du @ (dv @ probes)
+        for u, v in zip(*self._beside(du, dv), strict=True):
+            lost = lost + u @ (v @ probes)
         whole = float((lost + b @ (a @ probes)).norm())
         return scaling * float(lost.norm()), scaling * whole
 
@@ -114,15 +151,18 @@ class AveragingError:
         adapter: what the round began with. Layers that are no plain factors are not measured.
         weighting: as in the mean.
         whole: keep all updates' changes, so that :meth:`deviations` can be had.
+        loose: the factors that follow need not be the weighted means.
     """
 
-    def __init__(self, adapter: Tensors, weighting: Weighting, *, whole: bool = False) -> None:
+    def __init__(
+        self, adapter: Tensors, weighting: Weighting, *, whole: bool = False, loose: bool = False
+    ) -> None:
         self._weighting, self._whole = weighting, whole
         try:
             layers = lora_layers(adapter)
         except NotLowRank:
             layers = {}
-        self._layers = {name: _Layer(factors) for name, factors in layers.items()}
+        self._layers = {name: _Layer(factors, loose) for name, factors in layers.items()}
 
     def watching(self, updates: Iterable[Update]) -> Iterator[Update]:
         """Yield the updates as they are."""
@@ -133,10 +173,21 @@ class AveragingError:
                 if b is None or a is None or not weight:  # a round may train one of them only
                     continue
                 if (b.shape, a.shape) == (layer.start.b.shape, layer.start.a.shape):
-                    layer.add(weight, b, a)
-                    if not self._whole:
-                        layer.fold(if_full=True)
+                    self.add(name, weight, b, a)
             yield update
+
+    def add(self, name: str, weight: float, b: Tensor, a: Tensor) -> None:
+        """Count one client's layer in.
+
+        Args:
+            name: of the layer.
+            weight: > 0.
+            b: ``[out, rank]``.
+            a: ``[rank, in]``, of the adapter's rank.
+        """
+        self._layers[name].add(weight, b, a)
+        if not self._whole:
+            self._layers[name].fold(if_full=True)
 
     def metrics(self, mean: Tensors) -> dict[str, float]:
         """Return the error relative to the mean product, in all and by layer; empty for no update.
@@ -147,13 +198,7 @@ class AveragingError:
         Args:
             mean: the adapter with the means of the factors.
         """
-        found = {}
-        lost, whole = 0.0, 0.0
-        for name, factors in self._means(mean):
-            one, other = self._layers[name].norms(factors)
-            found[f"averaging_error/{name}"] = one / other if other else 0.0
-            lost, whole = math.hypot(lost, one), math.hypot(whole, other)
-        return {"averaging_error": lost / whole if whole else 0.0, **found} if found else {}
+        return relative({name: self._layers[name].norms(f) for name, f in self._means(mean)})
 
     def deviations(self, mean: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
         """Return what averaging loses, by layer, in factored form and without scaling.

@@ -15,11 +15,13 @@ the matrix itself, and travels to every client. ``rank`` bounds what a round add
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
+from strategies.drift import relative
 from strategies.plugins import Range
 from strategies.products import (
     Best,
@@ -38,7 +40,8 @@ class FedExLoRA:
     """Clients train A and B; the server averages them and lays the residual of the mean beneath.
 
     Adapter and what lies beneath together change by the weighted mean of the products, exactly
-    unless ``rank`` cuts the residual.
+    unless ``rank`` cuts the residual. How much of the mean product the averages alone would lose
+    is ``averaging_error``, by layer ``averaging_error/LAYER``.
 
     Attributes:
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1.
@@ -79,6 +82,7 @@ class FedExLoRA:
         means, mean = product_means(updates, state.adapter, self.weighting, factors_too=True)
         adapter = {**state.adapter, **mean}
         layers = lora_layers(adapter)
+        wholes = {name: product.norm() for name, product in means.items()}
         residuals = {n: _residual(product, layers[n], self.rank) for n, product in means.items()}
         more = {}
         for name, found in residuals.items():
@@ -86,8 +90,13 @@ class FedExLoRA:
             more[name].add(found.b, found.a[: found.b.shape[1]], float(layers[name].scaling))
         lying = laid_beneath(state.auxiliary, more, layers)
         made = beneath_tensors({n: one.factors() for n, one in lying.items()}, layers)
-        metrics = captured(residuals, {n: layers[n].scaling for n in residuals})
-        return ServerState(adapter, {**state.auxiliary, **made}, metrics if residuals else {})
+        sizes = {name: abs(float(layers[name].scaling)) for name in residuals}
+        metrics = relative(
+            {n: (sizes[n] * math.sqrt(residuals[n].total), sizes[n] * wholes[n]) for n in sizes}
+        )
+        if residuals:
+            metrics |= captured(residuals, {name: layers[name].scaling for name in residuals})
+        return ServerState(adapter, {**state.auxiliary, **made}, metrics)
 
 
 def _residual(product: RunningProduct, mean: Factors, rank: int | None) -> Best:

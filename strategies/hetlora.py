@@ -20,9 +20,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
-from strategies.products import at_rank, sent_factors
+from strategies.drift import AveragingError
+from strategies.products import at_rank, captured_by_cut, sent_factors
 from strategies.tensors import (
     ALL_TRAINED,
     Factors,
@@ -40,7 +42,9 @@ class HetLoRA:
     """Clients train A and B at their own ranks; the server averages them, padded with zeros.
 
     A client of rank r has the first r rows of A and columns of B. What is no factor is averaged by
-    examples (by 1 with ``uniform``).
+    examples (by 1 with ``uniform``). What that loses of the mean product (of the same weights) is
+    ``averaging_error``, and what a client of a lower rank has of the result
+    ``captured_energy_at_RANK``, each by layer too.
 
     Attributes:
         weighting: ``norm`` counts a client's layer by the norm of its product, as in the paper;
@@ -83,23 +87,36 @@ class HetLoRA:
         """
         layers = lora_layers(state.adapter)
         sums = {name: _Padded(factors) for name, factors in layers.items()}
+        error = AveragingError(state.adapter, "uniform", loose=self.masked)
+        ranks: set[int] = set()
         by: Weighting = "uniform" if self.weighting == "uniform" else "examples"
 
         def counted() -> Iterator[Update]:
             for update in updates:
                 for name, factors in sent_factors(update, layers).items():
+                    weight = weight_of(update, by)
                     if self.weighting == "norm":
                         norm = product_norm(factors.b, factors.a)
-                        sums[name].add(factors, norm * weight_of(update, "uniform"))
-                    else:
-                        sums[name].add(factors, weight_of(update, by))
+                        weight = norm * weight_of(update, "uniform")
+                    sums[name].add(factors, weight)
+                    if weight:
+                        error.add(name, weight, *_padded(factors, len(layers[name].a)))
+                    ranks.add(len(factors.a))
                 names = lora_tensors(layers)
                 others = {n: t for n, t in update.tensors.items() if n not in names}
                 yield replace(update, tensors=others)
 
         rest = weighted_mean(counted(), state.adapter, by)
         made = {name: total.mean(self.masked) for name, total in sums.items()}
-        return ServerState({**state.adapter, **rest, **lora_tensors(made)}, state.auxiliary)
+        adapter = {**state.adapter, **rest, **lora_tensors(made)}
+        metrics = {**error.metrics(adapter), **captured_by_cut(made, ranks)}
+        return ServerState(adapter, state.auxiliary, metrics)
+
+
+def _padded(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """Return ``b`` and ``a`` at a rank, with zeros where the factors have a lower one."""
+    more = rank - len(factors.a)
+    return pad(factors.b, (0, more)), pad(factors.a, (0, 0, 0, more))
 
 
 @dataclass(slots=True)

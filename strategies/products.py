@@ -24,6 +24,7 @@ from strategies.tensors import (
     factored_svd,
     lora_layers,
     lora_tensors,
+    product_norm,
     weight_of,
     weighted_mean,
 )
@@ -96,6 +97,10 @@ class RunningProduct:
         self._b = [b * factor for b in self._b]
         if self._dense is not None:
             self._dense.mul_(factor)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the sum."""
+        return product_norm(*self.factors()) if self._dense is None else float(self._dense.norm())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the sum as ``b``, ``[out, rank]``, and ``a``, ``[rank, in]``, exact."""
@@ -235,7 +240,8 @@ def captured(
 
     Returns:
         ``captured_energy``, ``captured_energy/LAYER`` and, for lower ranks of all layers,
-        ``captured_energy_at_RANK``, in [0, 1]; 1 of what is zero.
+        ``captured_energy_at_RANK`` and ``captured_energy_at_RANK/LAYER``, in [0, 1]; 1 of what is
+        zero.
     """
     weights = {name: float(scalings[name]) ** 2 for name in found}
     total = sum(weights[n] * one.total for n, one in found.items())
@@ -249,6 +255,39 @@ def captured(
     for rank in sorted(ranks):
         kept = {n: float(one.b[:, :rank].square().sum()) for n, one in found.items()}
         metrics[f"captured_energy_at_{rank}"] = share(kept)
+        for name, one in sorted(found.items()):
+            part = kept[name] / one.total if one.total else 1.0
+            metrics[f"captured_energy_at_{rank}/{name}"] = part
+    return metrics
+
+
+def captured_by_cut(layers: Mapping[str, Factors], ranks: Iterable[int]) -> dict[str, float]:
+    """Return how much of each product its first ranks are, whatever basis it is written in.
+
+    It is 1 less the squared norm of what is left out over that of the whole: the share of the
+    squared singular values where they descend, as :func:`nearest` leaves them, and anything below
+    where ranks undo each other.
+
+    Args:
+        layers: by name.
+        ranks: how many of the first; those that no layer exceeds are left out.
+
+    Returns:
+        ``captured_energy_at_RANK`` and ``captured_energy_at_RANK/LAYER``, at most 1; 1 of what is
+        zero.
+    """
+    metrics = {}
+    wholes = {n: product_norm(f.scaling * f.b, f.a) ** 2 for n, f in layers.items()}
+    every = sum(wholes.values())
+    for rank in sorted(r for r in ranks if any(r < len(f.a) for f in layers.values())):
+        tails = {
+            n: product_norm(f.scaling * f.b[:, rank:], f.a[rank:]) ** 2 if rank < len(f.a) else 0.0
+            for n, f in layers.items()
+        }
+        metrics[f"captured_energy_at_{rank}"] = 1 - sum(tails.values()) / every if every else 1.0
+        for name, tail in tails.items():
+            whole = wholes[name]
+            metrics[f"captured_energy_at_{rank}/{name}"] = 1 - tail / whole if whole else 1.0
     return metrics
 
 

@@ -80,6 +80,8 @@ def test_flexlora_is_the_best_approximation_of_the_mean_and_so_is_each_lower_ran
     told = {
         n.removeprefix("captured_energy_at_"): x for n, x in state.metrics.items() if "_at_" in n
     }
+    by_layer = {n.removesuffix("/q"): told.pop(n) for n in list(told) if n.endswith("/q")}
+    assert by_layer == pytest.approx(told)  # there is one layer
     lower = {str(rank) for rank in kwargs["ranks"] if rank < 4}
     assert told.keys() == lower
     for rank, found in told.items():
@@ -114,6 +116,8 @@ def test_fedex_lora_s_factors_and_residual_are_the_mean_of_the_products(**kwargs
     total = sum(u.num_examples for u in updates)
     mean = sum(u.num_examples / total * u.tensors[A] for u in updates)
     assert_close(state.adapter[A], mean, rtol=0, atol=1e-12)
+    lost = float((delta(state.adapter) - expected).norm() / expected.norm())
+    assert state.metrics["averaging_error"] == pytest.approx(lost, abs=1e-8)
 
 
 def test_fedex_lora_s_residual_has_the_rank_of_all_clients_but_one(make_update):
@@ -231,6 +235,33 @@ def two_ranks(make_update):
 def test_hetlora_averages_padded_factors_by_norm_or_count(two_ranks, options, rows):
     state = HetLoRA(**options).aggregate(ServerState(PADDED), two_ranks)
     assert state.adapter[A].flatten().tolist() == pytest.approx(rows)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighting", ["norm", "examples"])
+@settings(deadline=None, max_examples=20)
+@given(**PROBLEMS)
+def test_hetlora_tells_what_the_mean_of_the_factors_loses_of_that_of_the_products(
+    masked, weighting, **kwargs
+):
+    adapter, updates = problem(**kwargs)
+    strategy = HetLoRA(weighting=weighting, masked=masked)
+    state = strategy.aggregate(ServerState(adapter), updates)
+    products = [u.tensors[B] @ u.tensors[A] for u in updates]
+    weights = [
+        float(p.norm()) if weighting == "norm" else u.num_examples
+        for p, u in zip(products, updates, strict=True)
+    ]
+    mean = sum(w * p for w, p in zip(weights, products, strict=True)) / sum(weights)
+    made = state.adapter[B] @ state.adapter[A]
+    expected = float((mean - made).norm() / mean.norm())
+    assert state.metrics["averaging_error"] == pytest.approx(expected, abs=1e-8)
+    assert state.metrics["averaging_error/q"] == state.metrics["averaging_error"]
+    for rank in {r for r in kwargs["ranks"] if r < 4}:
+        left_out = made - state.adapter[B][:, :rank] @ state.adapter[A][:rank]
+        kept = 1 - float(left_out.norm() ** 2 / made.norm() ** 2)
+        assert state.metrics[f"captured_energy_at_{rank}"] == pytest.approx(kept)
+        assert state.metrics[f"captured_energy_at_{rank}/q"] == pytest.approx(kept)
 
 
 def test_masked_hetlora_keeps_a_rank_that_nobody_holds(make_update):

@@ -50,6 +50,15 @@ def test_clients_that_agree_lose_nothing():
     assert found["averaging_error"] < 1e-15
 
 
+def test_factors_that_are_not_the_weighted_means_are_measured_where_it_is_loose():
+    """Products 1 and 9 of weights 3 and 1, mean 3; whatever factors follow are held against it."""
+    start, made = adapter([[0.5]], [[2.0]]), adapter([[1.0]], [[1.5]], scaling=-2.0)
+    error = AveragingError({**start, S: torch.tensor(-2.0)}, "examples", loose=True)
+    list(error.watching([trained(adapter([[1.0]], [[1.0]]), weight=3)]))
+    error.add("q", 1.0, *(torch.full((1, 1), 3.0, dtype=torch.float64) for _ in "ba"))
+    assert error.metrics(made)["averaging_error"] == pytest.approx((3 - 1.5) / 3)
+
+
 def test_no_update_and_a_round_that_trains_one_factor_are_not_measured():
     start = adapter([[1.0]], [[0.0]])
     only_b = Update("a", 1, "", {B: torch.ones(1, 1, dtype=torch.float64)}, 1)
@@ -119,6 +128,22 @@ def test_beyond_the_columns_that_are_kept_it_is_an_estimate_in_constant_memory(
     mean = weighted_mean(updates, start, "examples")
     assert held < 16
     assert error.metrics({**start, **mean})["averaging_error"] == pytest.approx(exact, rel=0.1)
+
+
+def test_an_estimate_is_held_against_whatever_factors_follow_too(
+    monkeypatch, make_adapter, make_update
+):
+    start = make_adapter(0, layers={"q": (60, 80)}, head=False)
+    updates = [make_update(make_adapter(k, layers={"q": (60, 80)})) for k in range(1, 9)]
+    follow = {**start, A: start[A] + 1.0, B: 0.5 * start[B]}
+    found = []
+    for columns in (256, 16):
+        monkeypatch.setattr(drift, "_COLUMNS", columns)
+        error = AveragingError(start, "examples", loose=True)
+        list(error.watching(updates))
+        found.append(error.metrics(follow)["averaging_error"])
+    assert found[1] != found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.2)
 
 
 def test_the_deviations_are_what_averaging_loses(make_adapter, make_update, products):
