@@ -11,6 +11,7 @@ from clients.regularizers import recall
 from clients.seeds import seed_for
 from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
+from orchestrator.library import adapters
 from orchestrator.merging import split_head, stacked
 from orchestrator.plan import Plan
 from orchestrator.recipes import offset_recipe, start_recipe
@@ -29,10 +30,10 @@ def begin(
 
     Args:
         plan: the run's plan.
-        store: where the version is that the run starts from.
+        store: where the versions are that the run starts from.
         strategy: the run's strategy.
         make: returns the adapter's first tensors, made where the base model is, from the memory.
-        commit: :meth:`AdapterStore.commit`, or what only says the id.
+        commit: :meth:`AdapterStore.commit`, or what only says the id and takes the same.
     """
     start = plan.start
     memory = store.memory(start.version) if start.version else {}
@@ -42,17 +43,19 @@ def begin(
         kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks
         made, offset, read = _split(plan, commit, make(memory))
         adapter = initialised(plan, {**made, **kept}, memory)
-    state = strategy.init(adapter, setting_of(plan))
+    state = strategy.init(adapter, setting_of(plan, store))
     if start.mode == "continue" and start.version:
         state = _over(state, beneath(store.auxiliary(start.version)))
     edge = "init" if start.mode == "fresh" else start.mode
-    parents = {start.version: edge} if start.version else {}
+    parents = dict.fromkeys(plan.library, "recycle")
+    parents |= {start.version: edge} if start.version else {}
     version = commit(
         state.adapter,
         auxiliary=state.auxiliary,
         memory=memory,
         parents=parents | ({offset: "offset"} if offset else {}),
         recipe=start_recipe(plan, offset, read),
+        metrics=state.metrics,
     )
     return Committed(0, version, state, memory, offset)
 
@@ -78,10 +81,11 @@ def _split(
     return own, commit(offset, parents={}, recipe=offset_recipe(plan, chosen)), chosen
 
 
-def setting_of(plan: Plan) -> Setting:
-    """Return what a strategy may know of the run before round 1."""
+def setting_of(plan: Plan, store: AdapterStore) -> Setting:
+    """Return what a strategy may know of the run before round 1; ``store`` has its library."""
     return Setting(
         num_clients=len(roster(plan.participants, plan.config.cohort).names),
         cohort=asked_a_round(plan),
         seed=seed_for(plan.config.seed, 0, "strategy"),
+        library=adapters(plan, store),
     )

@@ -129,6 +129,7 @@ class RunConfig(Rounds):
     clients: Participants
     start: Literal["fresh", "continue", "stack"] = "fresh"
     start_from: str | None = None
+    library: tuple[str, ...] = ()
     seed: int = 0
     threads: int = Field(default=1, ge=1)
     device: Literal["cpu", "cuda"] = "cpu"

@@ -16,6 +16,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, Privacy
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import spend_from_row
+from orchestrator.library import refuse_useless, resolved
 from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
@@ -49,9 +50,11 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
         model=model,
         participants=(),
         start=start,
+        library=resolved(config.library, model, store),
         **chosen,
     )
     refuse_senseless(plan)
+    refuse_useless(plan, store)
     participants = _participants(config, model, ledger)
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")

@@ -79,6 +79,7 @@ class Plan:
         start: where the run starts.
         loggers: checked choices of what is told of it; they change no result.
         uplink: checked choices of how updates are encoded, in order.
+        library: ids of the versions whose adapters the strategy starts from.
     """
 
     run: str
@@ -92,6 +93,7 @@ class Plan:
     start: Start
     loggers: tuple[PluginChoice, ...] = ()
     uplink: tuple[PluginChoice, ...] = ()
+    library: tuple[str, ...] = ()
 
     @property
     def max_participations(self) -> int:

@@ -29,7 +29,8 @@ def start_recipe(
         read: of which public data the adapter was initialised, or None.
     """
     made = {**_common(plan, offset), "kind": "start", "round": 0, "updates": []}
-    return made | ({"init_data": dict(read)} if read else {})
+    library = {"library": list(plan.library)} if plan.library else {}
+    return made | library | ({"init_data": dict(read)} if read else {})
 
 
 def offset_recipe(plan: Plan, read: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "parents": ", ".join(f"{p.id[:12]} ({p.kind})" for p in version.parents) or "-",
         "stacked on": ", ".join(ref[:12] for ref in recipe["stack"]) or "-",
         "offset": (recipe.get("offset") or "-")[:12],
+        "library": ", ".join(ref[:12] for ref in recipe.get("library", ())) or "-",
         "labels": ", ".join(recipe["seen_labels"]) or "-",
         "updates": ", ".join(leaf["client"] for leaf in recipe["updates"]) or "-",
         "reproducible": recipe["reproducible"],

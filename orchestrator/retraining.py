@@ -126,7 +126,10 @@ class _Retraining:
             below = beneath(store, self._plan.start.stack, None)
             return self._run([plan_init(self._plan, self._inputs(0, "", below, memory))])
 
-        return begin(self._plan, store, self._strategy, first, store.identify).version
+        def identified(tensors: Tensors, *, metrics: object = None, **rest: Any) -> str:
+            return store.identify(tensors, **rest)  # metrics are in no id
+
+        return begin(self._plan, store, self._strategy, first, identified).version
 
     def _trained(self, leaf: Mapping[str, Any]) -> Update:
         """Return the update that a leaf's client sends today."""

@@ -161,8 +161,8 @@ def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = 
 
 
 def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
-    if config.start_from is not None:
-        admitted(workspace, config.start_from)
+    for ref in filter(None, (config.start_from, *config.library)):
+        admitted(workspace, ref)
     plan = make_plan(config, workspace.store, workspace.ledger)
     observers_of(plan, workspace.home)  # what they need is missed before there is a run
     remember_base(workspace, plan.model)

@@ -45,6 +45,7 @@ evaluate: {data: "builtin:parameter-types?split=test", every: 2}
 
 # start_from: task-0                # another version of the store
 # start: stack                      # continue, stack or fresh
+# library: [task-a, task-b]         # adapters to start from (with eigenlorax or lori)
 
 seed: 0
 backend: ray                        # or inline: one process

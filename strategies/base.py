@@ -154,7 +154,8 @@ class Setting:
         num_clients: how many clients may be asked, >= 1.
         cohort: how many of them a round asks, >= 1.
         seed: for what the strategy draws; not a client's.
-        library: adapters that the orchestrator read from the store for the strategy.
+        library: adapters that the orchestrator read from the store for the strategy: what each
+            changes, as plain factors without a head.
     """
 
     num_clients: int = 1
@@ -220,11 +221,16 @@ class Strategy(Protocol):
 
             ``streaming``: memory does not grow with the number of updates.
 
+            ``needs-library``: it is made to start from adapters of the store, and without any is
+            another method; a run that goes on from its version has no need of them.
+
             ``personal``: some trained tensors never leave the client, so that no version is a
             whole model.
 
             ``private``: what travels is trained tensors under a mask that does not depend on a
             client's data, so that example-level DP holds as the trainer gives it.
+
+            ``recycles``: how a run starts depends on the library of its setting.
 
             ``selects``: clients send of each trained factor the ranks that they choose, within a
             budget that the broadcast names: see :mod:`strategies.selection`.

@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch.testing import assert_close
 
 from strategies import STRATEGIES
-from strategies.base import BENEATH, ClientSpec, ServerState, beneath
+from strategies.base import BENEATH, ClientSpec, ServerState, Setting, beneath
 from strategies.selection import budget_of
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
@@ -314,6 +314,16 @@ def test_an_update_of_weight_two_counts_like_two_of_it(strategy, make_adapter, t
     twice = strategy.aggregate(state, [first, replace(first, client="aa"), *others]).adapter
     alike = all(torch.allclose(weighed[n], t, atol=1e-9) for n, t in twice.items())
     assert alike or not strategy.capabilities & {"exact", "streaming"}
+
+
+def test_a_library_changes_how_a_run_starts_if_the_strategy_says_so(strategy, make_adapter):
+    adapter = make_adapter()
+    own = {n: t for n, t in adapter.items() if not n.startswith("head.") and "core" not in n}
+    one_entry = {n: t * (torch.arange(t.numel()).reshape(t.shape) == 0) for n, t in own.items()}
+    library = [{n: one_entry[n] if ".lora_B." in n else t for n, t in own.items()}]
+    without, given = (strategy.init(adapter, Setting(library=some)) for some in ((), library))
+    alike = all(same(x, y) for x, y in zip(both(without), both(given), strict=True))
+    assert alike is ("recycles" not in strategy.capabilities)
 
 
 def test_the_plugin_has_a_summary_and_a_source(name):
