@@ -106,10 +106,9 @@ def train(
     tensors = compact({n: trained[n] for n in returned_names(assignment)}, loop.chosen)
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
     own |= loop.correction.after(loop.reference, trained)
-    if assignment.uplink:
-        sent, seed = assignment.broadcast, assignment.seed
-        tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
-        own |= left
+    sent, seed = assignment.broadcast, assignment.seed
+    tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
+    own |= left
     update = Update(
         client=assignment.client,
         round=assignment.round,

@@ -21,7 +21,7 @@ from orchestrator.history import Taken
 from orchestrator.plan import Participant
 from orchestrator.weighing import declared
 from strategies.base import Broadcast, Tensors, Update
-from strategies.selection import budget_of, expanded, refusal_of
+from strategies.selection import budget_of, refusal_of
 from strategies.uplink import BadEncoding
 
 _MOST_EXAMPLES = 2**53
@@ -131,12 +131,7 @@ def decoded_update(update: Update, assignment: Assignment) -> Update:
             choice of ranks.
     """
     sent = assignment.broadcast
-    if assignment.uplink:
-        tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
-    elif budget_of(sent.extra):
-        tensors = expanded(update.tensors, sent.tensors)
-    else:
-        return update
+    tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
     return replace(update, tensors=tensors)
 
 

@@ -100,7 +100,7 @@ class FaultyPerform:
         result = self.perform(assignment, stepped)
         if kind not in ("nan", "wrong-shape") or isinstance(result, Evaluation):
             return result
-        name = min(n for n, t in result.tensors.items() if t.is_floating_point())
+        name = min(n for n, t in result.tensors.items() if t.is_floating_point() and t.numel())
         tensor = result.tensors[name]
         wrong = _with_nan(tensor) if kind == "nan" else tensor.unsqueeze(0)
         return replace(result, tensors={**result.tensors, name: wrong})

@@ -38,7 +38,6 @@ from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
 from strategies import STRATEGIES
 from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update
-from strategies.selection import is_compact
 
 __all__ = ["Cancelled", "Federation", "Observe", "Paused", "RoundFailed"]
 
@@ -203,8 +202,6 @@ class Federation:
 
     def _decoded(self, update: Update) -> Update:
         """Return an update with the tensors that its client means by what it sent."""
-        if not (self.plan.uplink or is_compact(update.tensors)):
-            return update
         who = self._collector.people[update.client]
         [asked] = self._assignments(update.round, update.base, [who])
         return decoded_update(update, asked)

@@ -28,6 +28,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import NO_DATA, PluginChoice
 from clients.flower import NUM_EXAMPLES, ROUND, BadRecord, arrays_of, instruction, tensors_of
 from clients.seeds import seed_for
+from clients.uplink import decoded
 from orchestrator.acceptance import over_budget, unfit
 from orchestrator.plan import Participant, likeness
 from orchestrator.weighing import weighed, weighing_label
@@ -44,7 +45,6 @@ from strategies.base import (
     needs_of,
 )
 from strategies.plugins import BadOptions
-from strategies.selection import budget_of, expanded
 
 _LOG = getLogger("flwr.weft")  # shown where Flower shows its own
 
@@ -244,9 +244,8 @@ class WeftStrategy(FlowerStrategy):
             n: t for n, t in sent.tensors.items() if pattern.fullmatch(n) and not apart.fullmatch(n)
         }
         try:
-            update = whole = _update(asked, round_, reply.content, wanted)
-            if budget_of(sent.extra):
-                whole = replace(update, tensors=expanded(update.tensors, sent.tensors))
+            update = _update(asked, round_, reply.content, wanted)
+            whole = replace(update, tensors=decoded(update.tensors, sent, (), 0))
         except (BadRecord, KeyError, TypeError, ValueError) as error:
             return f"{asked.client.name}: {error}"
         reason = unfit(whole, wanted, self._max_update_norm) or over_budget(update, sent)

@@ -20,7 +20,6 @@ from storage.lineage import Version
 from storage.updates import UpdateGone
 from strategies import STRATEGIES
 from strategies.base import ClientSpec, ServerState, Strategy, Update
-from strategies.selection import expanded, is_compact
 
 _AGGREGATED = ("round", "final")
 
@@ -153,12 +152,8 @@ def _decoded(
 ) -> Update:
     """Return an update of ``base`` with the tensors that its client meant by what it sent."""
     uplink = [PluginChoice(one["name"], one["options"]) for one in recipe.get("uplink", ())]
-    if not (uplink or is_compact(update.tensors)):
-        return update
     sent = strategy.broadcast(base, ClientSpec(update.client, leaf.get("rank")))
     sent = head_masked(sent, recipe["model"]["labels"], recipe["task_labels"])
-    if not uplink:
-        return replace(update, tensors=expanded(update.tensors, sent.tensors))
     seed = seed_for(recipe["seed"], update.round, update.client)
     return replace(update, tensors=decoded(update.tensors, sent, uplink, seed))
 

@@ -74,7 +74,8 @@ class Update:
         client: who trained.
         round: the round it was trained in, >= 1.
         base: id of the version it was trained from.
-        tensors: trained values of the trainable tensors, with the broadcast's names and shapes.
+        tensors: trained values of the trainable tensors, with the broadcast's names and shapes
+            when they are aggregated; on their way, what a mask and the encodings make of them.
         num_examples: the weight of this client; its *declared* size under DP.
         metrics: such as ``loss``; empty under DP.
         memory: regulariser memory, only from a consolidating round.

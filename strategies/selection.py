@@ -118,11 +118,6 @@ def compact(tensors: Tensors, ranks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def is_compact(tensors: Tensors) -> bool:
-    """Return whether some of these tensors are chosen ranks of a factor."""
-    return any(name.endswith(_CHOSEN) for name in tensors)
-
-
 def expanded(tensors: Tensors, sent: Tensors) -> dict[str, Tensor]:
     """Return whole tensors: what was not chosen is as it was sent.
 

@@ -52,7 +52,8 @@ class Int8:
             found[name] = tensor
             if tensor.is_floating_point():
                 rows = tensor.double().abs().reshape(*self._scales(tensor), -1)
-                scale = (rows.amax(dim=-1) / _STEPS).float()
+                largest = rows.amax(dim=-1) if tensor.numel() else rows.new_zeros(rows.shape[:-1])
+                scale = (largest / _STEPS).float()
                 steps = tensor.double() / self._along(scale.double(), tensor)
                 # a row of zeros has scale 0; one that float32 cannot hold, none that counts
                 steps = torch.nan_to_num(steps, nan=0.0).round().clamp(-_STEPS, _STEPS)

@@ -69,7 +69,7 @@ class TopK:
             found[name] = encoded[name]
             if tensor.is_floating_point():
                 places, size = encoded[name + _AT].long(), tensor.numel()
-                inside = int(places[0]) >= 0 and int(places[-1]) < size
+                inside = bool(((places >= 0) & (places < size)).all())
                 if not (inside and bool((places.diff() > 0).all())):
                     raise BadEncoding(
                         f"{name + _AT} must hold ascending places from 0 to {size - 1}"

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from clients.assignment import PluginChoice, Privacy
@@ -48,6 +50,60 @@ def test_a_change_that_is_not_finite_is_not_carried_on():
     travels, kept = sent_and_kept([float("nan"), 1.0, 4.0, 1.5])
     assert not torch.isfinite(travels["x"]).all()
     assert torch.isfinite(kept[LEFT_OUT + "x"]).all()
+
+
+HALF = Broadcast(
+    {"x": torch.tensor([[0.1, 0.2], [0.3, 0.4]]), "y": torch.ones(3)},
+    mask={"x": torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "z": torch.ones(2)},
+)
+
+
+def test_of_a_masked_tensor_the_values_on_the_mask_travel_and_arrive_exactly():
+    trained = {"x": torch.tensor([[0.1, 5.0], [1 / 3, 0.4]]), "y": torch.zeros(3)}
+    travels, kept = encoded(trained, HALF, (), 0, {})
+    assert travels["x"].tolist() == [5.0, float(torch.tensor(1 / 3))]
+    assert (travels["y"] is trained["y"], kept) == (True, {})
+    arrived = decoded(travels, HALF, (), 0)
+    assert arrived.keys() == trained.keys()
+    assert all(torch.equal(arrived[name], tensor) for name, tensor in trained.items())
+    assert HALF.tensors["x"].tolist() == torch.tensor([[0.1, 0.2], [0.3, 0.4]]).tolist()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=0, max_size=3),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    kind=st.sampled_from([torch.bool, torch.float32]),
+)
+def test_every_mask_is_decoded_exactly(shape, seed, dtype, kind):
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.randint(0, 2, shape, generator=generator).to(kind)
+    sent = Broadcast({"x": before}, mask={"x": mask})
+    travels, _ = encoded({"x": torch.where(mask != 0, after, before)}, sent, (), 0, {})
+    assert travels["x"].shape == (int((mask != 0).sum()),)
+    assert torch.equal(decoded(travels, sent, (), 0)["x"], torch.where(mask != 0, after, before))
+
+
+def test_a_client_may_send_a_masked_tensor_whole_and_what_is_off_the_mask_does_not_count():
+    arrived = decoded({"x": torch.full((2, 2), 9.0)}, HALF, (), 0)["x"]
+    assert arrived.tolist() == torch.tensor([[0.1, 9.0], [9.0, 0.4]]).tolist()
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(3), torch.zeros(2).double(), torch.zeros(2, 3)])
+def test_what_does_not_fit_a_mask_is_left_to_be_refused(odd):
+    assert decoded({"x": odd}, HALF, (), 0)["x"] is odd
+
+
+def test_a_client_that_kept_what_it_left_out_adds_it_on_the_mask():
+    trained = {"x": torch.tensor([[0.1, 4.2], [1.3, 0.4]]), "y": torch.ones(3)}
+    top = PluginChoice("top-k", {"density": 0.5})
+    _, kept = encoded(trained, HALF, [top], 0, {})
+    assert_close(kept[LEFT_OUT + "x"], torch.tensor([0.0, 1.0]))
+    travels, _ = encoded(dict(HALF.tensors), HALF, [top], 0, kept)
+    arrived = decoded(travels, HALF, [top], 0)["x"]
+    assert_close(arrived, torch.tensor([[0.1, 0.2], [1.3, 0.4]]))
 
 
 @pytest.mark.parametrize("stage", ["sketch", "top-k", "int8", "fp16"])

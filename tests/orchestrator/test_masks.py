@@ -1,5 +1,6 @@
 """Runs in which a strategy's mask decides which entries clients train."""
 
+import pytest
 import torch
 
 from clients.wire import unpack
@@ -27,6 +28,13 @@ def test_a_private_run_trains_on_the_mask_alone_and_is_made_again(home, tiny, ke
     assert all(not tensors[n][~m].any() and tensors[n][m].all() for n, m in mask.items())
     for (round_, _), digest in kept(home).items():
         update = unpack(home.store.updates.read(digest))
-        off_mask = [bool(update.tensors[n][~m].any()) for n, m in mask.items()]
-        assert off_mask == [round_ == 1] * len(mask)
+        sent = {n: list(update.tensors[n].shape) for n in mask}
+        assert sent == {
+            n: list(m.shape) if round_ == 1 else [int(m.sum())] for n, m in mask.items()
+        }
+    events = home.ledger.events(home.ledger.run("task-1").id)
+    up = [(e.data["round"], e.data["bytes"]) for e in events if e.kind == "accepted"]
+    dense, *masked = (max(size for round_, size in up if round_ == r) for r in (1, 2, 3))
+    saved = sum(4 * (m.numel() - int(m.sum())) for m in mask.values())
+    assert all(dense - size == pytest.approx(saved, abs=64) for size in masked)  # JSON besides
     assert {one.outcome for one in service.replay(home, version, whole=True)} == {"same"}

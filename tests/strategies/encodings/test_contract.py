@@ -46,6 +46,13 @@ def test_what_is_decoded_has_the_shapes_and_dtypes_of_what_went_in(stage, change
         }
 
 
+def test_a_tensor_without_entries_comes_back(stage, change):
+    """Such as the values on a mask that keeps a whole tensor as it is."""
+    back = again(stage, {**change, "empty": torch.zeros(0)})
+    assert back.keys() == {*change, "empty"}
+    assert back["empty"].shape == (0,)
+
+
 def test_the_layout_tells_what_is_sent(stage, change):
     sent, told = encode([stage], change, 3), stage.layout(outline(change))
     assert {n: (t.shape, t.dtype) for n, t in sent.items()} == {
