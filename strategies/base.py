@@ -220,7 +220,7 @@ class Strategy(Protocol):
             ``beneath``: a part of what is learned lies under the adapter, see :func:`beneath`, so
             that the adapter alone is not what was learned.
 
-            ``streaming``: memory does not grow with the number of updates.
+            ``streaming``: memory does not grow with the number of updates, beyond 16 of them.
 
             ``needs-library``: it is made to start from adapters of the store, and without any is
             another method; a run that goes on from its version has no need of them.

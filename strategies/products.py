@@ -132,8 +132,8 @@ def product_means(
     """Return the weighted means of the clients' products and of all else they trained.
 
     A factor that an update has not was frozen: it is that of ``like``, cut to the update's rank.
-    Scalings take no part: all clients have those of ``like``. Reads ``updates`` once and keeps one
-    of them at a time.
+    Scalings take no part: all clients have those of ``like``. Reads ``updates`` once, and keeps no
+    more of them at a time than :func:`strategies.tensors.weighted_mean`.
 
     Args:
         updates: the round's updates; ranks may differ.

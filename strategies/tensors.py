@@ -8,7 +8,8 @@ function works on the factors, in float64, at a cost linear in ``in_features + o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Annotated, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from strategies.base import Tensors, Update
 from strategies.plugins import Form
+from strategies.sums import plus
 
 LABEL = "label:"
 Weighting: TypeAlias = Annotated[
@@ -55,6 +57,7 @@ _A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
 CORE = ".lora_core.weight"
 _BETWEEN = {".lora_diag": "a diagonal", CORE: "a core"}  # KaSA's and LoRA-SB's
 _ROUNDING = 1e-4  # relative, of float32 factors that were refactored
+_UPDATES, _UPDATES_BYTES = 16, 2**29  # that are averaged together
 
 ALL_TRAINED = r"(?!.*\.scaling$).*"
 """What is trained where nothing but the scalings is frozen; see
@@ -114,10 +117,12 @@ def weighted_mean(
 ) -> dict[str, Tensor]:
     """Return the weighted mean of the updates' tensors, or nothing if no update has weight.
 
-    Reads ``updates`` once and keeps one of them at a time beside the running sum. The sum is in
-    float64 and divided once, at the end: clients that agree get their float32 values back exactly,
-    and so do the entries that a mask kept from being trained. For the same reason this is the mean
-    of the values rather than the old value plus the mean change; the two are the same number.
+    Reads ``updates`` once, and keeps beside the running sum at most 16 of them, of 512 MiB in all,
+    or one: what several add to a tensor is added while the sum of that tensor is in the processor's
+    cache. The sum is in float64 and divided once, at the end: clients that agree get their float32
+    values back exactly, and so do the entries that a mask kept from being trained. For the same
+    reason this is the mean of the values rather than the old value plus the mean change; the two
+    are the same number. How many updates are kept at a time changes no bit of it.
 
     Args:
         updates: the round's updates; all train the same tensors.
@@ -128,25 +133,39 @@ def weighted_mean(
         BadUpdate: if an update has a tensor that ``like`` has not, or of another shape, or trained
             other tensors than the updates before it, or has no weight: see :func:`weight_of`.
     """
-    sums: dict[str, Tensor] | None = None
-    total = 0.0
+    size_bytes = sum(tensor.nbytes for tensor in like.values())
+    most = max(1, min(_UPDATES, _UPDATES_BYTES // max(1, size_bytes)))
+    matching = _matching(updates, like)
+    sums: dict[str, Tensor] = {}
+    counted: list[float] = []
+    ended = False
+    while not ended:
+        group = list(islice(matching, most))
+        ended = len(group) < most
+        weights = [weight_of(update, weighting) for update in group]
+        counted += weights
+        total = math.fsum(counted)
+        for name in sorted(group[0].tensors if group else sums):
+            done = plus(sums.get(name), [update.tensors[name] for update in group], weights)
+            # a sum that is done makes room for the next one in the same memory
+            sums[name] = done.div_(total).to(like[name].dtype) if ended and total else done
+        group.clear()  # before others are read
+    return sums if any(counted) else {}
+
+
+def _matching(updates: Iterable[Update], like: Tensors) -> Iterator[Update]:
+    """Yield the updates; refuse one that does not fit ``like`` or those before it."""
+    names: set[str] | None = None  # not the view of an update, which would keep it
     for update in updates:
         check_update(update, like)
-        if sums is None:
-            sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in update.tensors.items()}
-        if sums.keys() != update.tensors.keys():
-            odd = min(sums.keys() ^ update.tensors.keys())
+        names = set(update.tensors) if names is None else names
+        if names != update.tensors.keys():
+            odd = min(names ^ update.tensors.keys())
             raise BadUpdate(
                 f"the update of {update.client!r} and those before it do not train the same "
                 f"tensors ({odd!r} is in one only); all clients of a round must"
             )
-        weight = weight_of(update, weighting)
-        for name, tensor in update.tensors.items():
-            sums[name].add_(tensor.to(torch.float64), alpha=weight)
-        total += weight
-    if sums is None or total == 0:
-        return {}
-    return {name: (sums[name] / total).to(like[name].dtype) for name in sorted(sums)}
+        yield update
 
 
 def weight_of(update: Update, weighting: Weighting) -> float:

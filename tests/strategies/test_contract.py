@@ -256,22 +256,25 @@ def test_clients_may_have_ranks_of_their_own_if_the_strategy_says_so(
     assert all(torch.isfinite(t).all() for t in after.values())
 
 
-def test_a_streaming_strategy_keeps_no_update(strategy, make_adapter, train):
+def test_a_streaming_strategy_keeps_a_few_updates_however_many_there_are(
+    strategy, make_adapter, train
+):
     if "streaming" not in strategy.capabilities:
         pytest.skip("it does not say so")
     state = strategy.init(make_adapter())
     gone = []
 
     def one_at_a_time():
-        for update in train(state) * 2:
+        for update in train(state) * 20:
             copy = replace(update, tensors={n: t.clone() for n, t in update.tensors.items()})
             gone.append([weakref.ref(t) for t in copy.tensors.values()])
             yield copy
             del copy
-            assert not any(ref() is not None for refs in gone[:-1] for ref in refs)
+            kept = sum(any(ref() is not None for ref in refs) for refs in gone)
+            assert kept <= 16, f"of {len(gone)}"
 
     strategy.aggregate(state, one_at_a_time())
-    assert len(gone) == 2 * len(COUNTS)
+    assert len(gone) == 20 * len(COUNTS)
 
 
 def test_aggregate_is_deterministic(strategy, make_adapter, train):

@@ -1,4 +1,5 @@
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from strategies import tensors
 from strategies.tensors import (
     BadUpdate,
     Factors,
@@ -65,19 +67,38 @@ def test_the_mean_is_summed_in_more_digits_than_bfloat16_has(make_update):
     assert mean == torch.tensor([512 / 257], dtype=torch.bfloat16)
 
 
-def test_the_mean_holds_one_update_at_a_time(make_update):
-    earlier = []
+@pytest.mark.parametrize(("room_bytes", "most"), [(2**29, 16), (3 * 12, 3), (1, 2)])
+def test_the_mean_holds_no_more_updates_than_it_has_room_for(
+    make_update, monkeypatch, room_bytes, most
+):
+    monkeypatch.setattr(tensors, "_UPDATES_BYTES", room_bytes)
+    earlier, held = [], []
 
     def stream():
-        for _ in range(5):
+        for _ in range(40):
             tensor = torch.ones(3)
             earlier.append(weakref.ref(tensor))
+            held.append(sum(ref() is not None for ref in earlier))
             yield make_update({"x": tensor})
             del tensor
-            assert not any(ref() is not None for ref in earlier[:-1])
 
     weighted_mean(stream(), {"x": torch.zeros(3)}, "uniform")
-    assert len(earlier) == 5
+    assert len(earlier) == 40
+    assert max(held) == most  # where there is room for one only: it, and the next that is read
+
+
+def test_how_many_updates_are_held_changes_no_bit_of_the_mean(make_update, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(37, 50, generator=generator, dtype=torch.float64)
+    updates = [make_update({"x": x}) for x in values]
+    updates = [
+        replace(u, weight=float(w.abs())) for u, w in zip(updates, values[:, 0], strict=True)
+    ]
+    means = []
+    for most in (1, 2, 5, 16, 64):
+        monkeypatch.setattr(tensors, "_UPDATES", most)
+        means.append(weighted_mean(updates, {"x": values[0]}, "examples")["x"])
+    assert all(torch.equal(mean, means[0]) for mean in means)
 
 
 def test_updates_of_no_weight_give_no_mean(make_update):
