@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,17 +22,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
-KEY_BYTES = 32
+from clients.keys import KEY_BYTES
+
 _UNIT = 2.0**-53  # distance of neighbouring uniforms: all that a float64 below 1 resolves
 
 
 class BadKey(ValueError):
     """A key is not 32 bytes long."""
-
-
-def new_key() -> bytes:
-    """Return a fresh secret key from the operating system."""
-    return os.urandom(KEY_BYTES)
 
 
 def insecure_key(seed: int, client: str) -> bytes:

@@ -5,16 +5,14 @@ Everything lies under one folder that no Update, Version, log or recipe ever sho
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from clients.files import sync, write_durably
-from clients.keys import run_folder
-from clients.noise import insecure_key, new_key
+from clients.files import write_durably
+from clients.keys import data_key, drawn_once, run_folder
+from clients.noise import insecure_key
 from strategies.base import Tensors
 
 
@@ -40,13 +38,13 @@ class Site:
         """
         if insecure_seed is not None:
             return insecure_key(insecure_seed, client)
-        return self._once(self._run_folder(run, client) / "key")
+        return drawn_once(self._run_folder(run, client) / "key")
 
     def data_key(self, insecure_seed: int | None = None) -> bytes:
         """Return the key of data fingerprints, the same for all runs of this site."""
         if insecure_seed is not None:
             return insecure_key(insecure_seed, "data fingerprints")
-        return self._once(self._folder / "data.key")
+        return data_key(self._folder)
 
     def share_data_key(self, other: Site) -> None:
         """Fingerprint data as ``other`` does; for training again what was trained there."""
@@ -129,17 +127,3 @@ class Site:
         folder = run_folder(self._folder, run, client)
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
-
-    def _once(self, path: Path) -> bytes:
-        """Return the key in ``path``, drawing it first if nobody has; two at once agree."""
-        while not path.exists():
-            draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            write_durably(draft, new_key())
-            try:
-                os.link(draft, path)  # fails if another process was first
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
-            sync(path.parent)  # a key must not be lost once something was made with it
-        return path.read_bytes()

@@ -11,6 +11,7 @@ from typing import Any
 from clients import models
 from clients.adapters import ADAPTERS
 from clients.uplink import size_bytes
+from orchestrator.budgets import planned_spends
 from orchestrator.cohort import asked_a_round
 from orchestrator.config import RunConfig
 from orchestrator.epsilons import Epsilon, composed
@@ -19,7 +20,6 @@ from orchestrator.observers.of_run import observers_of
 from orchestrator.plan import Plan
 from storage.ledger import Ledger
 from storage.store import AdapterStore
-from strategies.spends import PrivacySpend
 
 _ACTIVATIONS_PER_TOKEN = 34  # values kept a token, layer and hidden unit for the backward pass
 _FLOAT = 4
@@ -72,14 +72,22 @@ class Check:
         return who.privacy.noise_multiplier if who.privacy else None
 
 
-def check(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Check:
-    """Return what a run of ``config`` would cost; trains nothing and writes nothing.
+def check(
+    config: RunConfig, store: AdapterStore, ledger: Ledger, sites: Path | None = None
+) -> Check:
+    """Return what a run of ``config`` would cost; trains nothing and starts nothing.
+
+    Args:
+        config: the run.
+        store: the versions it may start from.
+        ledger: the clients and their budgets.
+        sites: folder of the clients' private state, where it is looked up whose data share records.
 
     Raises:
         BadConfig: if it cannot be run.
         LoggerUnavailable, BadWebhook: if a logger or the webhook cannot be had here.
     """
-    plan = make_plan(config, store, ledger)
+    plan = make_plan(config, store, ledger, sites)
     observers_of(plan, Path())
     adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
     sizes = models.estimate(plan.model, adapter)
@@ -107,24 +115,6 @@ def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> 
     activations = batch * config.model.max_length * width * _ACTIVATIONS_PER_TOKEN * _FLOAT
     held: int = sizes["base_bytes"] + copies * sizes["adapter_bytes"] + activations
     return held
-
-
-def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
-    """Return what each client of a run spends in all, at most, by its name; none without DP."""
-    privacy, steps = plan.config.privacy, plan.config.local_steps
-    if privacy is None or steps is None:
-        return {}
-    rounds = min(plan.max_participations, plan.config.rounds)
-    found = {}
-    for who in plan.participants:
-        assert who.privacy is not None
-        parameters = {
-            "noise_multiplier": who.privacy.noise_multiplier,
-            "sample_rate": who.privacy.sample_rate,
-            "steps": steps * rounds,
-        }
-        found[who.name] = PrivacySpend("gaussian", privacy.unit, "add-remove", parameters)
-    return found
 
 
 def _epsilons(plan: Plan) -> dict[str, Epsilon]:

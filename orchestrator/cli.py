@@ -102,7 +102,9 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
     from orchestrator.config import load_config
 
     workspace = workspace_here()
-    found = checking.check(load_config(config, overrides), workspace.store, workspace.ledger)
+    found = checking.check(
+        load_config(config, overrides), workspace.store, workspace.ledger, workspace.sites
+    )
     facts = found.to_json()
     if as_json:
         print_json(facts)

@@ -126,6 +126,7 @@ class RunConfig(Rounds):
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     privacy: PrivacyConfig | None = None
+    accept_unbounded: str | None = Field(default=None, min_length=1, max_length=1000)
     clients: Participants
     start: Literal["fresh", "continue", "stack"] = "fresh"
     start_from: str | None = None
@@ -198,11 +199,8 @@ def _problems(config: RunConfig) -> Iterable[str]:
     c = config
     if c.steps is not None and c.epochs is not None:
         yield "give steps or epochs, not both"
-    if c.privacy and c.epochs is not None:
-        yield (
-            "epochs: under privacy a round has a fixed number of steps, because passes over the "
-            "data would reveal its exact size; give steps"
-        )
+    if c.privacy:
+        yield from _privacy_problems(c)
     if c.start != "fresh" and c.start_from is None:
         yield f"start: {c.start} needs start_from, the version to start from"
     for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
@@ -222,6 +220,16 @@ def _problems(config: RunConfig) -> Iterable[str]:
             what = "a client is named" if key == "clients.names" else "one is given"
             yield f"{key}: {what} twice"
     yield from _fault_problems(c)
+
+
+def _privacy_problems(c: RunConfig) -> Iterable[str]:
+    if c.epochs is not None:
+        yield (
+            "epochs: under privacy a round has a fixed number of steps, because passes over the "
+            "data would reveal its exact size; give steps"
+        )
+    if c.accept_unbounded is not None:
+        yield "accept_unbounded: it is for a run without privacy; leave one of them out"
 
 
 def _fault_problems(c: RunConfig) -> Iterable[str]:

@@ -32,7 +32,9 @@ from orchestrator.plan import (
     plan_round,
 )
 from orchestrator.recipes import final_recipe, round_recipe
+from orchestrator.relating import relate_again
 from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
+from orchestrator.spending import note_unprotected
 from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
@@ -125,6 +127,7 @@ class Federation:
     def _round(self, done: Committed) -> Committed:
         """Ask the cohort, aggregate what it sends and commit the result."""
         opened = self._opened(done)
+        relate_again(self.plan, opened.cohort, self.ledger, Path(self._sites))
         accepted = self._collector.collect(opened)
         state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
         self.observe("aggregated", {"round": opened.round, **state.metrics})
@@ -261,6 +264,7 @@ class Federation:
 
     def _begin(self) -> Committed:
         """Commit the version that round 1 starts from."""
+        note_unprotected(self.plan, self.ledger)
         done = begin(self.plan, self.store, self.strategy, self._initial, self.store.commit)
         self._log("started", {"version": done.version})
         return self._commits.add(done, ())

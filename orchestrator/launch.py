@@ -11,18 +11,17 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from clients import data, models
-from clients.accounting import BudgetSpent
 from clients.adapters import ADAPTERS
-from clients.assignment import DataSpec, ModelSpec, Privacy
+from clients.assignment import DataSpec, ModelSpec
+from orchestrator.budgets import Budgets, Limit, calibrated_for, check_limits, within_budgets
 from orchestrator.config import BadConfig, RunConfig
-from orchestrator.epsilons import spend_from_row
 from orchestrator.library import refuse_useless, resolved
 from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
+from orchestrator.relating import relate_planned
 from orchestrator.sections import RankRule, Simulate
-from orchestrator.spending import calibrated
 from orchestrator.weighing import weighed, weighing_label
 from storage.ledger import ClientRecord, Ledger
 from storage.lineage import Version
@@ -30,8 +29,17 @@ from storage.refs import did_you_mean
 from storage.store import AdapterStore
 
 
-def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
+def make_plan(
+    config: RunConfig, store: AdapterStore, ledger: Ledger, sites: Path | None = None
+) -> Plan:
     """Return the plan of a new run; reads data sizes and weights' hashes, trains nothing.
+
+    Args:
+        config: what to run.
+        store: the versions it may start from.
+        ledger: the clients, their budgets and what was spent.
+        sites: folder of the clients' private state, where it is looked up whose data share records;
+            None plans by what the ledger knows.
 
     Raises:
         BadConfig: if the config cannot be run, with the reason.
@@ -60,12 +68,15 @@ def make_plan(config: RunConfig, store: AdapterStore, ledger: Ledger) -> Plan:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     _refuse_faults_of_nobody(config, [p.name for p in participants])
     participants = _ranked(config, participants)
-    label, budgets = weighing_label(plan.strategy.options), ledger.budgets()
+    label = weighing_label(plan.strategy.options)
+    if sites is not None:
+        relate_planned(replace(plan, participants=tuple(participants)), ledger, sites)
+    budgets = Budgets(ledger)
     private = [
-        _with_privacy(weighed(p, label), plan, ledger, budgets.get(p.population))
-        for p in participants
+        _with_privacy(weighed(p, label), plan, budgets.on(p.population)) for p in participants
     ]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+    plan = within_budgets(plan, budgets)
     refuse_impossible_rounds(plan)
     return plan
 
@@ -239,29 +250,17 @@ def _slug(value: str, taken: Collection[str]) -> str:
     return made
 
 
-def _with_privacy(
-    who: Participant, plan: Plan, ledger: Ledger, budget: tuple[float, float] | None
-) -> Participant:
+def _with_privacy(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Participant:
     """Return the participant with its noise calibrated, or as it is in a run without DP.
 
     Raises:
-        BadConfig: if its population has a budget and the run has no privacy.
-        BudgetSpent: if no noise keeps within the budget.
+        BadConfig: if a budget is touched and the run has no privacy.
+        BudgetSpent: if no noise keeps within the budgets.
     """
     config = plan.config
+    check_limits(who, plan, limits)
     if config.privacy is None:
-        if budget is not None:
-            raise BadConfig(
-                f"{who.name}: its population {who.population!r} has a privacy budget "
-                f"(ε = {budget[0]:g}), and this run has no privacy; add a privacy section or "
-                "leave the client out"
-            )
         return who
-    if config.privacy.insecure_seed is not None and budget is not None:
-        raise BadConfig(
-            f"{who.name}: privacy.insecure_seed gives no privacy, and population "
-            f"{who.population!r} has a budget (ε = {budget[0]:g}); leave insecure_seed out"
-        )
     if who.num_examples < 1:
         raise BadConfig(
             f"{who.name}: privacy needs its declared number of examples; register it with "
@@ -272,25 +271,4 @@ def _with_privacy(
             f"privacy.delta: {config.privacy.delta:g} is not below 1/{who.num_examples}, the "
             f"size of {who.name}; choose a smaller delta"
         )
-    return replace(who, privacy=_calibrated(who, plan, ledger, budget))
-
-
-def _calibrated(
-    who: Participant, plan: Plan, ledger: Ledger, budget: tuple[float, float] | None
-) -> Privacy:
-    config = plan.config
-    assert config.privacy is not None
-    try:
-        return calibrated(
-            config.privacy,
-            sample_rate=min(1.0, config.batch_size / who.num_examples),
-            steps=(config.local_steps or 1) * min(plan.max_participations, config.rounds),
-            history=[spend_from_row(r) for r in ledger.spends(who.population)] if budget else (),
-            budget=budget,
-        )
-    except BudgetSpent as error:
-        limit = f"ε = {budget[0]:g} (δ = {budget[1]:g})" if budget else "the run's ε"
-        raise BudgetSpent(
-            f"{who.name}: its population {who.population!r} cannot keep within {limit}: {error}. "
-            "Raise its budget, plan fewer rounds or steps, or leave it out"
-        ) from None
+    return replace(who, privacy=calibrated_for(who, plan, limits))

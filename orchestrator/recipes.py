@@ -180,6 +180,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
             "insecure_seed": privacy.insecure_seed,
         },
         "private": privacy is not None and privacy.insecure_seed is None,
+        **({"unbounded": config.accept_unbounded} if config.accept_unbounded else {}),
         "task_labels": list(plan.task_labels),
         "seen_labels": list(plan.seen_labels),
         "start": plan.start.mode,

@@ -23,6 +23,7 @@ from clients.sources import (
 )
 from orchestrator.config import BadConfig
 from orchestrator.policy import Strict
+from orchestrator.relating import relate_registered
 from orchestrator.workspace import Workspace
 from storage.ledger import ClientRecord
 from storage.withdrawals import Withdrawal
@@ -100,6 +101,8 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
     """
     record = _checked(record, check, workspace.ledger.withdrawals.all())
     workspace.ledger.add_client(record)
+    if check:
+        relate_registered([record], workspace.ledger, workspace.sites)
     return record
 
 
@@ -133,6 +136,8 @@ def register_clients(workspace: Workspace, file: Path, check: bool = True) -> li
     if not records:
         raise BadClientFile(f"{file} lists no client; give one a line, as CSV or as JSON")
     workspace.ledger.add_clients(records, places)
+    if check:
+        relate_registered(records, workspace.ledger, workspace.sites)
     return records
 
 

@@ -33,6 +33,7 @@ class PrivacyConfig(Strict):
     unit: Literal["example"] = "example"
     accountant: Literal["prv", "rdp"] = "prv"
     insecure_seed: int | None = None
+    over_budget: Literal["refuse", "shorten"] | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> PrivacyConfig:

@@ -163,7 +163,7 @@ def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = 
 def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
     for ref in filter(None, (config.start_from, *config.library)):
         admitted(workspace, ref)
-    plan = make_plan(config, workspace.store, workspace.ledger)
+    plan = make_plan(config, workspace.store, workspace.ledger, workspace.sites)
     observers_of(plan, workspace.home)  # what they need is missed before there is a run
     remember_base(workspace, plan.model)
     return workspace.ledger.create_run(
@@ -171,7 +171,7 @@ def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) 
         config.name,
         config=plan.config.model_dump(mode="json"),
         plan=plan.to_json(),
-        rounds=config.rounds,
+        rounds=plan.config.rounds,
         queueing=queueing,
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from clients.accounting import BudgetSpent, epsilon, noise_for
+from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Assignment, Privacy
 from clients.trainer import spend_of
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
@@ -118,6 +119,16 @@ def reserve(
     return kept
 
 
+def note_unprotected(plan: Plan, ledger: Ledger) -> None:
+    """Put on the ledger, for ever, whose data a run trains on without privacy, before it does."""
+    privacy = plan.config.privacy
+    if privacy is not None and privacy.insecure_seed is None:
+        return
+    populations = {p.population for p in plan.participants if not p.public}
+    reason = plan.config.accept_unbounded or ""
+    ledger.unprotected.add(plan.run, populations, reason, getpass.getuser())
+
+
 def spent_by_run(plan: Plan, ledger: Ledger) -> dict[str, Epsilon]:
     """Return what a run has spent so far, by population; two clients may share one."""
     privacy = plan.config.privacy
@@ -197,7 +208,10 @@ def _within(budgets: Mapping[str, tuple[float, float]], low: Low) -> Any:
         after = before | {row.event: spend_from_row(row) for row in new}
         if len(after) == len(before):
             return  # a round run again after a crash: already counted
-        total = epsilon(after.values(), delta)
+        try:
+            total = epsilon(after.values(), delta)
+        except IncomposableSpends as error:
+            raise BudgetSpent(f"{new[0].client}: population {population}: {error}") from None
         if total <= _LOW * limit:
             return
         spent = epsilon(before.values(), delta)
@@ -206,13 +220,21 @@ def _within(budgets: Mapping[str, tuple[float, float]], low: Low) -> Any:
             low[population] = {**facts, "epsilon": spent}
             raise BudgetSpent(
                 f"{new[0].client} has spent ε = {spent:.2f} of {limit:g} (δ = {delta:g}, "
-                f"population {population}); this round would bring it to {total:.2f}. "
+                f"population {population}{_through(population, new[0])}); this round would bring "
+                f"it to {total:.2f}. "
                 "Raise its budget or leave it out"
             )
         if spent <= _LOW * limit:
             low[population] = {**facts, "epsilon": total}
 
     return check
+
+
+def _through(population: str, row: SpendRow) -> str:
+    """Return why a spend on one population counts against the budget of another."""
+    if row.population == population:
+        return ""
+    return f", with which {row.population} shares records"
 
 
 def _bytes_sent(assignments: Sequence[Assignment]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.accounting import BudgetSpent
-from orchestrator.check import planned_spends
+from orchestrator.budgets import planned_spends
 from orchestrator.coordinator import Driving, RunBusy, claim, drive_to_an_end, planned
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.federation import Observe
@@ -211,7 +211,7 @@ def _plans(workspace: Workspace, missing: Sequence[Point]) -> list[Plan]:
         if setting not in plans:
             plans[setting] = None
             try:
-                plan = make_plan(point.config, workspace.store, workspace.ledger)
+                plan = make_plan(point.config, workspace.store, workspace.ledger, workspace.sites)
                 observers_of(plan, Path())
                 plans[setting] = plan
             except (ValueError, LookupError, RuntimeError, OSError) as error:
@@ -236,16 +236,20 @@ def _costs(ledger: Ledger, plans: Sequence[Plan], begun: Mapping[str, Plan]) -> 
             runs.setdefault(who.population, set()).add(number)
             delta = facts[who.population][0] if who.population in facts else 1.0
             facts[who.population] = (min(delta, privacy.delta), who.public)
-    budgets = ledger.budgets()
-    for population, spends in sorted(planned_by.items()):
-        limit, delta = budgets.get(population, (None, facts[population][0]))
+    budgets, related = ledger.budgets(), ledger.relations.all()
+    touched = {other for one in planned_by for other in related.get(one, ()) if other in budgets}
+    for population in sorted(touched | planned_by.keys()):
+        sharing = [p for p in (population, *related.get(population, ())) if p in planned_by]
+        limit, delta = budgets.get(population, (None, facts.get(population, (1.0, False))[0]))
         rows = ledger.spends(population)
         past = [spend_from_row(row) for row in rows]
         ended = [spend_from_row(row) for row in rows if row.run not in begun]
-        public = facts[population][1]
+        spends = [spend for one in sharing for spend in planned_by[one]]
+        public = facts.get(population, (delta, False))[1]
         before = composed(population, past, delta).epsilon if past else 0.0
         after = composed(population, [*ended, *spends], delta, public=public)
-        yield Cost(before, after, limit, len(runs[population]))
+        number = len(set().union(*(runs[one] for one in sharing)))
+        yield Cost(before, after, limit, number)
 
 
 def _refuse_too_much(cost: Cost) -> None:

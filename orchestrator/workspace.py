@@ -35,6 +35,11 @@ class Workspace:
     engine: Engine
     blobs: BlobStore
 
+    @property
+    def sites(self) -> Path:
+        """Folder of the clients' private state, which plays their sites."""
+        return self.home / "sites"
+
     def close(self) -> None:
         """Give the database's connections back."""
         self.engine.dispose()

@@ -6,14 +6,15 @@ Everything is durable when the call that writes it returns. Nothing in it is sec
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, Row, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Row, insert, select, update
 
 from storage.canonical import canonical_json, read_json
 from storage.database import lock, writing
+from storage.membership import is_among
 from storage.queue import RunQueue
 from storage.records import (
     ClientRecord,
@@ -33,6 +34,7 @@ from storage.registry import (
     UnknownPopulation,
     population_lock,
 )
+from storage.relations import RELATING, Relations, relatives
 from storage.runs import (
     AmbiguousRun,
     BadLabels,
@@ -45,6 +47,7 @@ from storage.runs import (
     UnknownRun,
 )
 from storage.schema import spends
+from storage.unprotected import UnprotectedRuns
 from storage.withdrawals import Withdrawals
 
 __all__ = [
@@ -94,12 +97,16 @@ class Ledger(RunLog, Registry):
 
     Attributes:
         queue: claims of the runs that wait.
+        relations: populations that share records.
+        unprotected: runs without DP, by population.
         withdrawals: clients that withdrew.
     """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.queue = RunQueue(engine)
+        self.relations = Relations(engine)
+        self.unprotected = UnprotectedRuns(engine)
         self.withdrawals = Withdrawals(engine)
 
     def record_spend(self, spend: SpendRow) -> bool:
@@ -113,26 +120,34 @@ class Ledger(RunLog, Registry):
     def record_spends_within(self, rows: Sequence[SpendRow], check: Check) -> list[SpendRow]:
         """Record all of ``rows`` or, where ``check`` refuses, none; return those that were new.
 
-        Checking and recording are one serialised step for each population: two runs that race
-        cannot together spend what neither could alone. An event that is recorded already is not
-        new, so a retry spends once. A void one that comes again counts again from now on.
+        Checking and recording are one serialised step for each population and those that share
+        records with it: two runs that race cannot together spend what neither could alone. An event
+        that is recorded already is not new, so a retry spends once. A void one that comes again
+        counts again from now on.
 
         Args:
             rows: what is about to be spent.
             check: called as ``check(population, existing, new)`` once for every population with
-                new rows, in order of their names, ``existing`` in the order of recording. It
-                raises to refuse, should be quick, and must not use the ledger.
+                new rows or relatives' new rows, in order of their names, with what counts against
+                its budget (:meth:`spends`), in the order of recording, and what would. It raises to
+                refuse, should be quick, and must not use the ledger.
 
         Raises:
             SpendConflict: if a recorded event was a different spend.
         """
         with writing(self._engine) as connection:
-            for population in sorted({row.population for row in rows}):
+            lock(connection, RELATING, shared=True)
+            asked = {row.population for row in rows}
+            touched = asked.union(*relatives(connection, asked).values())
+            for population in sorted(touched):
                 lock(connection, population_lock(population))
             new = _not_recorded(connection, rows)
-            for population in sorted({row.population for row in new}):
-                existing = _counting(connection, spends.c.population, population)
-                check(population, existing, [row for row in new if row.population == population])
+            shared = relatives(connection, touched)
+            for population in sorted(touched):
+                counted = {population, *shared.get(population, ())}
+                coming = [row for row in new if row.population in counted]
+                if coming:
+                    check(population, _of_populations(connection, counted), coming)
             _record(connection, new)
         return new
 
@@ -153,14 +168,23 @@ class Ledger(RunLog, Registry):
                 raise UnknownSpend(f"no spend has the event {event!r}")
 
     def spends(self, population: str) -> list[SpendRow]:
-        """Return what counts against a population's budget, in the order of recording."""
+        """Return what counts against a population's budget, in the order of recording.
+
+        What was spent on it, and on each population that shares records with it.
+        """
         with self._engine.connect() as connection:
-            return _counting(connection, spends.c.population, population)
+            shared = relatives(connection, [population])
+            return _of_populations(connection, {population, *shared.get(population, ())})
 
     def spends_of_run(self, run: str) -> list[SpendRow]:
         """Return what a run (by its id) has spent, in the order of recording."""
         with self._engine.connect() as connection:
-            return _counting(connection, spends.c.run, run)
+            return _counting(connection, spends.c.run == run)
+
+    def spent_populations(self) -> set[str]:
+        """Return the populations on which anything was ever spent."""
+        with self._engine.connect() as connection:
+            return set(connection.scalars(select(spends.c.population).distinct()))
 
 
 def _not_recorded(connection: Connection, rows: Sequence[SpendRow]) -> list[SpendRow]:
@@ -191,8 +215,12 @@ def _record(connection: Connection, new: Sequence[SpendRow]) -> None:
             connection.execute(insert(spends).values(values))
 
 
-def _counting(connection: Connection, column: Column[str], value: str) -> list[SpendRow]:
-    query = select(spends).where(column == value, spends.c.void.is_(None)).order_by(spends.c.number)
+def _of_populations(connection: Connection, names: Collection[str]) -> list[SpendRow]:
+    return _counting(connection, is_among(connection, spends.c.population, sorted(names)))
+
+
+def _counting(connection: Connection, wanted: ColumnElement[bool]) -> list[SpendRow]:
+    query = select(spends).where(wanted, spends.c.void.is_(None)).order_by(spends.c.number)
     return [_spend(row) for row in connection.execute(query)]
 
 

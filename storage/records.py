@@ -13,6 +13,11 @@ Status: TypeAlias = Literal["queued", "running", "paused", "completed", "failed"
 Wish: TypeAlias = Literal["run", "pause", "cancel"]
 """What people want of a run that is being driven."""
 
+Policy: TypeAlias = Literal["refuse", "shorten", "ask"]
+"""What happens to a run that a budget has too little left for: it is refused; its clients take part
+in as many rounds as fit; or whoever launches it must say which."""
+
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 STATUSES: tuple[Status, ...] = get_args(Status)
 WISHES: tuple[Wish, ...] = get_args(Wish)
 FINAL: frozenset[Status] = frozenset({"completed", "failed", "cancelled"})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, delete, insert, select, update
+from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, select, update
 
 from storage.canonical import canonical_json, read_json
 from storage.database import (
@@ -17,7 +17,7 @@ from storage.database import (
     lock,
     writing,
 )
-from storage.records import ClientRecord
+from storage.records import POLICIES, ClientRecord, Policy
 from storage.refs import did_you_mean
 from storage.schema import clients, populations
 
@@ -151,20 +151,50 @@ class Registry:
         with self._engine.connect() as connection:
             return {row.name: (row.epsilon, row.delta) for row in connection.execute(query)}
 
-    def set_budget(self, population: str, epsilon: float | None, delta: float | None) -> None:
+    def policies(self) -> dict[str, Policy]:
+        """Return what happens to a run that a population's budget has too little left for."""
+        query = select(populations.c.name, populations.c.policy)
+        with self._engine.connect() as connection:
+            return {row.name: row.policy for row in connection.execute(query)}
+
+    def populations(self) -> list[str]:
+        """Return the populations of all clients that were ever registered, sorted."""
+        with self._engine.connect() as connection:
+            return sorted(connection.scalars(select(populations.c.name)))
+
+    def set_budget(
+        self,
+        population: str,
+        epsilon: float | None,
+        delta: float | None,
+        policy: Policy | None = None,
+    ) -> None:
         """Change what a population may spend in all; None is no budget.
 
+        Args:
+            population: whose.
+            epsilon: > 0, or None.
+            delta: in (0, 1), and below one over the number of examples of each of its clients;
+                None exactly where ``epsilon`` is.
+            policy: what happens to a run that it has too little left for; None leaves it.
+
         Raises:
-            BadBudget: if ``epsilon`` is not > 0, ``delta`` not in (0, 1), or only one is given.
+            BadBudget: if ``epsilon`` or ``delta`` is out of range, only one is given, or there is
+                no such policy.
             UnknownPopulation: if no client ever had it.
         """
         _check_budget(epsilon, delta)
+        if policy is not None and policy not in POLICIES:
+            raise BadBudget(f"a budget's policy is {', '.join(POLICIES)}, got {policy!r}")
         with writing(self._engine) as connection:
             lock(connection, population_lock(population))
+            size = connection.scalar(
+                select(func.max(clients.c.num_examples)).where(clients.c.population == population)
+            )
+            _check_delta(delta, size, f"population {population!r}")
+            values = {"epsilon": epsilon, "delta": delta, **({"policy": policy} if policy else {})}
             changed = connection.execute(
-                update(populations)
-                .where(populations.c.name == population)
-                .values(epsilon=epsilon, delta=delta)
+                update(populations).where(populations.c.name == population).values(values)
             )
             if changed.rowcount == 0:
                 known = connection.scalars(select(populations.c.name)).all()
@@ -218,6 +248,7 @@ def _check_client(record: ClientRecord, place: str) -> None:
         raise BadClient(f"{where}{record.name!r} has a text with the character NUL; leave it out")
     try:
         _check_budget(record.epsilon, record.delta)
+        _check_delta(record.delta, record.num_examples, repr(record.name))
     except BadBudget as error:
         raise BadBudget(f"{where}{error}") from None
 
@@ -292,6 +323,15 @@ def _check_budget(epsilon: float | None, delta: float | None) -> None:
         raise BadBudget(
             f"a budget has epsilon > 0 and delta in (0, 1), got {epsilon} and {delta}; "
             "for no budget leave both out"
+        )
+
+
+def _check_delta(delta: float | None, size: int | None, whose: str) -> None:
+    """Refuse a δ with which a mechanism may show somebody's record whole and keep its promise."""
+    if delta is not None and size and delta >= 1 / size:
+        raise BadBudget(
+            f"delta must be below 1/{size}, one over the number of examples of {whose}, got "
+            f"{delta:g}; choose a smaller delta"
         )
 
 

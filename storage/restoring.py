@@ -1,12 +1,13 @@
 """Bringing a backup back: rows and blobs together, in one transaction.
 
 What is content (versions, their edges, metrics and signatures) and what must never be forgotten
-(populations, privacy spends, withdrawals, yanks) is united with what the store has: a spend that
-either of them counts is counted, a client that withdrew from either does not come back, and the
-newest word on whether a version is yanked counts, whichever of them has it. What people have
-decided since (names, aliases, runs, clients) becomes what it was in the backup, and only if the
-store holds none of it that the backup lacks, or it is asked for. So an alias may point at a version
-that was yanked since: then it says so, and nobody moves it there again.
+(populations and which of them share records, privacy spends, runs without privacy, withdrawals,
+yanks) is united with what the store has: a spend that either of them counts is counted, a client
+that withdrew from either does not come back, and the newest word on whether a version is yanked
+counts, whichever of them has it. What people have decided since (names, aliases, runs, clients)
+becomes what it was in the backup, and only if the store holds none of it that the backup lacks, or
+it is asked for. So an alias may point at a version that was yanked since: then it says so, and
+nobody moves it there again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ UNITED = (
     "metrics",
     "signatures",
     "populations",
+    "related_populations",
     "spends",
+    "unprotected_runs",
     "withdrawals",
     "yanks",
 )

@@ -30,7 +30,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0008"
+HEAD = "0009"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 BLOB = {"blob": True}
@@ -200,6 +200,28 @@ populations = Table(
     Column("name", String, primary_key=True),
     Column("epsilon", Float(53)),
     Column("delta", Float(53)),
+    Column("created_at", Timestamp, nullable=False),
+    Column("policy", String, nullable=False, server_default="refuse"),
+)
+
+# Populations that share records, each pair both ways round. No foreign keys: a simulated client's
+# population has no row, and what is shared is shared for ever.
+related = Table(
+    "related_populations",
+    metadata,
+    Column("population", String, primary_key=True),
+    Column("other", String, primary_key=True),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+# No foreign keys, as for spends: no ε bounds what these tell, and that outlives the client.
+unprotected_runs = Table(
+    "unprotected_runs",
+    metadata,
+    Column("population", String, primary_key=True),
+    Column("run", String, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("who", String, nullable=False),
     Column("created_at", Timestamp, nullable=False),
 )
 

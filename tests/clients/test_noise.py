@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from clients.noise import BadKey, NoiseStream, insecure_key, new_key
+from clients.keys import new_key
+from clients.noise import BadKey, NoiseStream, insecure_key
 
 KEY = insecure_key(0, "clinic-1")
 PINNED_NORMALS = [-0.6726909329374487, 0.19857470444241584, -0.7273378158476967]

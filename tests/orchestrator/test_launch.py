@@ -261,7 +261,7 @@ def test_a_budgeted_population_refuses_an_insecure_seed(register, refused):
 
     why = refused(privacy={**DP, "insecure_seed": 1})
 
-    assert "insecure_seed gives no privacy, and population 'a' has a budget (ε = 4)" in why
+    assert "insecure_seed gives no privacy, and its population 'a' has a budget (ε = 4)" in why
 
 
 def test_privacy_needs_a_declared_size(register, refused):

@@ -1,0 +1,88 @@
+"""Populations that share records, as the site where the data are finds them, for the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clients.assignment import DataSpec, ModelSpec
+from clients.census import Census, Holding
+from clients.sources import is_public, is_there
+from storage.ledger import ClientRecord, Ledger
+
+if TYPE_CHECKING:  # torch takes seconds, and registering a client needs none
+    from orchestrator.plan import Participant, Plan
+
+
+def relate(
+    participants: Iterable[Participant], model: ModelSpec, ledger: Ledger, sites: Path
+) -> None:
+    """Take a census of the clients' data that are here, and tell the ledger what it found.
+
+    Whose data did not change since is not read. What is elsewhere cannot be looked at from here,
+    and public data cost nobody anything.
+
+    Args:
+        participants: of a run.
+        model: its base model, by whose labels simulated clients are split.
+        ledger: where relations are recorded.
+        sites: folder of the clients' private state, which the census never leaves.
+    """
+    holdings = [
+        Holding(p.population, replace(p.data, labels=()) if p.data.shard is None else p.data, model)
+        for p in participants
+        if not p.public
+    ]
+    _record(holdings, ledger, sites)
+
+
+def relate_again(plan: Plan, cohort: Collection[str], ledger: Ledger, sites: Path) -> None:
+    """Look again before a round: data may have changed since the run was planned.
+
+    Args:
+        plan: the run's.
+        cohort: who is asked; nobody stands for everybody.
+        ledger: where relations are recorded.
+        sites: folder of the clients' private state.
+    """
+    if _matters(plan, ledger):
+        asked = [p for p in plan.participants if not cohort or p.name in cohort]
+        relate(asked, plan.model, ledger, sites)
+
+
+def relate_planned(plan: Plan, ledger: Ledger, sites: Path) -> None:
+    """Find out whose data a new run shares with whom, where it can matter.
+
+    Whoever has a budget is looked at too, whether it takes part or not.
+    """
+    budgets = ledger.budgets()
+    if budgets:
+        protected = [r for r in ledger.clients() if r.population in budgets]
+        relate_registered(protected, ledger, sites)
+    if _matters(plan, ledger):
+        relate(plan.participants, plan.model, ledger, sites)
+
+
+def _matters(plan: Plan, ledger: Ledger) -> bool:
+    """Return whether anything depends on who shares records: a spend to come, or a budget."""
+    privacy = plan.config.privacy
+    return (privacy is not None and privacy.insecure_seed is None) or bool(ledger.budgets())
+
+
+def relate_registered(records: Iterable[ClientRecord], ledger: Ledger, sites: Path) -> None:
+    """As :func:`relate`, of registered clients."""
+    holdings = [
+        Holding(r.population, DataSpec(r.data, dict(r.fields))) for r in records if not r.public
+    ]
+    _record(holdings, ledger, sites)
+
+
+def _record(holdings: Iterable[Holding], ledger: Ledger, sites: Path) -> None:
+    here = [h for h in holdings if not is_public(h.data.uri) and is_there(h.data.uri)]
+    if not here:
+        return
+    census = Census(sites)
+    census.take(here)
+    ledger.relations.add(census.related({h.population for h in here}))
