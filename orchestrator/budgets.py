@@ -79,6 +79,14 @@ class Budgets:
         names = [population, *sorted(self._related.get(population, ()))]
         return [self._limit(name) for name in names if name in self._budgets]
 
+    def touched(self, plan: Plan) -> list[tuple[Limit, list[Participant]]]:
+        """Return the budgets that a run touches, each with the clients that spend of it."""
+        found: dict[str, tuple[Limit, list[Participant]]] = {}
+        for who in plan.participants:
+            for limit in self.on(who.population):
+                found.setdefault(limit.population, (limit, []))[1].append(who)
+        return [found[name] for name in sorted(found)]
+
     def _limit(self, name: str) -> Limit:
         if name not in self._known:
             history = tuple(spend_from_row(row) for row in self._ledger.spends(name))
@@ -120,7 +128,7 @@ def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
     if privacy is None or steps is None:
         return {}
     rounds = min(plan.max_participations, plan.config.rounds)
-    return {who.name: _spend(who, steps * rounds) for who in plan.participants}
+    return {who.name: spend_in(who, steps * rounds) for who in plan.participants}
 
 
 def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Privacy:
@@ -173,7 +181,7 @@ def within_budgets(plan: Plan, budgets: Budgets) -> Plan:
         return plan
     most = min(plan.max_participations, plan.config.rounds)
     fits = dict.fromkeys((who.name for who in plan.participants), plan.config.rounds)
-    for limit, people in _limited(plan, budgets):
+    for limit, people in budgets.touched(plan):
         rounds = _rounds(limit, people, plan, most)
         if rounds == most:
             continue
@@ -187,16 +195,8 @@ def within_budgets(plan: Plan, budgets: Budgets) -> Plan:
     return replace(plan, config=plan.config.model_copy(update={"rounds": rounds}))
 
 
-def _limited(plan: Plan, budgets: Budgets) -> list[tuple[Limit, list[Participant]]]:
-    """Return the budgets that a run touches, each with the clients that spend of it."""
-    found: dict[str, tuple[Limit, list[Participant]]] = {}
-    for who in plan.participants:
-        for limit in budgets.on(who.population):
-            found.setdefault(limit.population, (limit, []))[1].append(who)
-    return [found[name] for name in sorted(found)]
-
-
-def _spend(who: Participant, steps: int) -> PrivacySpend:
+def spend_in(who: Participant, steps: int) -> PrivacySpend:
+    """Return what ``steps`` steps of a client spend, >= 1, with the noise that it has."""
     assert who.privacy is not None
     parameters = {
         "noise_multiplier": who.privacy.noise_multiplier,
@@ -209,7 +209,7 @@ def _spend(who: Participant, steps: int) -> PrivacySpend:
 def _planned(people: Sequence[Participant], plan: Plan, rounds: int) -> list[PrivacySpend]:
     """Return what ``rounds`` rounds of all ``people`` spend."""
     steps = (plan.config.local_steps or 1) * rounds
-    return [_spend(who, steps) for who in people] if steps else []
+    return [spend_in(who, steps) for who in people] if steps else []
 
 
 def _rounds(limit: Limit, people: Sequence[Participant], plan: Plan, most: int) -> int:
@@ -244,11 +244,13 @@ def _refusal(limit: Limit, people: Sequence[Participant], plan: Plan, rounds: in
         f"{people[0].name}: {limit.of(people[0])} has spent ε = {before:.2f} of {limit.epsilon:g} "
         f"(δ = {limit.delta:g}), and this run would bring it to {after:.2f}. "
     )
+    others = "the run more noise, raise the budget (weft privacy budget), or leave it out"
     if rounds and _policy(limit, plan) == "ask":
         yield (
             "Its policy is to ask: set privacy.over_budget: shorten, and its clients take part in "
-            f"{rounds} rounds; or "
+            f"{rounds} rounds; or give {others}"
         )
     elif rounds:
-        yield f"There is room for {rounds} rounds: plan as many, or "
-    yield "give the run more noise, raise the budget (weft privacy budget), or leave it out"
+        yield f"There is room for {rounds} rounds: plan as many, or give {others}"
+    else:
+        yield f"Give {others}"

@@ -13,6 +13,7 @@ import typer
 from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_lineage import diff, lineage
+from orchestrator.cli_privacy import privacy_app
 from orchestrator.cli_refs import alias_app, names, promote, rollback, versions, yank
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
@@ -61,6 +62,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(privacy_app, name="privacy")
 app.command("import")(import_)
 app.command()(export)
 app.command()(verify)

@@ -58,13 +58,17 @@ def clients_add(  # noqa: PLR0913  (one option each)
         labels=pairs(label, "--label"),
         public=public,
     )
-    record = registering.register_client(workspace_here(), record, check)
+    workspace = workspace_here()
+    record = registering.register_client(workspace, record, check)
     budget = f"ε {record.epsilon:g} (δ {record.delta:g})" if record.epsilon is not None else "none"
     out.print(
         f"registered {record.name}: {record.num_examples} examples, budget {budget}",
         highlight=False,
         markup=False,
     )
+    if related := sorted(workspace.ledger.relations.of(record.population)):
+        line = f"shares records with {', '.join(related)}: what is spent on one counts for each"
+        out.print(line, highlight=False, markup=False)
 
 
 @clients_app.command("list")

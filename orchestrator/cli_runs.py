@@ -57,6 +57,12 @@ def run(  # noqa: PLR0913  (one option each)
         str | None,
         typer.Option("--ray-address", help="Join this Ray cluster, HOST:PORT of its head."),
     ] = None,
+    accept_unbounded: Annotated[
+        bool, typer.Option("--accept-unbounded", help="Run without privacy on budgeted data.")
+    ] = False,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why that is accepted; in the lineage for ever.")
+    ] = "",
     log_format: LogFormat = None,
     log_file: LogFile = None,
     metrics_port: MetricsPort = None,
@@ -73,12 +79,16 @@ def run(  # noqa: PLR0913  (one option each)
         raise BadConfig("give a run's YAML file, or --resume RUN")
     if accept_drift and resume is None:
         raise BadConfig("--accept-drift is for a run that goes on: give --resume RUN with it")
+    if accept_unbounded != bool(reason.strip()):
+        raise BadConfig("--accept-unbounded and --reason WHY go together: the reason is for ever")
+    if reason:
+        overrides = [*overrides, f"accept_unbounded={json.dumps(reason)}"]
     if ray_address is not None:
         overrides = [*overrides, f"backend.address={json.dumps(ray_address)}"]
     if resume is not None and (overrides or detach or priority or label):
         raise BadConfig(
-            "--set cannot change a run that goes on, nor --ray-address, --detach, --priority, "
-            "--label; "
+            "--set cannot change a run that goes on, nor --accept-unbounded, --ray-address, "
+            "--detach, --priority, --label; "
             "weft runs resume RUN queues it, weft runs clone RUN --set … starts a changed one"
         )
     queueing = Queueing(priority, pairs(label, "--label"))

@@ -186,6 +186,8 @@ def _version_line(version: Version) -> str:
     extra = f"  [dim]base {place}[/]" if recipe["kind"] in ("start", "merge", "import") else ""
     insecure = (recipe.get("privacy") or {}).get("insecure_seed") is not None
     warning = "  [red]insecure seed: not private[/]" if insecure else ""
+    if "unbounded" in recipe:
+        warning = f"  [red]without DP, accepted: {escape(recipe['unbounded'])}[/]"
     scores = "  ".join(f"{k} {v:.3f}" for k, v in sorted(version.metrics.items())[:2])
     bad = f"  [red]yanked: {escape(version.yanked)}[/]" if version.yanked is not None else ""
     return f"[cyan]{escape(title)}[/] {escape(what)}{extra}  [dim]{escape(scores)}[/]{warning}{bad}"

@@ -11,7 +11,8 @@ from orchestrator.workspace import Workspace
 from storage.ledger import SpendRow
 from strategies.spends import PrivacySpend
 
-_DELTA = 1e-5  # where no budget says which
+DELTA = 1e-5
+"""δ of an ε where no budget says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def spent_by_population(workspace: Workspace, population: str) -> dict[str, Any]
     budget = workspace.ledger.budget(population)
     if not rows:
         return {"epsilon": 0.0, "text": "nothing"}
-    delta = budget[1] if budget else _DELTA
+    delta = budget[1] if budget else DELTA
     spent = composed(population, [spend_from_row(r) for r in rows], delta)
     limit = f" of {budget[0]:g}" if budget else ""
     return {**asdict(spent), "text": f"{spent}{limit}, in {len(rows)} rounds"}

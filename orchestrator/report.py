@@ -42,6 +42,7 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "updates": ", ".join(leaf["client"] for leaf in recipe["updates"]) or "-",
         "reproducible": recipe["reproducible"],
         "private": "yes" if recipe["private"] else "no",
+        **({"without DP": f"accepted: {recipe['unbounded']}"} if "unbounded" in recipe else {}),
         "metrics": ", ".join(f"{k} {v:.4f}" for k, v in version.metrics.items()) or "-",
         "yanked": version.yanked or "-",
         "created": version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),

@@ -33,6 +33,7 @@ COMMANDS = (
     "clients add b2 --data {data} --label site=south",
     "data check {data}",
     "clients budget a --epsilon 4 --delta 1e-5",
+    "privacy budget a --epsilon 4 --delta 1e-5 --policy ask",
     "keys list",
     "fsck",
     "gc",

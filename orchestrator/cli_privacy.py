@@ -1,0 +1,168 @@
+"""``weft privacy``: what was spent of people's privacy, what a run would spend, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from orchestrator.terminal import JsonFlag, Set, out, print_json, workspace_here
+
+if TYPE_CHECKING:
+    from orchestrator.statements import Statement
+    from storage.records import Policy
+
+privacy_app = typer.Typer(
+    help="Privacy budgets: spent, planned, left; what a run would spend; a report.",
+    no_args_is_help=True,
+)
+
+
+@privacy_app.command("status")
+def status(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Populations or clients; all by default.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", help="What this version has inherited instead.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    after: Annotated[
+        str, typer.Option("--after", help="Only names that come after this: the next page.")
+    ] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what is spent, planned and left, by population and run, or of one version."""
+    from orchestrator import statements
+
+    if version is not None:
+        _of_version(version, as_json)
+        return
+    found = statements.statements(workspace_here(), names or (), limit, after)
+    if as_json:
+        print_json([one.to_json() for one in found])
+        return
+    for one in found:
+        _print_statement(one)
+    if not found:
+        out.print("nobody's privacy is on record: no client is registered, nothing was spent")
+    if len(found) == limit:
+        out.print(f"more: --after {found[-1].population}", style="dim", markup=False)
+
+
+def _of_version(ref: str, as_json: bool) -> None:
+    from orchestrator import statements
+
+    found = statements.of_version(workspace_here(), ref)
+    if as_json:
+        print_json(found)
+        return
+    for one in found:
+        limit = f", of a budget of {one['budget']['epsilon']:g}" if one["budget"] else ""
+        line = f"{one['population']}: {one['text']}{limit}"
+        out.print(line, highlight=False, markup=False)
+    if not found:
+        out.print(f"{ref} has inherited no spend: no ε is known for it", highlight=False)
+
+
+def _print_statement(one: Statement) -> None:
+    limit = one.budget
+    shown = (
+        f"budget ε = {limit.epsilon:g} (δ = {limit.delta:g}), policy {limit.policy}"
+        if limit
+        else "no budget"
+    )
+    out.print(f"[bold]{escape(one.population)}[/]  {shown}", highlight=False)
+    spent = "; ".join(map(str, one.spent)) or "nothing"
+    left = "" if one.left is None else f", left ε = {one.left:.2f}"
+    out.print(f"  spent    {spent}{left}", highlight=False, markup=False)
+    if one.planned != one.spent:
+        planned = "; ".join(map(str, one.planned))
+        out.print(f"  planned  {planned}, with the runs that go on", highlight=False, markup=False)
+    if one.related:
+        names = ", ".join(one.related)
+        line = f"  shares records with {names}, whose spends count"
+        out.print(line, highlight=False, markup=False)
+    for run in one.runs:
+        cost = "; ".join(map(str, run.spent))
+        of = f"  {run.version[:12]}" if run.version else ""
+        line = f"  run {run.run} {run.name} {run.status}{of}: {run.rounds} rounds, {cost}"
+        out.print(line, highlight=False, markup=False)
+    for bare in one.unprotected:
+        why = f"accepted by {bare.who}: {bare.reason}" if bare.reason else "there was no budget"
+        line = f"  run {bare.run}: without DP, no ε bounds what it tells ({why})"
+        out.print(line, style="red", highlight=False, markup=False)
+
+
+@privacy_app.command("plan")
+def plan(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:  # noqa: B006
+    """Show a run's noise and ε, a round and in all, and what it leaves; train nothing."""
+    from orchestrator import forecasting
+    from orchestrator.config import load_config
+
+    found = forecasting.forecast(workspace_here(), load_config(config, overrides))
+    if as_json:
+        print_json(found.to_json())
+        return
+    cut = "" if found.rounds == found.asked_rounds else f" of the {found.asked_rounds} asked for"
+    out.print(f"{found.name}: {found.rounds} rounds{cut}", highlight=False, markup=False)
+    for one in found.clients:
+        out.print(
+            f"{one.client}: noise multiplier {one.noise_multiplier:g}, sample rate "
+            f"{one.sample_rate:.3g}, {one.steps} steps a round, {one.rounds} rounds at most",
+            highlight=False,
+            markup=False,
+        )
+        line = f"  a round {one.one_round}; in all {one.whole}"
+        out.print(line, highlight=False, markup=False)
+    for effect in found.budgets:
+        out.print(
+            f"budget of {effect.population}: ε = {effect.before:.2f} of {effect.limit:g} is spent, "
+            f"{effect.after:.2f} with this run, {max(0.0, effect.limit - effect.after):.2f} left "
+            f"(δ = {effect.delta:g})",
+            highlight=False,
+            markup=False,
+        )
+    out.print("what the noise costs in accuracy is not known before it is tried", style="dim")
+
+
+@privacy_app.command("budget")
+def budget(
+    population: str,
+    epsilon: Annotated[float | None, typer.Option(help="ε in all; leave out for none.")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ of the budget.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Of a run it is too little for: refuse, shorten or ask.")
+    ] = None,
+) -> None:
+    """Set what a population may spend in all, and what becomes of runs that would pass it."""
+    from storage.records import POLICIES
+    from storage.registry import BadBudget
+
+    chosen: Policy | None = next((one for one in POLICIES if one == policy), None)
+    if policy is not None and chosen is None:
+        raise BadBudget(f"a budget's policy is {', '.join(POLICIES)}, got {policy!r}")
+    ledger = workspace_here().ledger
+    ledger.set_budget(population, epsilon, delta, chosen)
+    limit = "none" if epsilon is None else f"ε {epsilon:g} (δ {delta:g})"
+    kept = ledger.policies()[population]
+    out.print(f"{population}: budget {limit}, policy {kept}", highlight=False, markup=False)
+
+
+@privacy_app.command("report")
+def report(
+    ref: str,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write into.")] = Path(),
+    as_json: JsonFlag = False,
+) -> None:
+    """Write what a version says of people's privacy, for a board, as HTML and Markdown."""
+    from orchestrator import privacy_report
+
+    found = privacy_report.privacy_report(workspace_here(), ref)
+    if as_json:
+        print_json(found.to_json())
+        return
+    for path in privacy_report.written(found, to):
+        out.print(str(path), highlight=False, markup=False)

@@ -1,0 +1,137 @@
+"""What a run would spend of people's privacy, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.budgets import Budgets, Limit, spend_in
+from orchestrator.config import BadConfig, RunConfig
+from orchestrator.epsilons import Epsilon, composed
+from orchestrator.launch import make_plan
+from orchestrator.plan import Participant, Plan
+from orchestrator.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a run brings a budget to.
+
+    Attributes:
+        population: whose budget.
+        limit: ε that it may spend in all.
+        delta: of it.
+        before: ε that is spent.
+        after: ε that will be, with all of the run's clients that it counts.
+    """
+
+    population: str
+    limit: float
+    delta: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a run would spend of one client's population.
+
+    Attributes:
+        client: its name.
+        num_examples: its declared size.
+        noise_multiplier: noise standard deviation over the clipping norm.
+        sample_rate: with which a step takes a unit.
+        steps: in a round.
+        rounds: in which it takes part, at most.
+        one_round: the ε of one of them.
+        whole: the ε of all of them, of this run alone.
+    """
+
+    client: str
+    num_examples: int
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    rounds: int
+    one_round: Epsilon
+    whole: Epsilon
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run would spend.
+
+    Attributes:
+        name: the run's.
+        asked_rounds: as its file says.
+        rounds: that it would have; fewer where a budget's policy shortens it.
+        clients: what each would spend.
+        budgets: what each budget that it touches comes to.
+    """
+
+    name: str
+    asked_rounds: int
+    rounds: int
+    clients: tuple[Prospect, ...]
+    budgets: tuple[Effect, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        return asdict(self)
+
+
+def forecast(workspace: Workspace, config: RunConfig) -> Forecast:
+    """Return what a run would spend; plans it as launching would, and starts nothing.
+
+    Raises:
+        BadConfig: if it cannot be run, or has no privacy to speak of.
+        BudgetSpent: if a budget has too little left.
+    """
+    if config.privacy is None:
+        raise BadConfig(
+            f"{config.name} has no privacy section: no ε bounds what it tells; add one, such as "
+            "--set privacy.epsilon=3"
+        )
+    plan = make_plan(config, workspace.store, workspace.ledger, workspace.sites)
+    return Forecast(
+        name=config.name,
+        asked_rounds=config.rounds,
+        rounds=plan.config.rounds,
+        clients=tuple(_prospect(who, plan) for who in plan.participants),
+        budgets=tuple(_effects(plan, Budgets(workspace.ledger))),
+    )
+
+
+def _prospect(who: Participant, plan: Plan) -> Prospect:
+    privacy, steps = plan.config.privacy, plan.config.local_steps or 1
+    assert privacy is not None
+    assert who.privacy is not None
+    rounds = min(plan.max_participations, plan.config.rounds)
+    one, whole = (
+        composed(
+            who.population, [spend_in(who, many)], privacy.delta, privacy.accountant, who.public
+        )
+        for many in (steps, steps * rounds)
+    )
+    return Prospect(
+        who.name,
+        who.num_examples,
+        who.privacy.noise_multiplier,
+        who.privacy.sample_rate,
+        steps,
+        rounds,
+        one,
+        whole,
+    )
+
+
+def _effects(plan: Plan, budgets: Budgets) -> list[Effect]:
+    return [_effect(limit, people, plan) for limit, people in budgets.touched(plan)]
+
+
+def _effect(limit: Limit, people: Sequence[Participant], plan: Plan) -> Effect:
+    rounds = min(plan.max_participations, plan.config.rounds)
+    steps = (plan.config.local_steps or 1) * rounds
+    after = limit.total([spend_in(who, steps) for who in people])
+    return Effect(limit.population, limit.epsilon, limit.delta, limit.total(()), after)
