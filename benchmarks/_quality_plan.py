@@ -1,0 +1,289 @@
+"""What ``federated_quality.py`` compares: methods, cells, and the sweeps they stand for.
+
+A *cell* is a data set dealt to clients in one way. Everything here is a function of the plan alone:
+the same plan makes the same sweeps, so that what there is of them is found again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clients.builtin import parameter_types
+
+LORA = {"name": "lora", "r": 8, "alpha": 16}
+CORES = {"name": "lora-sb", "r": 24, "alpha": 48}
+ADAM_RATES = (3e-3, 8e-3, 2e-2, 5e-2)
+CORE_RATES = (8e-3, 2e-2, 5e-2, 1.2e-1)
+SGD_RATES = (1e-1, 3e-1, 1.0, 3.0)
+HELD = 600
+"""Training rows that learning rates are judged by; they are trained on in the reported runs."""
+TUNING, TUNING_SEED = "tune", 100
+"""The name of the sweep of all learning rates, and its seed, which no reported run has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way of federated training, as it is compared.
+
+    Attributes:
+        name: as it is printed.
+        strategy: the strategy and all options that set it apart.
+        rates: learning rates of which one is chosen.
+        optimizer: the clients'.
+        adapter: what is trained.
+        more: what else of a run's file it needs.
+    """
+
+    name: str
+    strategy: Mapping[str, Any]
+    rates: tuple[float, ...] = ADAM_RATES
+    optimizer: str = "adamw"
+    adapter: Mapping[str, Any] = field(default_factory=lambda: LORA)
+    more: tuple[str, ...] = ()
+
+    def values(self, rate: float) -> dict[str, Any]:
+        """Return what sets a run of it apart, by the keys of a sweep's grid."""
+        return {
+            "strategy": dict(self.strategy),
+            "adapter": dict(self.adapter),
+            "optimizer": {"name": self.optimizer, "lr": rate},
+            "regularizers": list(self.more),
+        }
+
+
+def _plain(name: str, **options: Any) -> Method:
+    return Method(name, {"name": name, **options})
+
+
+GROUPS: tuple[tuple[Method, ...], ...] = (
+    (
+        _plain("fedavg"),
+        Method("ffa-lora", {"name": "ffa-lora", "orthonormal": False}),
+        Method("ffa-lora, orthonormal", {"name": "ffa-lora", "orthonormal": True}),
+        _plain("fedsvd"),
+    ),
+    (_plain("flexlora"), _plain("fedex-lora"), _plain("lora-fair"), _plain("rolora")),
+    (
+        Method("fed-sb", {"name": "fed-sb"}, CORE_RATES, adapter=CORES),
+        _plain("flora"),
+        Method("fedavg, sgd", {"name": "fedavg"}, SGD_RATES, "sgd"),
+        Method("scaffold, sgd", {"name": "scaffold"}, SGD_RATES, "sgd"),
+    ),
+)
+"""The methods of the default plan; each group is tuned and shown before the next begins."""
+MORE: tuple[Method, ...] = (
+    _plain("hetlora"),
+    Method("lori", {"name": "lori", "calibration": 5}),
+    Method("fedprox", {"name": "fedavg"}, more=("proximal",)),
+    _plain("fedavgm"),
+    _plain("fedadam"),
+    _plain("fedyogi"),
+    _plain("fedadagrad"),
+)
+"""The rest, in the full plan. FedSA-LoRA is not among them: it has no global model to score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A data set, and how unlike the clients' labels are: Dirichlet's alpha, or None for IID."""
+
+    data: str
+    alpha: float | None
+
+    @property
+    def name(self) -> str:
+        """Return its name, as in ``sst2-dir0.5``."""
+        return f"{self.data}-{'iid' if self.alpha is None else f'dir{self.alpha:g}'}"
+
+    @property
+    def title(self) -> str:
+        """Return it as people read it, as in ``sst2, alpha = 0.5``."""
+        return f"{self.data}, alpha = {'infinity' if self.alpha is None else f'{self.alpha:g}'}"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """A data set's labels, and the files of what is trained on and scored."""
+
+    labels: tuple[str, ...]
+    train: Path
+    test: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared, in the order in which it is run.
+
+    Attributes:
+        groups: the methods; the first method of the first group is what communication is equal to.
+        cells: the first is the one that learning rates are tuned in.
+        seeds: each decides first tensors, batches and who has which example.
+        rounds: of a run at equal steps.
+        tuning_rounds: of a run that tries a learning rate.
+        steps: of each client a round.
+        batch_size: examples a step.
+        clients: all of which train in every round.
+        every: rounds from one evaluation to the next.
+        max_length: of a text in tokens.
+        device: where clients train.
+    """
+
+    groups: tuple[tuple[Method, ...], ...]
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rounds: int = 8
+    tuning_rounds: int = 4
+    steps: int = 8
+    batch_size: int = 8
+    clients: int = 10
+    every: int = 2
+    max_length: int = 48
+    device: str = "cpu"
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Return all methods, in order."""
+        return tuple(method for group in self.groups for method in group)
+
+    @property
+    def reference(self) -> Method:
+        """Return the method whose bytes the others may spend."""
+        return self.methods[0]
+
+    def stages(self) -> Iterator[tuple[Cell, int, tuple[Method, ...]]]:
+        """Yield what is run after what: a cell, a seed, and the methods that it has by then.
+
+        Group by group in the first cell, then all methods in the other cells.
+        """
+        for count in range(1, len(self.groups) + 1):
+            due = tuple(method for group in self.groups[:count] for method in group)
+            for seed in self.seeds:
+                yield self.cells[0], seed, due
+        for cell in self.cells[1:]:
+            for seed in self.seeds:
+                yield cell, seed, self.methods
+
+    def base(self, cell: Cell, seed: int, data: DataSet) -> dict[str, Any]:
+        """Return what the runs of a cell and a seed have in common, as in a run's file."""
+        dealt = {"by": "iid"} if cell.alpha is None else {"by": "dirichlet", "alpha": cell.alpha}
+        return {
+            "model": {"id": "builtin:minilm", "max_length": self.max_length},
+            "labels": list(data.labels),
+            "clients": {
+                "simulate": {
+                    "data": f"jsonl:{data.train}",
+                    **dealt,
+                    "parts": self.clients,
+                    "seed": seed,
+                    "public": True,
+                }
+            },
+            "evaluate": {"data": f"jsonl:{data.test}", "every": self.every},
+            "rounds": self.rounds,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "backend": "inline",
+            "device": self.device,
+        }
+
+
+def tuning_sweep(plan: Plan, methods: Sequence[Method], data: DataSet) -> dict[str, Any]:
+    """Return the sweep of methods' learning rates, on ``data`` of the first cell."""
+    base = plan.base(plan.cells[0], TUNING_SEED, data)
+    base["rounds"] = base["evaluate"]["every"] = plan.tuning_rounds
+    chosen = [method.values(rate) for method in methods for rate in method.rates]
+    return sweep_document(TUNING, TUNING_SEED, base, chosen)
+
+
+def cell_sweep(cell: Cell, seed: int) -> str:
+    """Return the name of the sweep of a cell's runs with one seed."""
+    return f"{cell.name}-s{seed}"
+
+
+def sweep_document(
+    name: str, seed: int, base: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a sweep's file: the runs of ``chosen`` values and no others of their grid."""
+    grid: dict[str, list[Any]] = {key: [] for key in chosen[0]}
+    for values in chosen:
+        for key, value in values.items():
+            if value not in grid[key]:
+                grid[key].append(value)
+    return {
+        "name": name,
+        "base": {"name": name, **base},
+        "grid": grid,
+        "only": [dict(values) for values in chosen],
+        "seeds": [seed],
+        "max_runs": len(chosen),
+    }
+
+
+def write_sweep(folder: Path, document: Mapping[str, Any]) -> Path:
+    """Write a sweep's file and return where; one of the same name is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{document['name']}.yaml"
+    path.write_text(yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True), "utf-8")
+    return path
+
+
+def find_data(folder: Path, names: Iterable[str]) -> dict[str, DataSet]:
+    """Return data sets of a folder that has a ``manifest.json``.
+
+    Raises:
+        SystemExit: if it has none, or one of the sets is not in it.
+    """
+    try:
+        listed = json.loads((folder / "manifest.json").read_text("utf-8"))["datasets"]
+    except OSError:
+        raise SystemExit(
+            f"there is no {folder / 'manifest.json'}: give the folder of the data sets by --data, "
+            "or measure on what is built in by --quick"
+        ) from None
+    known = {one["name"]: one for one in listed}
+    found = {}
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"{folder} has no data set {name!r} ({', '.join(known)})")
+        files = [folder / known[name]["splits"][split]["file"] for split in ("train", "test")]
+        found[name] = DataSet(tuple(known[name]["labels"]), *files)
+    return found
+
+
+def built_in(folder: Path, train: int, test: int) -> DataSet:
+    """Write so many rows of parameter types into ``folder`` and return them as a data set."""
+    paths = []
+    for split, count in (("train", train), ("test", test)):
+        rows = parameter_types.rows(split="train" if split == "train" else "test")
+        kept = [{"text": row["text"], "label": row["label"]} for row in rows[:: len(rows) // count]]
+        paths.append(_written(folder / f"parameter-types.{split}.jsonl", kept[:count]))
+    return DataSet(tuple(parameter_types.LABELS), *paths)
+
+
+def held_back(data: DataSet, folder: Path, held: int = HELD) -> DataSet:
+    """Return a data set's training rows as what is trained on and what learning rates see.
+
+    Its test rows are in neither: nothing is tuned on what is reported.
+    """
+    opened = gzip.open if data.train.suffix == ".gz" else open
+    with opened(data.train, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    held = min(held, len(rows) // 4)
+    stem = data.train.name.partition(".")[0]
+    train = _written(folder / f"{stem}.fit.jsonl", rows[held:])
+    return DataSet(data.labels, train, _written(folder / f"{stem}.held.jsonl", rows[:held]))
+
+
+def _written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+    return path

@@ -1,0 +1,180 @@
+"""What the benchmark of quality makes of its plan and of its runs' logs; nothing is trained."""
+
+import json
+from datetime import UTC, datetime
+
+import federated_quality as quality
+import pytest
+from _quality_plan import GROUPS, DataSet, held_back, sweep_document, write_sweep
+from _quality_plan import Cell as CellOf
+from _quality_report import Measured
+from _quality_results import (
+    CLAIMS,
+    Claim,
+    Result,
+    Score,
+    Tuned,
+    affordable_rounds,
+    curve,
+    judged,
+    within,
+)
+
+from orchestrator.sweep import Sweep, load_sweep, points
+from orchestrator.sweeping import forecast
+from orchestrator.workspace import open_workspace
+from storage.records import Event
+
+CELL = CellOf("sst2", 0.5)
+CLAIM = Claim("new", "old", "0000.00000", "somewhere")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Forty rows of two labels."""
+    path = tmp_path / "sst2.train.jsonl"
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(40)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return DataSet(("no", "yes"), path, path)
+
+
+def events(*told):
+    moment = datetime(2026, 11, 22, tzinfo=UTC)
+    return [Event(n, kind, data, moment, {}) for n, (kind, data) in enumerate(told, 1)]
+
+
+def asked(round_, *clients):
+    return "assigned", {"round": round_, "assigned": list(clients), "bytes": 10 * len(clients)}
+
+
+def answered(round_, client):
+    return "accepted", {"round": round_, "client": client, "bytes": 3}
+
+
+def scored(round_, accuracy):
+    return "evaluated", {"round": round_, "accuracy": accuracy}
+
+
+def result(seed, method, accuracy, cell=CELL):
+    point = Score(10, accuracy, 1, 1)
+    return Result(cell, seed, method, point, point)
+
+
+def pairs(*differences):
+    return [
+        result(seed, name, 0.5 + more)
+        for seed, difference in enumerate(differences)
+        for name, more in (("old", 0.0), ("new", difference))
+    ]
+
+
+def test_a_score_knows_what_was_sent_before_it_and_not_after():
+    log = events(
+        asked(1, "a", "b"),
+        answered(1, "a"),
+        answered(1, "b"),
+        scored(1, 0.5),
+        asked(2, "a"),
+        answered(2, "a"),
+        scored(2, 0.6),
+    )
+    assert curve(log) == [Score(1, 0.5, 6, 20), Score(2, 0.6, 9, 30)]
+
+
+def test_a_client_that_is_asked_again_after_an_interruption_counts_once():
+    log = events(asked(1, "a", "b"), answered(1, "a"), asked(1, "b"), answered(1, "b"))
+    assert curve([*log, *events(scored(1, 0.5))]) == [Score(1, 0.5, 6, 20)]
+
+
+def test_equal_bytes_are_the_last_score_that_they_pay_for():
+    scores = [Score(2, 0.5, 10, 10), Score(4, 0.6, 20, 20), Score(6, 0.7, 30, 30)]
+    assert within(scores, 59) == scores[1]
+    assert within(scores, 60) == scores[2]
+    assert within(scores, 19) is None
+
+
+def test_what_moves_three_quarters_of_the_bytes_may_go_on_for_a_third_longer():
+    assert affordable_rounds(Score(12, 0.5, 30, 60), 120) == 16
+    assert affordable_rounds(Score(10, 0.5, 60, 60), 60) == 5
+
+
+def test_an_ordering_holds_or_is_reversed_only_where_chance_is_left_out():
+    def word(*differences):
+        return judged(CLAIM, pairs(*differences), "steps").word
+
+    assert word(0.03, 0.032, 0.028) == "holds"
+    assert word(-0.03, -0.032, -0.028) == "reversed"
+    assert word(0.03, -0.02, 0.01) == "undecided"
+    assert word(0.03, 0.03) == "not measured"
+
+
+def test_an_ordering_is_judged_by_runs_of_the_same_cell_and_seed_alone():
+    other = CellOf("mnli", None)
+    found = [result(0, "old", 0.5), result(0, "new", 0.6, other), result(1, "new", 0.6)]
+    verdict = judged(CLAIM, found, "steps")
+    assert (verdict.n, verdict.difference, str(verdict)) == (0, None, "-")
+
+
+def test_the_margin_is_that_of_students_t():
+    verdict = judged(CLAIM, pairs(0.01, 0.02, 0.03), "bytes")
+    assert verdict.difference == pytest.approx(0.02)
+    assert verdict.margin == pytest.approx(4.303 * 0.01 / 3**0.5, rel=1e-3)
+
+
+def test_a_rate_is_chosen_once_all_have_ended_and_never_one_that_failed():
+    assert Tuned("m", {0.1: 0.7, 0.3: None, 0.9: 0.7}).rate == 0.1
+    assert Tuned("m", {0.1: 0.7}, missing=(0.3,)).rate is None
+    assert Tuned("m", {0.1: None, 0.3: None}).rate is None
+
+
+def test_rates_are_judged_by_rows_that_are_neither_trained_on_nor_reported(data, tmp_path):
+    tuning = held_back(data, tmp_path / "home")
+    read = [set(path.read_text().splitlines()) for path in (tuning.train, tuning.test)]
+    assert (len(read[0]), len(read[1])) == (30, 10)
+    assert not read[0] & read[1]
+    assert read[0] | read[1] == set(data.train.read_text().splitlines())
+
+
+def test_a_sweep_has_the_chosen_runs_and_finds_them_again_among_more(data, tmp_path):
+    plan = quality.default_plan("cpu")
+    base = plan.base(CELL, 1, data)
+    few = [method.values(0.01) for method in GROUPS[0]]
+    more = [*few, *(method.values(0.3) for method in GROUPS[2])]
+
+    names = {}
+    for chosen in (few, more):
+        path = write_sweep(tmp_path, sweep_document("s", 1, base, chosen))
+        _, found = load_sweep(path)
+        assert sorted(map(str, chosen)) == sorted(str(dict(p.values)) for p in found)
+        names[len(chosen)] = {point.name for point in found}
+    assert names[len(few)] < names[len(more)]
+
+
+@pytest.mark.parametrize("alpha", [0.1, None])
+def test_every_method_of_every_plan_can_be_run(data, tmp_path, tiny_encoder, alpha):
+    plan = quality.full_plan("cpu")
+    base = plan.base(CellOf("sst2", alpha), 0, data)
+    base["model"] = {"id": str(tiny_encoder), "max_length": 16}
+    chosen = [method.values(method.rates[0]) for method in plan.methods]
+    document = sweep_document("s", 0, base, chosen)
+    workspace = open_workspace(tmp_path / "home")
+    try:
+        found = forecast(workspace, "s", points(Sweep.model_validate(document), base))
+    finally:
+        workspace.close()
+    assert (len(found.missing), found.unprotected) == (len(plan.methods), ())
+
+
+def test_claims_are_about_methods_of_the_default_plan():
+    names = {method.name for method in quality.default_plan("cpu").methods}
+    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= names
+
+
+def test_what_is_missing_is_named():
+    plan = quality.quick_plan()
+    tuned = (Tuned("fedavg", {0.01: 0.5, 0.03: 0.4}), Tuned("ffa-lora", {0.01: 0.5}, (0.03,)))
+    found = Measured(plan, tuned, (result(0, "fedavg", 0.5, plan.cells[0]),))
+    assert list(found.missing()) == [
+        "ffa-lora: not tuned yet, without learning rates 0.03",
+        "parameter-types, alpha = 0.5: ffa-lora without seeds 0",
+    ]
