@@ -133,6 +133,7 @@ class Plan:
         every: rounds from one evaluation to the next.
         max_length: of a text in tokens.
         device: where clients train.
+        model: the base model.
     """
 
     groups: tuple[tuple[Method, ...], ...]
@@ -146,6 +147,7 @@ class Plan:
     every: int = 2
     max_length: int = 48
     device: str = "cpu"
+    model: str = "builtin:minilm"
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -174,7 +176,7 @@ class Plan:
         """Return what the runs of a cell and a seed have in common, as in a run's file."""
         dealt = {"by": "iid"} if cell.alpha is None else {"by": "dirichlet", "alpha": cell.alpha}
         return {
-            "model": {"id": "builtin:minilm", "max_length": self.max_length},
+            "model": {"id": self.model, "max_length": self.max_length},
             "labels": list(data.labels),
             "clients": {
                 "simulate": {

@@ -12,6 +12,7 @@ _LOOKS: dict[Kind, tuple[str, str, str, float]] = {
     "bytes": ("D", "white", "#c55a11", -0.12),
 }
 """By what is held equal: marker, its fill and edge, and how far above the method's line it is."""
+_COLUMNS = 3
 
 
 def draw(found: Measured, path: Path) -> None:
@@ -31,12 +32,15 @@ def draw(found: Measured, path: Path) -> None:
         raise SystemExit("there is no result to draw yet; run the benchmark without --report")
     known = {method for _, method in made["steps"]}
     methods = [m.name for m in reversed(found.plan.methods) if m.name in known]
-    with rc_context({"svg.hashsalt": "weft", "font.size": 9}):
-        size = (1.6 + 2.6 * len(cells), 1.1 + 0.3 * len(methods))
+    rows = -(-len(cells) // _COLUMNS)
+    columns = min(len(cells), _COLUMNS)
+    with rc_context({"svg.hashsalt": "weft", "svg.fonttype": "none", "font.size": 9}):
+        size = (1.6 + 2.6 * columns, 0.8 + (0.5 + 0.3 * len(methods)) * rows)
         figure = Figure(figsize=size, layout="constrained")
-        for axes, cell in zip(
-            figure.subplots(1, len(cells), sharey=True, squeeze=False)[0], cells, strict=True
-        ):
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for empty in panels[len(cells) :]:
+            empty.set_visible(False)
+        for axes, cell in zip(panels, cells, strict=False):
             for kind, (marker, fill, edge, above) in _LOOKS.items():
                 points = [
                     (100 * one.mean, place + above, 100 * (one.spread or 0.0))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
 from _figures import Figure, show
 from _quality_plan import Plan
 from _quality_results import CLAIMS, KINDS, Kind, Result, Tuned, Verdict, judged, summaries
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -41,19 +42,21 @@ class Measured:
         )
 
     def missing(self) -> Iterator[str]:
-        """Yield a sentence for each method and cell of which runs are missing."""
+        """Yield a sentence for each method that has no rate, and for the cells' runs."""
         for tuned in self.tuned:
             if tuned.missing:
                 rates = ", ".join(f"{rate:g}" for rate in tuned.missing)
                 yield f"{tuned.method}: not tuned yet, without learning rates {rates}"
-        there = {(r.cell, r.method, r.seed): r for r in self.results}
+        there = {(r.cell, r.method, r.seed) for r in self.results}
         for cell in self.plan.cells:
-            for method in self.plan.methods:
-                runs = [there.get((cell, method.name, seed)) for seed in self.plan.seeds]
-                none = [s for s, run in zip(self.plan.seeds, runs, strict=True) if run is None]
-                if none:
-                    seeds = ", ".join(map(str, none))
-                    yield f"{cell.title}: {method.name} without seeds {seeds}"
+            lacking: dict[str, list[str]] = {}
+            for name in (method.name for method in self.plan.methods):
+                seeds = [str(s) for s in self.plan.seeds if (cell, name, s) not in there]
+                if seeds:
+                    lacking.setdefault(", ".join(seeds), []).append(name)
+            for text, names in lacking.items():
+                who = "all methods" if len(names) == len(self.plan.methods) else "; ".join(names)
+                yield f"{cell.title}: without seeds {text}: {who}"
 
     def verdicts(self, kind: Kind) -> list[Verdict]:
         """Return what the runs say of each published ordering of the plan's methods."""
@@ -61,17 +64,17 @@ class Measured:
         return [judged(c, self.results, kind) for c in CLAIMS if {c.better, c.worse} <= names]
 
 
-def show_report(found: Measured) -> None:
+def show_report(found: Measured, markdown: bool = False) -> None:
     """Print tables: scores, learning rates, what is sent, orderings; and what is missing."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(found.setting)
-    for kind in KINDS:
-        console.print(_scores(found, kind))
-    console.print(_costs(found))
-    console.print(_orderings(found))
+    console = Console(width=None if sys.stdout.isatty() else 250 if markdown else 180)
+    console.print(found.setting, highlight=False)
+    for table in (*(_scores(found, kind) for kind in KINDS), _costs(found), _orderings(found)):
+        if markdown:
+            table.box = MARKDOWN
+        console.print(table)
     lines = list(found.missing())
-    console.print(f"missing: {len(lines) or 'nothing'}", highlight=False)
-    for line in _folded(lines):
+    console.print("missing:" if lines else "missing: nothing", highlight=False)
+    for line in lines:
         console.print(f"  {line}", highlight=False)
 
 
@@ -86,11 +89,6 @@ def show_json(found: Measured) -> None:
             peer = "" if method == found.plan.reference.name else found.plan.reference.name
             figures.append(Figure(name, made.mean, "accuracy", None, "higher", peer, setting))
     show("Federated quality", figures, as_json=True)
-
-
-def _folded(lines: list[str], most: int = 24) -> Iterable[str]:
-    more = len(lines) - most
-    return lines if more <= 0 else [*lines[:most], f"… and {more} more"]
 
 
 def _scores(found: Measured, kind: Kind) -> Table:
@@ -110,6 +108,7 @@ def _costs(found: Measured) -> Table:
     table = Table(
         "method",
         "learning rate",
+        "accuracy by rate on held-back rows",
         "MB up",
         "MB down",
         "rounds in equal bytes",
@@ -120,10 +119,14 @@ def _costs(found: Measured) -> Table:
         own = [
             r for r in found.results if (r.method, r.cell) == (tuned.method, found.plan.cells[0])
         ]
-        rate = "-" if tuned.rate is None else f"{tuned.rate:g}"
+        chosen = "-" if tuned.rate is None else f"{tuned.rate:g}"
         if tuned.at_an_edge(methods[tuned.method]):
-            rate += " (the last tried)"
-        table.add_row(tuned.method, rate, *_sent(own, found.plan))
+            chosen += " (the last tried)"
+        tried = (
+            f"{rate:g}: {'failed' if score is None else f'{100 * score:.1f}'}"
+            for rate, score in tuned.accuracy.items()
+        )
+        table.add_row(tuned.method, chosen, ", ".join(tried), *_sent(own, found.plan))
     return table
 
 

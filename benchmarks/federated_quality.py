@@ -264,7 +264,10 @@ def measure(given: argparse.Namespace, plan: Plan, home: Path) -> None:
         found = bench.measured()
     finally:
         workspace.close()
-    (show_json if given.json else show_report)(found)
+    if given.json:
+        show_json(found)
+    else:
+        show_report(found, given.markdown)
     if given.plot is not None:
         from _quality_plot import draw
 
@@ -283,7 +286,9 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="also runs that have failed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw it (needs weft[plots])")
-    parser.add_argument("--json", action="store_true")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true", help="tables as in docs/")
     given = parser.parse_args()
     if given.quick:
         with tempfile.TemporaryDirectory() as folder:

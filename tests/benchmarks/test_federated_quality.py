@@ -1,11 +1,13 @@
 """What the benchmark of quality makes of its plan and of its runs' logs; nothing is trained."""
 
 import json
+import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import federated_quality as quality
 import pytest
-from _quality_plan import GROUPS, DataSet, held_back, sweep_document, write_sweep
+from _quality_plan import GROUPS, DataSet, Plan, held_back, sweep_document, write_sweep
 from _quality_plan import Cell as CellOf
 from _quality_report import Measured
 from _quality_results import (
@@ -150,11 +152,9 @@ def test_a_sweep_has_the_chosen_runs_and_finds_them_again_among_more(data, tmp_p
     assert names[len(few)] < names[len(more)]
 
 
-@pytest.mark.parametrize("alpha", [0.1, None])
-def test_every_method_of_every_plan_can_be_run(data, tmp_path, tiny_encoder, alpha):
-    plan = quality.full_plan("cpu")
-    base = plan.base(CellOf("sst2", alpha), 0, data)
-    base["model"] = {"id": str(tiny_encoder), "max_length": 16}
+def test_every_method_of_every_plan_can_be_run(data, tmp_path, tiny_encoder):
+    plan = replace(quality.full_plan("cpu"), model=str(tiny_encoder))
+    base = plan.base(CellOf("sst2", None), 0, data)
     chosen = [method.values(method.rates[0]) for method in plan.methods]
     document = sweep_document("s", 0, base, chosen)
     workspace = open_workspace(tmp_path / "home")
@@ -176,5 +176,63 @@ def test_what_is_missing_is_named():
     found = Measured(plan, tuned, (result(0, "fedavg", 0.5, plan.cells[0]),))
     assert list(found.missing()) == [
         "ffa-lora: not tuned yet, without learning rates 0.03",
-        "parameter-types, alpha = 0.5: ffa-lora without seeds 0",
+        "parameter-types, alpha = 0.5: without seeds 0: ffa-lora",
     ]
+
+
+@pytest.fixture
+def bench(data, tmp_path, tiny_encoder):
+    """Return a function that gives the bench of some methods on the tiny encoder, in one home."""
+    workspace = open_workspace(tmp_path / "home")
+    plan = Plan((), (CELL,), (0,), 6, 1, 1, 4, clients=2, model=str(tiny_encoder), max_length=16)
+
+    def make(*methods):
+        groups = tuple((replace(method, rates=(0.01,)),) for method in methods)
+        return quality.Bench(
+            replace(plan, groups=groups), workspace, {"sst2": data}, threading.Event()
+        )
+
+    yield make
+    workspace.close()
+
+
+def test_what_moves_less_goes_on_until_it_has_moved_as_much_and_is_scored_there(bench):
+    whole = bench(*GROUPS[0][:2])
+    whole.run()
+    found = whole.measured()
+
+    assert list(found.missing()) == []
+    fedavg, ffa = found.results
+    assert fedavg.bytes == fedavg.steps
+    assert ffa.steps.round == 6 < ffa.bytes.round
+    round_ = (ffa.steps.up + ffa.steps.down) / 6
+    budget = fedavg.steps.up + fedavg.steps.down
+    assert ffa.bytes.up + ffa.bytes.down <= budget < ffa.bytes.up + ffa.bytes.down + 1.05 * round_
+
+
+def test_the_same_command_again_runs_only_what_is_missing(bench):
+    bench(GROUPS[0][0]).run()
+    first = bench(GROUPS[0][0]).measured().results
+    before = bench().workspace.ledger.runs()
+
+    whole = bench(GROUPS[0][0], GROUPS[1][0])
+    assert list(whole.measured().missing()) == [
+        "flexlora: not tuned yet, without learning rates 0.01",
+        "sst2, alpha = 0.5: without seeds 0: flexlora",
+    ]
+    whole.run()
+
+    found = whole.measured()
+    assert [r.method for r in found.results] == ["fedavg", "flexlora"]
+    assert found.results[0] == first[0]
+    runs = whole.workspace.ledger.runs()
+    assert len(before) == 2
+    assert len(runs) == 4
+    assert {r.id for r in before} < {r.id for r in runs}
+
+
+def test_nothing_is_begun_after_it_was_asked_to_stop(bench):
+    stopped = bench(GROUPS[0][0])
+    stopped.stop.set()
+    stopped.run()
+    assert stopped.workspace.ledger.runs() == []
