@@ -63,6 +63,16 @@ class Measured:
         names = {method.name for method in self.plan.methods}
         return [judged(c, self.results, kind) for c in CLAIMS if {c.better, c.worse} <= names]
 
+    def sentence(self, kind: Kind) -> str:
+        """Return which published orderings hold here and which do not."""
+        words: dict[str, list[str]] = {
+            word: [] for word in ("holds", "reversed", "undecided", "not measured")
+        }
+        for verdict in self.verdicts(kind):
+            words[verdict.word].append(f"{verdict.claim.better} > {verdict.claim.worse}")
+        parts = (f"{word}: {'; '.join(who) or 'none'}" for word, who in words.items())
+        return f"published orderings at {_EQUAL[kind]}: {'. '.join(parts)}"
+
 
 def show_report(found: Measured, markdown: bool = False) -> None:
     """Print tables: scores, learning rates, what is sent, orderings; and what is missing."""
@@ -72,6 +82,8 @@ def show_report(found: Measured, markdown: bool = False) -> None:
         if markdown:
             table.box = MARKDOWN
         console.print(table)
+    for kind in KINDS:
+        console.print(found.sentence(kind), highlight=False)
     lines = list(found.missing())
     console.print("missing:" if lines else "missing: nothing", highlight=False)
     for line in lines:

@@ -139,7 +139,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("fedex-lora", "fedavg", "2410.09432", "commonsense, 3 clients: 86.0 and 83.6"),
     Claim("fedex-lora", "ffa-lora", "2410.09432", "commonsense, 3 clients: 86.0 and 77.4"),
     Claim("fedavg", "fedex-lora", "2505.12805", "as a baseline there: 75.5 and 62.3"),
-    Claim("flora", "fedavg", "2409.05976", "instruction tuning; its FedIT code is broken"),
+    Claim("flora", "fedavg", "2409.05976", "its abstract; the FedIT of its code is broken"),
     Claim("fedavg", "flora", "2505.12805", "as a baseline there: 75.5 and 57.1"),
     Claim("lora-fair", "fedavg", "2411.14961", "DomainNet, ViT: 77.1 and 75.8"),
     Claim("lora-fair", "flora", "2411.14961", "DomainNet, ViT: 77.1 and 75.5"),

@@ -180,6 +180,18 @@ def test_what_is_missing_is_named():
     ]
 
 
+def test_which_orderings_hold_is_said_in_a_sentence():
+    plan = quality.default_plan("cpu")
+    runs = pairs(0.03, 0.032, 0.028)
+    named = {"old": "fedavg", "new": "fedsvd"}
+    found = Measured(plan, (), tuple(replace(r, method=named[r.method]) for r in runs))
+    said = found.sentence("bytes")
+    assert said.startswith(
+        "published orderings at equal bytes: holds: fedsvd > fedavg. reversed: none. undecided: "
+    )
+    assert "rolora > ffa-lora" in said.partition("not measured")[2]
+
+
 @pytest.fixture
 def bench(data, tmp_path, tiny_encoder):
     """Return a function that gives the bench of some methods on the tiny encoder, in one home."""
@@ -229,6 +241,32 @@ def test_the_same_command_again_runs_only_what_is_missing(bench):
     assert len(before) == 2
     assert len(runs) == 4
     assert {r.id for r in before} < {r.id for r in runs}
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(bench, monkeypatch):
+    stopped = bench(GROUPS[0][0])
+
+    def told(record):
+        def seen(kind, data):
+            if kind == "committed" and data["round"] == 2:
+                stopped.stop.set()
+
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "_told", told)
+        stopped.run()
+    assert stopped.measured().results == ()
+
+    again = bench(GROUPS[0][0])
+    again.run()
+
+    assert [r.steps.round for r in again.measured().results] == [6]
+    ledger = again.workspace.ledger
+    committed = [
+        e.data["round"] for r in ledger.runs() for e in ledger.events(r.id, kinds={"committed"})
+    ]
+    assert sorted(committed) == [1, 1, 2, 3, 4, 5, 6]
 
 
 def test_nothing_is_begun_after_it_was_asked_to_stop(bench):
