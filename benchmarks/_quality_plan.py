@@ -80,6 +80,7 @@ GROUPS: tuple[tuple[Method, ...], ...] = (
 """The methods of the default plan; each group is tuned and shown before the next begins."""
 MORE: tuple[Method, ...] = (
     _plain("hetlora"),
+    _plain("lora-a2"),
     Method("lori", {"name": "lori", "calibration": 5}),
     Method("fedprox", {"name": "fedavg"}, more=("proximal",)),
     _plain("fedavgm"),
@@ -87,7 +88,8 @@ MORE: tuple[Method, ...] = (
     _plain("fedyogi"),
     _plain("fedadagrad"),
 )
-"""The rest, in the full plan. FedSA-LoRA is not among them: it has no global model to score."""
+"""The rest, in the full plan. FedSA-LoRA is not among them, because it has no global model to
+score; EigenLoRAx is not, because it starts from a library of adapters."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,7 +231,8 @@ def _told(record: RunRecord) -> Observe:
     def seen(kind: str, data: Mapping[str, Any]) -> None:
         if kind in ("completed", "failed"):
             used = time.process_time() - began
-            print(f"{record.name} {kind} after {used:.0f} s of processor time", file=sys.stderr)
+            how = f"{kind}: {data['reason']}" if kind == "failed" else kind
+            print(f"{record.name}: {used:.0f} s of processor time, {how}", file=sys.stderr)
 
     return seen
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from orchestrator.config import BadConfig
+from orchestrator import config
+from orchestrator.config import BadConfig, RunConfig
 from orchestrator.sweep import Sweep, load_sweep, points
 
 
@@ -54,6 +55,22 @@ def test_a_run_has_another_name_when_the_base_decides_another_result(runs):
     elsewhere = runs(base={"backend": "ray"})[0]
     assert first.name != longer.name
     assert first.name == elsewhere.name
+
+
+def test_a_run_keeps_its_name_when_a_later_weft_has_more_options(runs, monkeypatch):
+    class Later(RunConfig):
+        harness: str | None = None
+        treadles: tuple[str, ...] = ()
+
+    (before,) = runs()
+    monkeypatch.setattr(config, "RunConfig", Later)
+    assert [p.name for p in runs()] == [before.name]
+    assert [p.name for p in runs(base={"harness": "countermarch"})] != [before.name]
+
+
+def test_an_option_of_none_is_another_setting_where_it_is_not_the_default(runs):
+    flora = [{"name": "flora", "max_rank": None}, "flora"]
+    assert len({p.name for p in runs(grid={"strategy": flora})}) == 2
 
 
 def test_only_and_skip_choose_of_the_grid(runs):
