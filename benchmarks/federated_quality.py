@@ -104,7 +104,8 @@ class Bench:
         """Run what is missing of the plan, in its order, until all is done or ``stop`` is set."""
         for cell, seed, methods in self.plan.stages():
             self._drive(self._tuning(methods))
-            if (document := self._cell(cell, seed, methods)) is not None:
+            tuned = [self._tuned(method) for method in methods]
+            if (document := self._cell(cell, seed, tuned)) is not None:
                 self._drive(document)
                 self._extend(cell, seed, document)
                 self._drive(document)
@@ -117,7 +118,7 @@ class Bench:
         found: list[Result] = []
         for cell in self.plan.cells:
             for seed in self.plan.seeds:
-                found += self._results(cell, seed)
+                found += self._results(cell, seed, tuned)
         return Measured(self.plan, tuned, tuple(found))
 
     def _tuned(self, method: Method) -> Tuned:
@@ -135,9 +136,9 @@ class Bench:
                 scores[rate] = last[0].accuracy if last else None
         return Tuned(method.name, scores, tuple(missing))
 
-    def _results(self, cell: Cell, seed: int) -> list[Result]:
+    def _results(self, cell: Cell, seed: int, tuned: Sequence[Tuned]) -> list[Result]:
         """Return what the runs of a cell and a seed reached, those that have got so far."""
-        document = self._cell(cell, seed, self.plan.methods)
+        document = self._cell(cell, seed, tuned)
         if document is None:
             return []
         records = self._records(document)
@@ -198,9 +199,10 @@ class Bench:
         held = held_back(data, self.workspace.home / "data")
         return tuning_sweep(self.plan, methods, held)
 
-    def _cell(self, cell: Cell, seed: int, methods: Sequence[Method]) -> dict[str, Any] | None:
-        """Return the sweep of methods at their rates; None while no rate is known."""
-        rates = [(method, self._tuned(method).rate) for method in methods]
+    def _cell(self, cell: Cell, seed: int, tuned: Sequence[Tuned]) -> dict[str, Any] | None:
+        """Return the sweep of the methods that have a rate; None while none has."""
+        methods = {method.name: method for method in self.plan.methods}
+        rates = [(methods[one.method], one.rate) for one in tuned]
         chosen = [method.values(rate) for method, rate in rates if rate is not None]
         if not chosen:
             return None
