@@ -46,6 +46,7 @@ BUSY_TIMEOUT_S = 30.0
 SQLITE_CACHE_KIB = 32 * 1024
 """Most memory for pages, a connection: SQLite's own 2 MiB hold no lineage of a large store."""
 
+_DAMAGED = "the file is damaged, and its own message is no text"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic's `op` and `context` are globals of the process.
 _ALEMBIC = threading.Lock()
@@ -319,11 +320,12 @@ def _is_text(value: str) -> bool:
 
 def _unavailable(context: ExceptionContext) -> DatabaseUnavailable | None:
     """Return what an operational error is to our callers: no statement, no value, no password."""
-    error = context.sqlalchemy_exception
+    error, original = context.sqlalchemy_exception, context.original_exception
+    garbled = isinstance(original, UnicodeDecodeError)  # SQLite's message quotes a damaged file
     broken = isinstance(error, (OperationalError, InterfaceError)) or type(error) is DatabaseError
-    if context.is_pre_ping or not broken:  # the other kinds are mistakes of ours
+    if context.is_pre_ping or not (broken or garbled):  # the other kinds are mistakes of ours
         return None
-    reason = str(context.original_exception).strip().partition("\n")[0]
+    reason = _DAMAGED if garbled else str(original).strip().partition("\n")[0]
     place = _place(context.engine.url) if context.engine else "the database"
     if context.connection is None:
         return DatabaseUnavailable(f"cannot open the store at {place}: {reason}")
@@ -336,10 +338,13 @@ def _unavailable(context: ExceptionContext) -> DatabaseUnavailable | None:
 def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
     # None: sqlite3 begins no transaction of its own; `_begin_sqlite` does.
     connection.isolation_level = None
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KIB}")
-    _use_write_ahead_log(connection)
+    try:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA cache_size = -{SQLITE_CACHE_KIB}")
+        _use_write_ahead_log(connection)
+    except UnicodeDecodeError as error:
+        raise sqlite3.DatabaseError(_DAMAGED) from error
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:

@@ -287,6 +287,15 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
         open_database(f"sqlite:///{tmp_path}/weft.db")
 
 
+def test_a_damaged_file_is_named_where_sqlite_quotes_bytes_that_are_no_text(tmp_path):
+    file = tmp_path / "weft.db"
+    open_database(f"sqlite:///{file}").dispose()
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"CREATE TABLE versions", b"CR\xe9ATE TABLE versions"))
+    with pytest.raises(DatabaseUnavailable, match=r"weft\.db: the file is damaged"):
+        open_database(f"sqlite:///{file}")
+
+
 def test_a_database_that_stops_working_is_named_without_what_was_written(tmp_path):
     engine = open_database(f"sqlite:///{tmp_path}/weft.db")
 
