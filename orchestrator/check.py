@@ -51,6 +51,7 @@ class Check:
             "clients": [p.name for p in self.plan.participants],
             "cohort": asked_a_round(self.plan),
             "base_hash": self.plan.model.hash,
+            "library": list(self.plan.library),
             **self.sizes,
             "worker_bytes": self.worker_bytes,
             "round_bytes": self.round_bytes,

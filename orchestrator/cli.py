@@ -122,6 +122,8 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
         f"{facts['base_bytes'] / mib:.1f} MiB, hash {facts['base_hash'][:12]}",
         highlight=False,
     )
+    if facts["library"]:
+        out.print(f"library        {', '.join(v[:12] for v in facts['library'])}", highlight=False)
     out.print(f"trained        {facts['trainable_parameters']:,} parameters", highlight=False)
     out.print(
         f"memory         about {facts['worker_bytes'] / mib:.0f} MiB a worker, besides "

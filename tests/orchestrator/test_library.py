@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from clients import models
+from clients.adapters import ADAPTERS
 from orchestrator import service
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BadConfig
@@ -87,7 +89,7 @@ def test_masks_of_runs_that_know_of_each_other_are_disjoint(home, tiny):
 def other(home, tensors, tiny):
     """Return a function that commits a version with this run's base model, with changes."""
 
-    def commit(name, **changes):
+    def commit(name, made=None, **changes):
         plan = plan_of(tiny(), home.store, home.ledger)
         recipe = {
             "kind": "start",
@@ -97,11 +99,23 @@ def other(home, tensors, tiny):
             "stack": [],
             "updates": [],
         }
-        version = home.store.commit(tensors(labels=0), parents={}, recipe=recipe | changes)
+        made = made or tensors(labels=0)
+        version = home.store.commit(made, parents={}, recipe=recipe | changes)
         home.store.name(name, version)
         return version
 
     return commit
+
+
+def test_a_check_names_the_versions_that_a_library_means(home, tiny, other, run_yaml, read, ok):
+    plan = plan_of(tiny(), home.store, home.ledger)
+    adapter = ADAPTERS.get("lora").build(**plan.adapter.options)
+    shapes = models.shapes(plan.model, adapter)
+    made = {n: torch.zeros(shape) for n, shape in shapes.items() if not n.startswith("head.")}
+    version = other("one", made)
+    path = run_yaml(strategy="lori", library=["one"])
+    assert read("check", path)["library"] == [version]
+    assert f"library        {version[:12]}\n" in ok("check", path)
 
 
 @pytest.fixture
