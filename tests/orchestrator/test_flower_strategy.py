@@ -14,9 +14,10 @@ from torch.testing import assert_close
 from clients.assignment import PluginChoice
 from clients.flower import arrays_of, tensors_of
 from clients.seeds import seed_for
+from clients.uplink import encoded
 from orchestrator.flower_strategy import BadFlowerRun, WeftStrategy
 from strategies import STRATEGIES
-from strategies.base import ClientSpec, Setting, Update, beneath
+from strategies.base import Broadcast, ClientSpec, Setting, Update, beneath
 from strategies.plugins import BadOptions
 from strategies.selection import compact
 from strategies.tensors import B_AND_HEAD
@@ -231,6 +232,21 @@ def test_what_a_client_chose_of_its_ranks_is_taken_for_the_whole(tensors):
     total = sum(COUNTS[c] for c in values)
     mean = sum(COUNTS[c] * v[:, 1].double() for c, v in values.items()) / total
     assert_close(after[:, 1], mean.float())
+
+
+def test_values_on_a_mask_may_come_alone_or_in_the_whole_tensor(tensors):
+    states = []
+    for alone in (True, False):
+        strategy, arrays = wrapped("lori", sparsity=0.5), tensors()
+        for round_ in (1, 2):
+            messages = asked(strategy, arrays, round_)
+            sent = Broadcast({}, mask=tensors_of(messages[0].content.get("weft.mask", {})))
+            change = (lambda t, sent=sent: encoded(t, sent, (), 0, {})[0]) if alone else dict
+            strategy.aggregate_train(round_, [answer(m, round_, change) for m in messages])
+            arrays = strategy.state.adapter
+        states.append(strategy.state.adapter)
+    assert same(*states)
+    assert int((states[0]["q.lora_B.weight"] != 0).sum()) == 6  # of 12
 
 
 def test_clients_that_are_alike_are_sent_one_object(tensors):
