@@ -29,6 +29,8 @@ from clients.gradients import PrivateGradient, plain_step, verify_per_example
 from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
 from clients.pace import Stepped, unheard
+from clients.pruning import Ranks
+from clients.pruning import kept as kept_ranks
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
 from clients.selection import Selection
 from clients.session import (
@@ -43,6 +45,7 @@ from clients.session import (
 from clients.site import Site
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
+from strategies.pruning import cut, pruning_of
 from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
 
@@ -88,9 +91,10 @@ def train(
     fingerprint = data.fingerprint(assignment.data, examples, None if assignment.public else secret)
     with opened(assignment) as session:
         kept = _kept(assignment, site)
-        session.write(_starting_tensors(assignment, kept))
+        ranks = Ranks.of(assignment, kept)
+        session.write(ranks.start(_starting_tensors(assignment, kept)))
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        loop = _Loop(assignment, session, encoded, stepped, kept)
+        loop = _Loop(assignment, session, encoded, stepped, kept, ranks)
         if checkpoint_s is not None:
             run, client = assignment.run, assignment.client
             loop.keep(Checkpoints(site, run, client, digest, fingerprint, checkpoint_s))
@@ -103,9 +107,11 @@ def train(
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
             spends = loop.run_private(NoiseStream(key, digest))
         trained = session.read()
-    tensors = compact({n: trained[n] for n in returned_names(assignment)}, loop.chosen)
+    now = ranks.after(trained)
+    lower = cut(trained, now)
+    tensors = compact({n: lower[n] for n in returned_names(assignment)}, loop.chosen)
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
-    own |= loop.correction.after(loop.reference, trained)
+    own |= loop.correction.after(loop.reference, trained) | kept_ranks(now)
     sent, seed = assignment.broadcast, assignment.seed
     tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
     own |= left
@@ -151,8 +157,8 @@ def spend_of(assignment: Assignment) -> PrivacySpend:
 def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:
     """Return what the client kept of its last round, where this one asks for it."""
     sent = assignment.broadcast
-    asked = personal_names(assignment, sent.tensors) or corrections(sent.extra) or assignment.uplink
-    if not asked:
+    asked = corrections(sent.extra) or assignment.uplink or pruning_of(sent.extra)
+    if not (asked or personal_names(assignment, sent.tensors)):
         return {}
     return site.state(assignment.run, assignment.client, assignment.round - 1)
 
@@ -172,6 +178,7 @@ class _Loop:
     encoded: Sequence[data.Encoded]
     stepped: Stepped
     kept: Tensors
+    ranks: Ranks
     params: dict[str, nn.Parameter] = field(init=False)
     mask: dict[str, Tensor] = field(init=False)
     reference: dict[str, Tensor] = field(init=False)
@@ -196,6 +203,8 @@ class _Loop:
             parameter.requires_grad_(name in names)
         self.params = {name: live[name] for name in names}
         self.mask = {n: a.broadcast.mask[n].to(a.device) for n in names if n in a.broadcast.mask}
+        for name, own in self.ranks.masks(self.params).items():
+            self.mask[name] = own * self.mask[name] if name in self.mask else own
         self.reference = {name: p.detach().clone() for name, p in self.params.items()}
         self.memory = {name: tensor.to(a.device) for name, tensor in a.memory.items()}
         self.regularizers = [
@@ -339,6 +348,7 @@ class _Loop:
     def _penalties(self) -> Iterator[Tensor | None]:
         """Yield the adapter's own penalty and the regularizers', each where it has one."""
         yield self.session.adapter.penalty(self.session.model.backbone)
+        yield self.ranks.penalty(self.params)
         for name, regularizer in self.regularizers:
             yield regularizer.penalty(self.params, self.reference, recall(self.memory, name))
 

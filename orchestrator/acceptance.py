@@ -21,6 +21,7 @@ from orchestrator.history import Taken
 from orchestrator.plan import Participant
 from orchestrator.weighing import declared
 from strategies.base import Broadcast, Tensors, Update
+from strategies.pruning import cut, pruning_of, ranks_in
 from strategies.selection import budget_of, refusal_of
 from strategies.uplink import BadEncoding
 
@@ -63,7 +64,7 @@ def refusal(
     except BadEncoding as error:
         return str(error)
     return (
-        unfit(whole, wanted, max_update_norm)
+        unfit(whole, at_ranks_of(whole, wanted, assignment.broadcast), max_update_norm)
         or over_budget(update, assignment.broadcast)
         or _odd_privacy(whole, assignment)
     )
@@ -110,6 +111,20 @@ def _odd_values(tensor: Tensor) -> str | None:
         return None
     num_odd = int((~torch.isfinite(tensor)).sum())
     return f"{num_odd} non-finite values" if num_odd else "its norm is not finite"
+
+
+def at_ranks_of(update: Update, wanted: Tensors, sent: Broadcast) -> Tensors:
+    """Return what is wanted of an update, at its own ranks where its client may give some up.
+
+    Args:
+        update: what came.
+        wanted: the tensors that were to be trained, as they were sent.
+        sent: what the client was sent.
+    """
+    if not pruning_of(sent.extra):
+        return wanted
+    lower = cut(sent.tensors, ranks_in(update.tensors, sent.tensors))
+    return {name: lower[name] for name in wanted}
 
 
 def over_budget(update: Update, sent: Broadcast) -> str | None:

@@ -29,7 +29,7 @@ from clients.assignment import NO_DATA, PluginChoice
 from clients.flower import NUM_EXAMPLES, ROUND, BadRecord, arrays_of, instruction, tensors_of
 from clients.seeds import seed_for
 from clients.uplink import decoded
-from orchestrator.acceptance import over_budget, unfit
+from orchestrator.acceptance import at_ranks_of, over_budget, unfit
 from orchestrator.plan import Participant, likeness
 from orchestrator.weighing import weighed, weighing_label
 from strategies import STRATEGIES
@@ -248,6 +248,7 @@ class WeftStrategy(FlowerStrategy):
             whole = replace(update, tensors=decoded(update.tensors, sent, (), 0))
         except (BadRecord, KeyError, TypeError, ValueError) as error:
             return f"{asked.client.name}: {error}"
+        wanted = dict(at_ranks_of(whole, wanted, sent))
         reason = unfit(whole, wanted, self._max_update_norm) or over_budget(update, sent)
         return whole if reason is None else f"{asked.client.name}: {reason}"
 

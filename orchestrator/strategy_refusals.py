@@ -181,7 +181,7 @@ def refuse_uplink(plan: Plan) -> None:
         raise BadConfig(
             f"uplink: with strategy {plan.strategy.name!r} clients send the ranks that they choose,"
             " and an encoding takes tensors whose shapes are known before; leave uplink out, or "
-            "use rolora"
+            "use rolora (of hetlora: leave prune out)"
         )
     for choice, stage in zip(plan.uplink, chain, strict=True):
         if stage.feedback and "additive" not in strategy.capabilities:

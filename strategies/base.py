@@ -233,8 +233,8 @@ class Strategy(Protocol):
 
             ``recycles``: how a run starts depends on the library of its setting.
 
-            ``selects``: clients send of each trained factor the ranks that they choose, within a
-            budget that the broadcast names: see :mod:`strategies.selection`.
+            ``selects``: clients choose by their data which ranks of a trained factor they send:
+            see :mod:`strategies.selection` and :mod:`strategies.pruning`.
 
             ``shared-gauge``: of each product B A a round trains one factor, and all clients hold
             the same other one. Then entries of that factor mean the same at each client, so that

@@ -3,8 +3,8 @@
 Source: arXiv 2401.06432 (section 3). Differences from the paper:
 
 * Weights are those of each layer's own product, not of the whole adapter's.
-* A rank's self-pruning is not built: it needs a penalty and a decision at the client, and its rank
-  as a state there. Give every client its rank in the run's config.
+* A client gives up ranks (``prune``) layer by layer: each layer has its own rank, and they part.
+  Where every client's rank begins is in the run's config.
 
 What to expect: the mean of the factors is not the mean of the products. Zeros pull the high ranks
 down, and one that no client of a round holds is gone for good (A and B are zero there): ``masked``
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from torch.nn.functional import pad
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.drift import AveragingError
+from strategies.plugins import Range
 from strategies.products import at_rank, captured_by_cut, sent_factors
+from strategies.pruning import PruningRule, asking
 from strategies.tensors import (
     ALL_TRAINED,
     Factors,
@@ -51,18 +53,29 @@ class HetLoRA:
             ``examples`` counts a client by its number of examples, ``uniform`` by 1.
         masked: divide each rank by the weight of the clients that hold it, and keep those that
             none does. Off, as in the paper, the others' zeros count.
+        prune: the share of its ranks, in (0, 1), that a client goes on with in a layer whose last
+            ranks are smaller after a round than before, ``|B| |A|``; it does so for good, and by
+            its data. None for never.
+        penalty: what presses these ranks down while it trains, >= 0: times ``|B| |A|`` in the loss.
+        least_rank: the rank that ``prune`` goes down to at most, >= 1.
     """
 
     weighting: Literal["norm", "examples", "uniform"] = "norm"
     masked: bool = False
+    prune: Annotated[float | None, Range(0, 1, open_low=True, open_high=True)] = None
+    penalty: Annotated[float, Range(0, open_high=True)] = 0.01
+    least_rank: Annotated[int, Range(1)] = 1
 
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Additive unless it weighs by norm: a norm is not that of the change."""
+        """Additive unless it weighs by norm, which is not that of the change, or ranks differ."""
+        found = {"any-rank", "streaming"}
+        if self.prune is not None:
+            return frozenset(found | {"selects"})
         weighs = {"additive"} if self.weighting != "norm" else set[str]()
-        return frozenset({"any-rank", "private", "streaming"} | weighs)
+        return frozenset(found | {"private"} | weighs)
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
         """Return ``adapter`` as the state; nothing of ``setting`` is used.
@@ -75,7 +88,10 @@ class HetLoRA:
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:
         """Return the adapter at the client's rank, all of it to be trained but the scalings."""
-        return Broadcast(at_rank(state.adapter, client.rank), trainable=ALL_TRAINED)
+        sent = Broadcast(at_rank(state.adapter, client.rank), trainable=ALL_TRAINED)
+        if self.prune is None:
+            return sent
+        return replace(sent, extra=asking(PruningRule(self.prune, self.penalty, self.least_rank)))
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> ServerState:
         """Return the state with averaged factors, and the mean of all else.
@@ -101,7 +117,8 @@ class HetLoRA:
                     sums[name].add(factors, weight)
                     if weight:
                         error.add(name, weight, *_padded(factors, len(layers[name].a)))
-                    ranks.add(len(factors.a))
+                    if self.prune is None:  # else there may be one for every layer and client
+                        ranks.add(len(factors.a))
                 names = lora_tensors(layers)
                 others = {n: t for n, t in update.tensors.items() if n not in names}
                 yield replace(update, tensors=others)

@@ -84,3 +84,54 @@ def test_what_makes_no_sense_with_a_budget_is_refused(home, tiny):
     assert "c has ranks=x, and a budget is a whole number" in why(
         strategy={**LORA_A2, "label": "ranks"}
     )
+
+
+PRUNING = {"name": "hetlora", "prune": 0.5, "penalty": 1.0, "weighting": "examples"}
+
+
+def test_clients_that_give_up_ranks_send_less_from_round_to_round(home, tiny, kept):
+    adapter = {**ADAPTER, "r": 8}
+    shared = {
+        "adapter": adapter,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "ranks": [{"names": ["b"], "r": 4}],
+        "steps": 4,
+    }
+    config = tiny(strategy=PRUNING, rounds=3, retention="all", **shared)
+    version = service.launch(home, config, backend=InlineBackend())
+    found = {
+        who: {len(t) for n, t in unpack(home.store.updates.read(d)).tensors.items() if "_A." in n}
+        for who, d in kept(home).items()
+    }
+    assert (max(found[1, "a"]), max(found[1, "b"])) == (8, 4)
+    assert max(found[3, "a"]) < 8
+    assert max(found[3, "b"]) < 4
+    whole = home.store.tensors(version)
+    assert {len(t) for n, t in whole.items() if ".lora_A." in n} == {8}
+    assert {o.outcome for o in service.replay(home, version, whole=True)} == {"same"}
+    [run] = home.ledger.runs()
+    assert service.retrain(home, run.id).differs == ""
+
+
+def test_factors_of_ranks_that_do_not_fit_are_refused_where_clients_may_give_some_up(
+    home, tiny, kept
+):
+    asked = []
+
+    def seen(assignment, *rest):
+        asked.append(assignment)
+        return perform(assignment, *rest)
+
+    service.launch(home, tiny(strategy=PRUNING, retention="all"), backend=InlineBackend(seen))
+    [own] = [a for a in asked if a.client == "a"]
+    update = unpack(home.store.updates.read(kept(home)[(1, "a")]))
+    a, b = (min(n for n in update.tensors if f".lora_{f}." in n) for f in "AB")
+    assert refusal(update, own) is None
+    one = {**update.tensors, a: update.tensors[a][:1], b: update.tensors[b][:, :1]}
+    assert refusal(replace(update, tensors=one), own) is None
+    odd = {**update.tensors, a: update.tensors[a][:1]}
+    assert f"{a} is torch.float32 [1, 32], expected" in str(
+        refusal(replace(update, tensors=odd), own)
+    )
+    never = replace(own, broadcast=replace(own.broadcast, extra={}))
+    assert f"{a} is torch.float32 [1, 32]" in str(refusal(replace(update, tensors=one), never))

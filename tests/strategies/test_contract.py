@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from strategies import STRATEGIES
 from strategies.base import BENEATH, ClientSpec, ServerState, Setting, beneath
+from strategies.pruning import pruning_of
 from strategies.selection import budget_of
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES.names())
@@ -304,9 +305,10 @@ def test_all_clients_hold_the_factor_that_is_not_trained_if_the_strategy_says_so
     assert shared or "shared-gauge" not in strategy.capabilities
 
 
-def test_clients_choose_their_ranks_within_a_budget_if_the_strategy_says_so(strategy, make_adapter):
+def test_clients_choose_which_ranks_they_send_if_the_strategy_says_so(strategy, make_adapter):
     sent = strategy.broadcast(strategy.init(make_adapter()), ClientSpec("a"))
-    assert bool(budget_of(sent.extra)) is ("selects" in strategy.capabilities)
+    told = bool(budget_of(sent.extra) or pruning_of(sent.extra))
+    assert told is ("selects" in strategy.capabilities)
 
 
 def test_an_update_of_weight_two_counts_like_two_of_it(strategy, make_adapter, train):
