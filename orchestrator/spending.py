@@ -14,6 +14,7 @@ from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
 from orchestrator.sections import PrivacyConfig
 from storage.ledger import Ledger, SpendRow
+from strategies.base import Tensors
 from strategies.spends import PrivacySpend
 
 _LOW = 0.8  # of a budget: from here on, people are told
@@ -238,9 +239,19 @@ def _through(population: str, row: SpendRow) -> str:
 
 
 def _bytes_sent(assignments: Sequence[Assignment]) -> int:
-    """Return the size of the assignments' broadcasts, each counted for every client it goes to."""
+    """Return the size of all tensors that are sent, each counted for every client it goes to.
+
+    That is the broadcast, what lies beneath it, and regularizers' memory.
+    """
     sizes: dict[int, int] = {}
-    for a in assignments:
-        if id(a.broadcast) not in sizes:
-            sizes[id(a.broadcast)] = a.broadcast.size_bytes
-    return sum(sizes[id(a.broadcast)] for a in assignments)
+
+    def size(tensors: Tensors) -> int:
+        if id(tensors) not in sizes:
+            sizes[id(tensors)] = sum(tensor.nbytes for tensor in tensors.values())
+        return sizes[id(tensors)]
+
+    return sum(
+        size(part)
+        for a in assignments
+        for part in (a.broadcast.tensors, a.broadcast.mask, a.broadcast.extra, a.underlay, a.memory)
+    )

@@ -59,12 +59,6 @@ class Broadcast:
     mask: Tensors = field(default_factory=dict)
     extra: Tensors = field(default_factory=dict)
 
-    @property
-    def size_bytes(self) -> int:
-        """The size of all its tensors."""
-        parts = (self.tensors, self.mask, self.extra)
-        return sum(tensor.nbytes for part in parts for tensor in part.values())
-
 
 @dataclass(frozen=True, slots=True)
 class Update:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Privacy
@@ -298,6 +299,20 @@ def test_the_bytes_of_a_broadcast_count_for_every_client_it_goes_to(workspace, r
     one = sum(t.numel() * t.element_size() for t in assignments[0].broadcast.tensors.values())
     assert one > 0
     assert [data["bytes"] for data in seen] == [3 * one]
+
+
+def test_what_lies_beneath_and_memory_are_sent_too(workspace, round_of):
+    plan, assignments = round_of(noise=None)
+    bare, more = [], []
+    loaded = [
+        replace(a, underlay={"w": torch.zeros(5)}, memory={"m": torch.zeros(2, dtype=torch.int8)})
+        for a in assignments
+    ]
+
+    reserve(assignments, people(plan), workspace.ledger, lambda kind, data: bare.append(data))
+    reserve(loaded, people(plan), workspace.ledger, lambda kind, data: more.append(data))
+
+    assert more[0]["bytes"] - bare[0]["bytes"] == 3 * (5 * 4 + 2)
 
 
 def test_what_was_composed_once_is_not_composed_again(monkeypatch):
