@@ -50,12 +50,13 @@ class Measured:
         there = {(r.cell, r.method, r.seed) for r in self.results}
         for cell in self.plan.cells:
             lacking: dict[str, list[str]] = {}
-            for name in (method.name for method in self.plan.methods):
+            due = [method.name for method in self.plan.methods_in(cell)]
+            for name in due:
                 seeds = [str(s) for s in self.plan.seeds if (cell, name, s) not in there]
                 if seeds:
                     lacking.setdefault(", ".join(seeds), []).append(name)
             for text, names in lacking.items():
-                who = "all methods" if len(names) == len(self.plan.methods) else "; ".join(names)
+                who = "all its methods" if len(names) == len(due) else "; ".join(names)
                 yield f"{cell.title}: without seeds {text}: {who}"
 
     def verdicts(self, kind: Kind) -> list[Verdict]:

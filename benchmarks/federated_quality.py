@@ -70,9 +70,13 @@ ENDED = ("completed", "failed", "cancelled")
 
 
 def default_plan(device: str) -> Plan:
-    """Return what ten hours of one core are for: every alpha on one set, and every set."""
+    """Return what ten hours of one core are for.
+
+    All methods at every alpha on one set, and the first two groups on the others.
+    """
     first = [Cell(SETS[0], alpha) for alpha in ALPHAS]
-    return Plan(GROUPS, (*first, *(Cell(name, ALPHAS[0]) for name in SETS[1:])), device=device)
+    others = (Cell(name, ALPHAS[0]) for name in SETS[1:])
+    return Plan(GROUPS, (*first, *others), fewer=2, device=device)
 
 
 def full_plan(device: str) -> Plan:
@@ -138,7 +142,8 @@ class Bench:
 
     def _results(self, cell: Cell, seed: int, tuned: Sequence[Tuned]) -> list[Result]:
         """Return what the runs of a cell and a seed reached, those that have got so far."""
-        document = self._cell(cell, seed, tuned)
+        due = {method.name for method in self.plan.methods_in(cell)}
+        document = self._cell(cell, seed, [one for one in tuned if one.method in due])
         if document is None:
             return []
         records = self._records(document)
