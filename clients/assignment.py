@@ -80,12 +80,15 @@ class DataSpec:
         shard: the part of it, or None for all.
         labels: keep only examples with these labels; empty keeps all. A label outside the model's
             label set is an error all the same.
+        unit: the source's own name of the column that says whose an example is; empty where each
+            example is somebody's by itself.
     """
 
     uri: str
     fields: Mapping[str, str] = field(default_factory=dict)
     shard: Shard | None = None
     labels: tuple[str, ...] = ()
+    unit: str = ""
 
 
 NO_DATA = DataSpec("none:")
@@ -99,8 +102,8 @@ class Privacy:
     Attributes:
         noise_multiplier: noise standard deviation over ``max_grad_norm``, > 0.
         max_grad_norm: clipping norm of one example's whole gradient, > 0.
-        sample_rate: Poisson sampling probability of an example per step, in (0, 1].
-        unit: whose presence is hidden; ``example``.
+        sample_rate: Poisson sampling probability of a unit per step, in (0, 1].
+        unit: whose presence is hidden: ``example``, or the column that says whose an example is.
         insecure_seed: replaces the secret key, for tests; marks the version as not private.
     """
 
@@ -130,8 +133,8 @@ class Assignment:
         memory: regulariser memory, namespaced ``PLUGIN/NAME``.
         data: the client's records; for ``init`` public data that the adapter reads, or
             :data:`NO_DATA`.
-        num_examples: the client's declared size; 0 where it declares none (then it is counted). For
-            ``init`` how many records are read at most.
+        num_examples: the client's declared size, under DP in units; 0 where it declares none (then
+            it is counted). For ``init`` how many records are read at most.
         optimizer: the local optimizer.
         regularizers: in the order in which they apply.
         batch_size: examples a step; expected number under Poisson sampling.

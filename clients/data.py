@@ -51,6 +51,7 @@ __all__ = [
     "parse_uri",
     "partition_specs",
     "record_digest",
+    "units",
 ]
 
 
@@ -72,6 +73,18 @@ def examples(spec: DataSpec, model: ModelSpec) -> list[Example]:
     whole, parts = _divided(spec, shard, model)
     name = shard.value if shard.partition == "column" else f"part-{shard.index}"
     return [whole[i] for i in parts.get(name, ())]
+
+
+def units(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the indices of each unit's examples, units in the order of their first ones.
+
+    Args:
+        examples: of a spec with a ``unit``.
+    """
+    found: dict[str | None, list[int]] = {}
+    for index, example in enumerate(examples):
+        found.setdefault(example.unit, []).append(index)
+    return list(found.values())
 
 
 def partition_specs(  # noqa: PLR0913  (a Shard's fields, spelled out)
@@ -165,7 +178,8 @@ def _divided(spec: DataSpec, shard: Shard, model: ModelSpec) -> _Divided:
     global _resident
     whole = replace(shard, index=0, value="")  # what all parts have in common
     state = source_state(spec.uri)
-    key = (state, sorted(spec.fields.items()), spec.labels, whole, model.kind, model.labels)
+    chosen = (sorted(spec.fields.items()), spec.labels, spec.unit, whole)
+    key = (state, chosen, model.kind, model.labels)
     if state is not None and _resident is not None and _resident[0] == key:
         return _resident[1]
     found = _selected(replace(spec, shard=whole), model)

@@ -22,6 +22,7 @@ class Example:
         label: index into the model's label set.
         prompt: what the model is given.
         completion: what it learns to answer.
+        unit: whose it is, where that was asked for; no part of what it says.
     """
 
     text: str = field(default="", repr=False)
@@ -29,6 +30,7 @@ class Example:
     label: int | None = None
     prompt: str | None = field(default=None, repr=False)
     completion: str | None = field(default=None, repr=False)
+    unit: str | None = field(default=None, repr=False, compare=False)
 
 
 def record_digest(example: Example, key: bytes | None) -> bytes:

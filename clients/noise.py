@@ -105,6 +105,16 @@ class NoiseStream:
         uniforms = self._uniforms(["poisson", step, num_examples, rate], num_examples)
         return torch.from_numpy(np.flatnonzero(uniforms < rate).astype(np.int64))
 
+    def pick(self, step: int, sizes: Sequence[int]) -> list[int]:
+        """Return one of the numbers below each of ``sizes``, drawn evenly.
+
+        Args:
+            step: the optimizer step, >= 0.
+            sizes: each >= 1.
+        """
+        uniforms = self._uniforms(["pick", step, len(sizes)], len(sizes))
+        return [int(u * size) for u, size in zip(uniforms.tolist(), sizes, strict=True)]
+
     def _uniforms(self, purpose: list[object], count: int) -> npt.NDArray[np.float64]:
         """Return ``count`` uniforms in [0, 1), multiples of 2^-53, for one purpose."""
         info = json.dumps([self.digest, *purpose]).encode()

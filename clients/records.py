@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clients.assignment import DataSpec, ModelSpec
@@ -70,7 +70,9 @@ def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iter
         columns = _Columns(record.fields, spec.fields, source)
         try:
             example = columns.example(model)
-            value = columns.value(column) if column else ""
+            if spec.unit:
+                example = replace(example, unit=columns.value(spec.unit, "that says whose it is"))
+            value = columns.value(column, "to split by") if column else ""
             outcome = Validated(place, example, value if model else columns.written_label())
         except _Problem as problem:
             outcome = Validated(place, problem=str(problem))
@@ -142,16 +144,14 @@ class _Columns:
             )
         return index
 
-    def value(self, column: str) -> str:
+    def value(self, column: str, purpose: str) -> str:
         if column not in self.record:
             have = listed([str(key) for key in self.record])
-            raise _Problem(f"has no field {column!r} to split by (fields: {have})")
+            raise _Problem(f"has no field {column!r} {purpose} (fields: {have})")
         value = self.record[column]
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             kind = type(value).__name__ if value is not None else "null"
-            raise _Problem(
-                f"the field {column!r} to split by must be text or an integer, got {kind}"
-            )
+            raise _Problem(f"the field {column!r} {purpose} must be text or an integer, got {kind}")
         return str(value)
 
 

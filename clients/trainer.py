@@ -105,7 +105,9 @@ def train(
             metrics = loop.run_plain()
         else:
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
-            spends = loop.run_private(NoiseStream(key, digest))
+            spends = loop.run_private(
+                NoiseStream(key, digest), data.units(examples) if assignment.data.unit else None
+            )
         trained = session.read()
     now = ranks.after(trained)
     lower = cut(trained, now)
@@ -254,8 +256,19 @@ class _Loop:
         loss = float(self.loss_sum) / max(self.num_seen, 1)
         return {"loss": loss} if math.isfinite(loss) else {}
 
-    def run_private(self, stream: NoiseStream) -> tuple[PrivacySpend, ...]:
-        """Train with DP-SGD; return what was spent. Nothing measured on the data is kept."""
+    def run_private(
+        self, stream: NoiseStream, units: Sequence[Sequence[int]] | None
+    ) -> tuple[PrivacySpend, ...]:
+        """Train with DP-SGD; return what was spent. Nothing measured on the data is kept.
+
+        A step takes each unit with the sample rate, and of each that it takes one example, drawn
+        anew in each step: what a unit adds to a step is one clipped gradient, however many examples
+        it has, and all of them are seen in time.
+
+        Args:
+            stream: of the client's secret.
+            units: the indices of each unit's examples; None where each is a unit by itself.
+        """
         a = self.assignment
         assert a.privacy is not None
         assert a.steps is not None
@@ -270,10 +283,15 @@ class _Loop:
             mask=self.mask,
         )
         self._verify_engine()
+        count = len(self.encoded if units is None else units)
         with engine:
             for step in range(self.step, a.steps):
-                drawn = stream.poisson_sample(step, len(self.encoded), a.privacy.sample_rate)
-                engine.step(self._microbatches(drawn.tolist()), self._losses, step)
+                taken = stream.poisson_sample(step, count, a.privacy.sample_rate).tolist()
+                if units is not None:
+                    drawn = [units[index] for index in taken]
+                    picked = stream.pick(step, [len(one) for one in drawn])
+                    taken = [one[index] for one, index in zip(drawn, picked, strict=True)]
+                engine.step(self._microbatches(taken), self._losses, step)
                 self._finish_step()
         return (spend_of(a),)
 

@@ -124,11 +124,26 @@ def check_limits(who: Participant, plan: Plan, limits: Sequence[Limit]) -> None:
 
 def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
     """Return what each client of a run spends in all, at most, by its name; none without DP."""
-    privacy, steps = plan.config.privacy, plan.config.local_steps
-    if privacy is None or steps is None:
+    if plan.config.privacy is None or plan.config.local_steps is None:
         return {}
-    rounds = min(plan.max_participations, plan.config.rounds)
-    return {who.name: spend_in(who, steps * rounds) for who in plan.participants}
+    most = most_rounds(plan)
+    return {who.name: spend_over(who, plan, most) for who in plan.participants}
+
+
+def most_rounds(plan: Plan) -> int:
+    """Return in how many of a run's rounds a client takes part, at most."""
+    return min(plan.max_participations, plan.config.rounds)
+
+
+def spend_over(who: Participant, plan: Plan, rounds: int) -> PrivacySpend:
+    """Return what a client spends in ``rounds`` rounds, >= 1, of a run with DP."""
+    assert who.privacy is not None
+    parameters = {
+        "noise_multiplier": who.privacy.noise_multiplier,
+        "sample_rate": who.privacy.sample_rate,
+        "steps": (plan.config.local_steps or 1) * rounds,
+    }
+    return PrivacySpend("gaussian", who.privacy.unit, "add-remove", parameters)
 
 
 def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Privacy:
@@ -145,7 +160,7 @@ def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Pri
         calibrated,
         config.privacy,
         sample_rate=min(1.0, config.batch_size / who.num_examples),
-        steps=(config.local_steps or 1) * min(plan.max_participations, config.rounds),
+        steps=(config.local_steps or 1) * most_rounds(plan),
     )
     found = asked()
     for limit in limits:
@@ -179,7 +194,7 @@ def within_budgets(plan: Plan, budgets: Budgets) -> Plan:
     """
     if plan.config.privacy is None:
         return plan
-    most = min(plan.max_participations, plan.config.rounds)
+    most = most_rounds(plan)
     fits = dict.fromkeys((who.name for who in plan.participants), plan.config.rounds)
     for limit, people in budgets.touched(plan):
         rounds = _rounds(limit, people, plan, most)
@@ -195,21 +210,9 @@ def within_budgets(plan: Plan, budgets: Budgets) -> Plan:
     return replace(plan, config=plan.config.model_copy(update={"rounds": rounds}))
 
 
-def spend_in(who: Participant, steps: int) -> PrivacySpend:
-    """Return what ``steps`` steps of a client spend, >= 1, with the noise that it has."""
-    assert who.privacy is not None
-    parameters = {
-        "noise_multiplier": who.privacy.noise_multiplier,
-        "sample_rate": who.privacy.sample_rate,
-        "steps": steps,
-    }
-    return PrivacySpend("gaussian", who.privacy.unit, "add-remove", parameters)
-
-
 def _planned(people: Sequence[Participant], plan: Plan, rounds: int) -> list[PrivacySpend]:
     """Return what ``rounds`` rounds of all ``people`` spend."""
-    steps = (plan.config.local_steps or 1) * rounds
-    return [spend_in(who, steps) for who in people] if steps else []
+    return [spend_over(who, plan, rounds) for who in people] if rounds else []
 
 
 def _rounds(limit: Limit, people: Sequence[Participant], plan: Plan, most: int) -> int:
@@ -238,7 +241,7 @@ def _policy(limit: Limit, plan: Plan) -> Policy:
 
 
 def _refusal(limit: Limit, people: Sequence[Participant], plan: Plan, rounds: int) -> Iterator[str]:
-    most = min(plan.max_participations, plan.config.rounds)
+    most = most_rounds(plan)
     before, after = (limit.total(_planned(people, plan, many)) for many in (0, most))
     yield (
         f"{people[0].name}: {limit.of(people[0])} has spent ε = {before:.2f} of {limit.epsilon:g} "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.budgets import Budgets, Limit, spend_in
+from orchestrator.budgets import Budgets, Limit, most_rounds, spend_over
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
@@ -39,7 +39,7 @@ class Prospect:
 
     Attributes:
         client: its name.
-        num_examples: its declared size.
+        num_examples: its declared size, in units.
         noise_multiplier: noise standard deviation over the clipping norm.
         sample_rate: with which a step takes a unit.
         steps: in a round.
@@ -99,39 +99,32 @@ def forecast(workspace: Workspace, config: RunConfig) -> Forecast:
         asked_rounds=config.rounds,
         rounds=plan.config.rounds,
         clients=tuple(_prospect(who, plan) for who in plan.participants),
-        budgets=tuple(_effects(plan, Budgets(workspace.ledger))),
+        budgets=tuple(_effect(*one, plan) for one in Budgets(workspace.ledger).touched(plan)),
     )
 
 
 def _prospect(who: Participant, plan: Plan) -> Prospect:
-    privacy, steps = plan.config.privacy, plan.config.local_steps or 1
+    privacy, rounds = plan.config.privacy, most_rounds(plan)
     assert privacy is not None
-    assert who.privacy is not None
-    rounds = min(plan.max_participations, plan.config.rounds)
+    spends = [spend_over(who, plan, many) for many in (1, rounds)]
     one, whole = (
-        composed(
-            who.population, [spend_in(who, many)], privacy.delta, privacy.accountant, who.public
-        )
-        for many in (steps, steps * rounds)
+        composed(who.population, [spend], privacy.delta, privacy.accountant, who.public)
+        for spend in spends
     )
+    numbers = spends[0].parameters
     return Prospect(
         who.name,
         who.num_examples,
-        who.privacy.noise_multiplier,
-        who.privacy.sample_rate,
-        steps,
+        float(numbers["noise_multiplier"]),
+        float(numbers["sample_rate"]),
+        int(numbers["steps"]),
         rounds,
         one,
         whole,
     )
 
 
-def _effects(plan: Plan, budgets: Budgets) -> list[Effect]:
-    return [_effect(limit, people, plan) for limit, people in budgets.touched(plan)]
-
-
 def _effect(limit: Limit, people: Sequence[Participant], plan: Plan) -> Effect:
-    rounds = min(plan.max_participations, plan.config.rounds)
-    steps = (plan.config.local_steps or 1) * rounds
-    after = limit.total([spend_in(who, steps) for who in people])
+    rounds = most_rounds(plan)
+    after = limit.total([spend_over(who, plan, rounds) for who in people])
     return Effect(limit.population, limit.epsilon, limit.delta, limit.total(()), after)

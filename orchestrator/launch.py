@@ -20,6 +20,7 @@ from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
+from orchestrator.registering import rounded
 from orchestrator.relating import relate_planned
 from orchestrator.sections import RankRule, Simulate
 from orchestrator.weighing import weighed, weighing_label
@@ -67,7 +68,7 @@ def make_plan(
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     _refuse_faults_of_nobody(config, [p.name for p in participants])
-    participants = _ranked(config, participants)
+    participants = [_in_units(who, plan) for who in _ranked(config, participants)]
     label = weighing_label(plan.strategy.options)
     if sites is not None:
         relate_planned(replace(plan, participants=tuple(participants)), ledger, sites)
@@ -238,6 +239,31 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
         size = len(data.examples(spec, model)) if sized else 0
         found.append(Participant(slug, spec, f"{source}#{name}", size, public=public))
     return found
+
+
+def _in_units(who: Participant, plan: Plan) -> Participant:
+    """Return a participant whose size is in units, where the run's privacy is not per example.
+
+    Of a registered client it is rounded, as its number of examples is.
+
+    Raises:
+        BadConfig: if its data are not here, or do not say whose each example is.
+    """
+    column = plan.config.privacy.unit_column if plan.config.privacy else ""
+    if not column:
+        return who
+    spec = replace(who.data, unit=column)
+    if not data.is_there(spec.uri):
+        raise BadConfig(
+            f"{who.name}: privacy.unit: {column} needs the number of its units, and its data "
+            "cannot be looked at from here; leave it out, or the unit"
+        )
+    try:
+        size = len(data.units(data.examples(spec, plan.model)))
+    except data.BadRecord as error:
+        raise BadConfig(f"privacy.unit: {who.name}: {error}") from None
+    simulated = plan.config.clients.simulate is not None
+    return replace(who, data=spec, num_examples=size if simulated else rounded(size))
 
 
 def _slug(value: str, taken: Collection[str]) -> str:

@@ -216,13 +216,13 @@ def _checked(
             why = f" ({report.problems[0]})" if report.problems else ""
             raise BadConfig(f"{record.data} holds no readable record{why}")
         if record.num_examples is None:
-            record = replace(record, num_examples=_rounded(report.total))
+            record = replace(record, num_examples=rounded(report.total))
     if is_public(record.data):
         record = replace(record, public=True)
     return record
 
 
-def _rounded(count: int) -> int:
+def rounded(count: int) -> int:
     """Return a count to two significant digits: an exact size tells that a record was added."""
     scale = int(10 ** max(0, len(str(count)) - 2))
     return max(1, round(count / scale) * scale)

@@ -30,12 +30,12 @@ def relate(
         ledger: where relations are recorded.
         sites: folder of the clients' private state, which the census never leaves.
     """
-    holdings = [
-        Holding(p.population, replace(p.data, labels=()) if p.data.shard is None else p.data, model)
+    specs = [
+        (p.population, replace(p.data, labels=()) if p.data.shard is None else p.data)
         for p in participants
         if not p.public
     ]
-    _record(holdings, ledger, sites)
+    _record([Holding(population, spec, model) for population, spec in specs], ledger, sites)
 
 
 def relate_again(plan: Plan, cohort: Collection[str], ledger: Ledger, sites: Path) -> None:
@@ -60,7 +60,8 @@ def relate_planned(plan: Plan, ledger: Ledger, sites: Path) -> None:
     budgets = ledger.budgets()
     if budgets:
         protected = [r for r in ledger.clients() if r.population in budgets]
-        relate_registered(protected, ledger, sites)
+        unit = plan.config.privacy.unit_column if plan.config.privacy else ""
+        relate_registered(protected, ledger, sites, unit)
     if _matters(plan, ledger):
         relate(plan.participants, plan.model, ledger, sites)
 
@@ -71,10 +72,15 @@ def _matters(plan: Plan, ledger: Ledger) -> bool:
     return (privacy is not None and privacy.insecure_seed is None) or bool(ledger.budgets())
 
 
-def relate_registered(records: Iterable[ClientRecord], ledger: Ledger, sites: Path) -> None:
-    """As :func:`relate`, of registered clients."""
+def relate_registered(
+    records: Iterable[ClientRecord], ledger: Ledger, sites: Path, unit: str = ""
+) -> None:
+    """As :func:`relate`, of registered clients; ``unit`` is the column of a run's units."""
     holdings = [
-        Holding(r.population, DataSpec(r.data, dict(r.fields))) for r in records if not r.public
+        Holding(r.population, DataSpec(r.data, dict(r.fields), unit=column))
+        for r in records
+        if not r.public
+        for column in dict.fromkeys(("", unit))
     ]
     _record(holdings, ledger, sites)
 

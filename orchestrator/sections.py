@@ -30,7 +30,7 @@ class PrivacyConfig(Strict):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_participations: int | None = Field(default=None, ge=1)
-    unit: Literal["example"] = "example"
+    unit: str = Field(default="example", min_length=1, max_length=128)
     accountant: Literal["prv", "rdp"] = "prv"
     insecure_seed: int | None = None
     over_budget: Literal["refuse", "shorten"] | None = None
@@ -40,6 +40,11 @@ class PrivacyConfig(Strict):
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give either epsilon or noise_multiplier")
         return self
+
+    @property
+    def unit_column(self) -> str:
+        """The column that says whose an example is; empty where each is a unit by itself."""
+        return "" if self.unit == "example" else self.unit
 
 
 class Simulate(Strict):

@@ -156,3 +156,15 @@ def test_no_text_is_in_the_site_s_folder_and_nobody_else_may_read_it(census, wri
     site = tmp_path / "site"
     assert all(b"canary-5be1" not in path.read_bytes() for path in site.iterdir())
     assert stat.S_IMODE(os.stat(site).st_mode) == 0o700  # noqa: PTH116  (of a folder, read once)
+
+
+def test_other_records_of_the_same_person_are_related_where_the_unit_is_a_column(census, tmp_path):
+    specs = {}
+    for name, text in (("north", "coughs"), ("south", "sleeps well")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"text": text, "patient": 17}) + "\n")
+        specs[name] = DataSpec(f"jsonl:{path}", unit="patient")
+    plain = {name: DataSpec(spec.uri) for name, spec in specs.items()}
+    assert taken(census, **plain) == {}
+
+    assert taken(census, **specs) == {"north": {"south"}, "south": {"north"}}

@@ -133,3 +133,18 @@ def test_keys_are_32_bytes_and_new_ones_differ():
 def test_the_key_does_not_show_in_the_representation():
     assert repr(KEY) not in repr(stream())
     assert "digest" in repr(stream())
+
+
+def test_a_pick_is_even_secret_and_another_in_every_step():
+    stream = NoiseStream(KEY, "digest")
+    counts = torch.zeros(3)
+    for step in range(300):
+        [picked, only] = stream.pick(step, [3, 1])
+        counts[picked] += 1
+        assert only == 0
+
+    assert (counts - 100).abs().max() < 40  # five standard deviations
+    assert stream.pick(5, [1000] * 9) == stream.pick(5, [1000] * 9)
+    assert stream.pick(5, [1000] * 9) != stream.pick(6, [1000] * 9)
+    assert stream.pick(5, [1000] * 9) != NoiseStream(new_key(), "digest").pick(5, [1000] * 9)
+    assert stream.pick(0, []) == []

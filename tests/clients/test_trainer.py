@@ -10,6 +10,7 @@ from clients import models, trainer
 from clients.assignment import DataSpec, ModelSpec, PluginChoice, Privacy
 from clients.evaluate import evaluate
 from clients.site import Site, UpdateGone
+from clients.sources import BadRecord
 from clients.trainer import NothingToTrain, spend_of, train
 from clients.wire import pack
 from strategies.plugins import BadOptions
@@ -433,3 +434,52 @@ def test_private_rounds_may_hold_one_example_at_a_time(assign, monkeypatch):
     monkeypatch.setattr(trainer, "_VERIFIED", set())  # so that the start-up comparison is made
 
     assert train(assign(privacy=NOISE, microbatch=1)).spends
+
+
+@pytest.fixture
+def of_patients(assign):
+    """Return a function that makes a private assignment per patient, without noise to speak of."""
+
+    def make(*patients, text="cat {}", **changes):
+        rows = [
+            {"text": text.format(number), "label": "cat", "patient": patient}
+            for number, patient in enumerate(patients)
+        ]
+        plain = assign(
+            rows=rows,
+            steps=1,
+            optimizer=PluginChoice("sgd", {"lr": 1.0}),
+            num_examples=len(set(patients)),
+            privacy=replace(WHOLE, unit="patient", insecure_seed=1),
+        )
+        return replace(plain, data=replace(plain.data, unit="patient"), **changes)
+
+    return make
+
+
+def test_a_person_adds_one_clipped_gradient_however_many_records_there_are(of_patients):
+    assignment = of_patients(*["ada"] * 9, "bob")
+
+    update = train(assignment)
+
+    # two persons at 0.1 each, over an expected batch of two; nine records would bring it to 0.5
+    assert 0 < length(moved(assignment, update)) <= 0.1 * (1 + 1e-4)
+    assert update.spends[0].unit == "patient"
+    assert update.num_examples == 2
+
+
+def test_repeating_a_person_s_record_changes_nothing(of_patients):
+    once, often = (of_patients(*["ada"] * count, text="cat") for count in (1, 6))
+
+    alone, repeated = (moved(a, train(a)) for a in (once, often))
+
+    assert length(alone) > 0.01
+    for name, change in alone.items():
+        torch.testing.assert_close(repeated[name], change, atol=1e-6, rtol=1e-4)
+
+
+def test_a_record_that_does_not_say_whose_it_is_stops_a_run_per_person(of_patients):
+    assignment = of_patients("ada", "bob")
+
+    with pytest.raises(BadRecord, match="has no field 'ward' that says whose it is"):
+        train(replace(assignment, data=replace(assignment.data, unit="ward")))

@@ -265,3 +265,41 @@ def test_budgets_that_are_not_touched_cost_nothing(make_plan, workspace, monkeyp
     assert within_budgets(plan, budgets) is plan
     assert planned_spends(plan) == {}
     assert budgets.on("people-x") == []
+
+
+PER_PATIENT = DP | {"unit": "patient"}
+
+
+def of_patients(words="coughs"):
+    return [{"text": f"{words} {i}", "label": "cat", "patient": f"p{i % 20}"} for i in range(60)]
+
+
+def test_a_run_per_person_counts_samples_and_names_persons(register, plan, spend, workspace):
+    register("ward", of_patients())
+
+    made = plan("ward", privacy=PER_PATIENT)
+
+    [who] = made.participants
+    assert who.num_examples == 20
+    assert (who.privacy.sample_rate, who.privacy.unit) == (4 / 20, "patient")
+    assert who.data.unit == "patient"
+    spend(made)
+    assert workspace.ledger.spends("ward")[0].unit == "patient"
+    with pytest.raises(BadConfig, match=r"is not below 1/20"):
+        plan("ward", privacy=PER_PATIENT | {"delta": 0.05})
+
+
+def test_other_notes_of_the_same_persons_share_their_budget(register, plan, spend):
+    register("ward", of_patients(), epsilon=0.01, delta=1e-3)
+    register("clinic", of_patients("sleeps"))
+
+    assert plan("clinic")  # per example they are strangers
+    with pytest.raises(BudgetSpent, match="'ward', with which its own 'clinic' shares"):
+        plan("clinic", privacy=PER_PATIENT)
+
+
+def test_a_unit_that_is_no_column_is_refused_when_the_run_is_planned(register, plan):
+    register("ward", of_patients())
+
+    with pytest.raises(BadConfig, match=r"privacy\.unit: ward: .*no field 'person' that says whos"):
+        plan("ward", privacy=DP | {"unit": "person"})
