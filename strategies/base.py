@@ -214,6 +214,10 @@ class Strategy(Protocol):
             ``beneath``: a part of what is learned lies under the adapter, see :func:`beneath`, so
             that the adapter alone is not what was learned.
 
+            ``mean-only``: the updates count through the weighted mean of their tensors alone, so
+            that one update that is this mean gives the same. Then noise in the mean makes the
+            whole round private to the clients: what follows is a function of it.
+
             ``streaming``: memory does not grow with the number of updates, beyond 16 of them.
 
             ``needs-library``: it is made to start from adapters of the store, and without any is

@@ -31,7 +31,7 @@ class FedSB:
     weighting: Weighting = "examples"
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"additive", "core", "exact", "private", "shared-gauge", "streaming"}
+        {"additive", "core", "exact", "mean-only", "private", "shared-gauge", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -33,7 +33,9 @@ class FedAvg:
     weighting: Weighting = "examples"
     averaging_error: bool = True
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"additive", "private", "streaming"})
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"additive", "mean-only", "private", "streaming"}
+    )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:

@@ -29,7 +29,7 @@ class FedSALoRA:
     weighting: Weighting = "examples"
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"additive", "personal", "private", "streaming"}
+        {"additive", "mean-only", "personal", "private", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -53,7 +53,7 @@ class FedSVD:
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"exact", "private", "shared-gauge", "streaming"}
+        {"exact", "mean-only", "private", "shared-gauge", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -36,7 +36,7 @@ class FFALoRA:
     row_scale: Annotated[float, Range(0, open_low=True, open_high=True)] = 1.0
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"additive", "exact", "private", "shared-gauge", "streaming"}
+        {"additive", "exact", "mean-only", "private", "shared-gauge", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -49,7 +49,9 @@ class LoRAA2:
     probe: Annotated[float, Range(0, 1, open_low=True)] = 0.2
     weighting: Weighting = "examples"
 
-    capabilities: ClassVar[frozenset[str]] = RoLoRA.capabilities - {"private"} | {"selects"}
+    capabilities: ClassVar[frozenset[str]] = (RoLoRA.capabilities - {"mean-only", "private"}) | {
+        "selects"
+    }
     mean_options: ClassVar[Mapping[str, Any]] = {}
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:

@@ -60,7 +60,7 @@ class LoRI:
     weighting: Weighting = "examples"
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"exact", "private", "recycles", "shared-gauge", "streaming"}
+        {"exact", "mean-only", "private", "recycles", "shared-gauge", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -37,7 +37,7 @@ from strategies.tensors import BadUpdate, check_update
 Counting: TypeAlias = Literal["uniform", "examples"]
 """Whether clients count alike, or by the number of examples that they say they have."""
 
-_LOST = frozenset({"additive", "exact", "streaming"})
+_LOST = frozenset({"additive", "exact", "mean-only", "streaming"})
 
 
 class TooFewUpdates(BadUpdate):

@@ -31,7 +31,7 @@ class RoLoRA:
     weighting: Weighting = "examples"
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"exact", "private", "shared-gauge", "streaming"}
+        {"exact", "mean-only", "private", "shared-gauge", "streaming"}
     )
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

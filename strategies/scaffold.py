@@ -62,8 +62,11 @@ class Scaffold:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What the inner strategy can, but that an update belongs to its round's correction."""
-        return self.inner.capabilities - {"additive"}
+        """What the inner strategy can, but that an update belongs to its round's correction.
+
+        And how far the control variate moves depends on the number of updates.
+        """
+        return self.inner.capabilities - {"additive", "mean-only"}
 
     def init(self, adapter: Tensors, setting: Setting = ALONE) -> ServerState:
         """Return the inner strategy's state, a control variate of zero, and the number of clients.

@@ -331,6 +331,23 @@ def test_a_library_changes_how_a_run_starts_if_the_strategy_says_so(strategy, ma
     assert alike is ("recycles" not in strategy.capabilities)
 
 
+def test_the_mean_of_the_updates_does_as_well_as_they_do_if_the_strategy_says_so(
+    strategy, make_adapter, train
+):
+    """Client-level DP hands on nothing but a noised mean."""
+    if "mean-only" not in strategy.capabilities:
+        pytest.skip("it does not say so")
+    state = strategy.aggregate(s := strategy.init(make_adapter(dtype=torch.float64)), train(s))
+    updates = train(state)
+    total = sum(u.num_examples for u in updates)
+    mean = {
+        n: sum(u.tensors[n] * (u.num_examples / total) for u in updates) for n in updates[0].tensors
+    }
+    one = strategy.aggregate(state, [replace(updates[0], client="", tensors=mean)])
+    for left, right in zip(both(one), both(strategy.aggregate(state, updates)), strict=True):
+        assert_close(left, right)
+
+
 def test_the_plugin_has_a_summary_and_a_source(name):
     assert STRATEGIES.get(name).summary.endswith(".")
     assert STRATEGIES.get(name).source
