@@ -1,6 +1,7 @@
 """Privacy accounting as pure functions over spends: how much was used, and which noise fits.
 
-Opacus' two accountants of the Poisson-subsampled Gaussian mechanism under add/remove adjacency:
+Opacus' two accountants of the Poisson-subsampled Gaussian mechanism under add/remove adjacency (and
+of the one without subsampling, in which a client's change is there or is zero: ``zero-out``):
 ``prv`` (2106.02848), numerical and tight, and ``rdp`` (1908.10530, converted by 1905.09982), looser
 and always cheap. Both are upper bounds; ``prv`` here is the smaller of the two, so where the
 numerical one cannot be computed (infinite, too large a domain, too small a delta) it is ``rdp``.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from strategies.spends import PrivacySpend
+from strategies.spends import ZERO_OUT, PrivacySpend
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ _ORDERS = (*(1 + x / 20 for x in range(1, 200)), *_LARGE)
 _MAX_POINTS = 2_000_000  # of the discretised loss, over all events: two seconds, 200 MB
 _MIN_DELTA = 1e-10  # below it, rounding in the Fourier transform shows against delta / 1000
 _MIN_NOISE, _MAX_NOISE = 0.01, 1e3
+_ADJACENCIES = ("add-remove", ZERO_OUT)  # of one client in a sum, the same two distributions
 _GRID = 10_000  # noise multipliers are multiples of 1 / _GRID
 _TOLERANCE = 1e-3  # relative, of a noise multiplier
 
@@ -188,9 +190,10 @@ def _composed(spends: Iterable[PrivacySpend]) -> tuple[_Event, ...]:
         raise IncomposableSpends(
             f"spends of {listed} cannot be added; account for each of them by itself"
         )
-    if kinds and (kinds[0][0], kinds[0][2]) != ("gaussian", "add-remove"):
+    if kinds and (kinds[0][0] != "gaussian" or kinds[0][2] not in _ADJACENCIES):
         raise IncomposableSpends(
-            f"the accountants know gaussian/UNIT/add-remove, got {'/'.join(kinds[0])}"
+            f"the accountants know gaussian/UNIT/add-remove and gaussian/UNIT/{ZERO_OUT}, got "
+            f"{'/'.join(kinds[0])}"
         )
     events = []
     for spend in spends:
@@ -200,6 +203,11 @@ def _composed(spends: Iterable[PrivacySpend]) -> tuple[_Event, ...]:
             )
         except KeyError as error:
             raise ValueError(f"a gaussian spend needs the parameter {error.args[0]!r}") from None
+        if spend.adjacency == ZERO_OUT and rate != 1:
+            raise IncomposableSpends(
+                f"who is in a round is known under {ZERO_OUT}, so that sampling gains nothing: "
+                f"its sample_rate must be 1, got {rate:g}"
+            )
         events.append(_checked_event(noise, rate, steps))
     return _merged(events)
 

@@ -127,6 +127,19 @@ def test_spends_of_different_units_are_never_added():
         epsilon([spend(1.0, 0.1, 1), spend(1.0, 0.1, 1, unit="patient_id")], DELTA)
 
 
+@BOTH
+def test_a_client_that_is_zeroed_out_costs_what_one_that_is_left_out_does(accountant):
+    there, gone = (spend(4.0, 1.0, 5, "client", adjacency=a) for a in ("zero-out", "add-remove"))
+    assert epsilon([there], DELTA, accountant) == epsilon([gone], DELTA, accountant)
+    with pytest.raises(IncomposableSpends, match="zero-out"):
+        epsilon([there, gone], DELTA, accountant)
+
+
+def test_sampling_that_everybody_knows_of_is_not_accounted_as_secret():
+    with pytest.raises(IncomposableSpends, match="sampling gains nothing"):
+        epsilon([spend(4.0, 0.1, 5, "client", adjacency="zero-out")], DELTA)
+
+
 @pytest.mark.parametrize(
     "unknown", [{"mechanism": "laplace"}, {"adjacency": "replace"}], ids=lambda x: next(iter(x))
 )

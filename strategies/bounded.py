@@ -1,0 +1,116 @@
+"""Client-level differential privacy: changes of bounded norm, and noise in their sum.
+
+Source: arXiv 1710.06963 (DP-FedAvg, the estimator with a fixed denominator). A client's change is
+that of all the tensors it sends, together; it is shortened to a norm, added up with the others',
+and the sum gets Gaussian noise and is divided by a number that is known before anybody answers. So
+the noise's size tells nothing of how many answered, and who does not answer counts as no change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from strategies.base import Tensors, Update
+from strategies.spends import ClientLevel
+from strategies.tensors import BadUpdate, check_update
+
+Normal: TypeAlias = Callable[[str, Sequence[int]], Tensor]
+"""Returns standard normals, float64, of a shape, for the tensor of a name."""
+
+
+def shortened(trained: Tensors, sent: Tensors, clip: float) -> dict[str, Tensor]:
+    """Return trained tensors moved back towards what was sent, until their change is within a norm.
+
+    All move by one factor, which keeps the change's direction. A change that is not finite is none:
+    whether a client's training diverged is of its data.
+
+    >>> sent = {"x": torch.zeros(1), "y": torch.zeros(1)}
+    >>> shortened({"x": torch.tensor([6.0]), "y": torch.tensor([8.0])}, sent, 5.0)
+    {'x': tensor([3.]), 'y': tensor([4.])}
+
+    Args:
+        trained: what the client trained.
+        sent: at least the same tensors, as the client was sent them.
+        clip: > 0.
+    """
+    changes, norm = _change(trained, sent, {})
+    if not math.isfinite(norm):
+        return {name: sent[name] for name in trained}
+    if norm <= clip:
+        return dict(trained)
+    factor = clip / norm
+    return {
+        name: (sent[name].to(torch.float64) + factor * change).to(trained[name].dtype)
+        for name, change in changes.items()
+    }
+
+
+def noised_mean(
+    updates: Iterable[Update], like: Tensors, mask: Tensors, terms: ClientLevel, normal: Normal
+) -> Update:
+    """Return one update: what was sent, and the clients' mean change with noise in it.
+
+    Each change is shortened to ``terms.clip`` first, whoever sent it. All is in float64, and
+    rounded once, at the end. Clients count alike, and none may be there twice. One update is kept
+    at a time. Of no update at all it is noise.
+
+    Args:
+        updates: of one round and base, from different clients.
+        like: the tensors that were to be trained, as they were sent.
+        mask: 0/1 by tensor, as in :class:`strategies.base.Broadcast`: entries at 0 stay as they
+            are, whatever came, and get no noise.
+        terms: bound, noise and denominator.
+        normal: the noise.
+
+    Raises:
+        BadUpdate: if an update has other tensors than ``like``, is not finite, or its client is
+            there twice.
+    """
+    sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in sorted(like.items())}
+    seen: set[str] = set()
+    for update in updates:
+        _refuse_unfit(update, like, seen)
+        changes, norm = _change(update.tensors, like, mask)
+        if not math.isfinite(norm):
+            raise BadUpdate(f"the update of {update.client!r} is not finite; it must be")
+        factor = min(1.0, terms.clip / norm) if norm else 1.0
+        for name, change in changes.items():
+            sums[name].add_(change, alpha=factor)
+    size = terms.noise_multiplier * terms.clip
+    tensors = {}
+    for name, total in sums.items():
+        noised = (total + size * _masked(normal(name, total.shape), mask.get(name))) / terms.cohort
+        tensors[name] = (like[name].to(torch.float64) + noised).to(like[name].dtype)
+    return Update(client="", round=0, base="", tensors=tensors, num_examples=1)
+
+
+def _refuse_unfit(update: Update, like: Tensors, seen: set[str]) -> None:
+    check_update(update, like)
+    odd = sorted(like.keys() - update.tensors.keys())
+    if odd:
+        raise BadUpdate(f"the update of {update.client!r} has no {odd[0]!r}, which was asked for")
+    if update.client in seen:
+        raise BadUpdate(
+            f"{update.client!r} is in one sum twice, and the noise hides one change of each client"
+        )
+    seen.add(update.client)
+
+
+def _change(trained: Tensors, sent: Tensors, mask: Tensors) -> tuple[dict[str, Tensor], float]:
+    """Return the changes in float64, without what is masked, and the norm of all together."""
+    changes = {
+        name: _masked(
+            trained[name].to(torch.float64) - sent[name].to(torch.float64), mask.get(name)
+        )
+        for name in sorted(trained)
+    }
+    return changes, math.hypot(*(float(torch.linalg.vector_norm(t)) for t in changes.values()))
+
+
+def _masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    return tensor if mask is None else torch.where(mask != 0, tensor, 0.0)
