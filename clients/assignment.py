@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from strategies.spends import ClientLevel
+
 if TYPE_CHECKING:  # torch takes seconds, and a config needs the specs alone
     from strategies.base import Broadcast, Tensors
 
@@ -144,6 +146,8 @@ class Assignment:
         labels: labels that take part in the softmax; empty for the whole label set.
         head: ``train``, ``freeze`` or ``personal`` (trained, kept at the client).
         privacy: DP-SGD, or None.
+        central: client-level DP, or None: what of it the client has to do is to bound its change,
+            and to send nothing else.
         seed: of everything random in this round but DP's noise and sample.
         threads: intra-op threads; changes rounding, so it is in the recipe.
         device: ``cpu`` or ``cuda``.
@@ -174,11 +178,17 @@ class Assignment:
     labels: tuple[str, ...] = ()
     head: Literal["train", "freeze", "personal"] = "train"
     privacy: Privacy | None = None
+    central: ClientLevel | None = None
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
     public: bool = False
     uplink: tuple[PluginChoice, ...] = ()
+
+    @property
+    def private(self) -> bool:
+        """Whether nothing of the client's data may show but through noise."""
+        return self.privacy is not None or self.central is not None
 
     def digest(self) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.

@@ -142,7 +142,7 @@ def _asked(
         NotInFlower: if the template asks for what only a run of weft's can give.
         BadRecord: if the message is not what a strategy sends.
     """
-    if template.privacy is not None:
+    if template.private:
         raise NotInFlower(
             "an assignment with privacy cannot be trained in a Flower run: nothing there holds its "
             "spend against the population's budget; leave privacy out, or train it with weft run"

@@ -43,6 +43,11 @@ def run_folder(site: Path, run: str, client: str) -> Path:
     return site / hashlib.sha256(f"{run}\0{client}".encode()).hexdigest()[:32]
 
 
+def destroy_key(site: Path, run: str, client: str) -> None:
+    """Delete the key of (run, client) for good, if the site in folder ``site`` has one."""
+    (run_folder(site, run, client) / "key").unlink(missing_ok=True)
+
+
 def has_key(site: Path, run: str, client: str) -> bool:
     """Return whether the site in folder ``site`` has drawn the key of (run, client)."""
     return (run_folder(site, run, client) / "key").is_file()

@@ -45,6 +45,7 @@ from clients.session import (
 from clients.site import Site
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
+from strategies.bounded import shortened
 from strategies.pruning import cut, pruning_of
 from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
@@ -84,7 +85,7 @@ def train(
     if stored is not None:
         return unpack(stored)
     examples = data.examples(assignment.data, assignment.model)
-    if not examples and assignment.privacy is None:  # with privacy nobody may learn that
+    if not examples and not assignment.private:  # with privacy nobody may learn that
         raise NothingToTrain(f"{assignment.client} has no example for this task")
     stepped(0, assignment.steps or 0)  # the base model may take long to load
     secret = site.data_key(assignment.privacy.insecure_seed if assignment.privacy else None)
@@ -114,6 +115,9 @@ def train(
     tensors = compact({n: lower[n] for n in returned_names(assignment)}, loop.chosen)
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
     own |= loop.correction.after(loop.reference, trained) | kept_ranks(now)
+    if assignment.central is not None:
+        tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.clip)
+        metrics, fingerprint = {}, ""
     sent, seed = assignment.broadcast, assignment.seed
     tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
     own |= left
@@ -122,7 +126,7 @@ def train(
         round=assignment.round,
         base=assignment.base,
         tensors=tensors,
-        num_examples=assignment.num_examples if privacy else len(examples),
+        num_examples=_counted(assignment, examples),
         metrics=metrics,
         memory={},
         spends=spends,
@@ -135,12 +139,21 @@ def train(
     return update
 
 
+def _counted(assignment: Assignment, examples: Sequence[Any]) -> int:
+    """Return what an update says of its number of examples; under DP nothing that is not known."""
+    if assignment.central is not None:
+        return 1
+    return len(examples) if assignment.privacy is None else assignment.num_examples
+
+
 def spend_of(assignment: Assignment) -> PrivacySpend:
     """Return what a private assignment spends, known before it is sent.
 
     Raises:
         ValueError: if the assignment is not private.
     """
+    if assignment.central is not None:
+        return assignment.central.spend
     privacy = assignment.privacy
     if privacy is None or assignment.steps is None:
         raise ValueError("only an assignment with privacy and a number of steps has a known spend")
@@ -249,7 +262,9 @@ class _Loop:
         }
 
     def run_plain(self) -> dict[str, float]:
-        """Train without privacy; return the mean loss over all examples seen, if it is a number."""
+        """Train without noise; return the mean loss over all examples seen, if it is a number."""
+        if not self.encoded:
+            return {}
         for batch in self._plain_batches():
             plain_step(self.params, self._microbatches(batch), self._losses, len(batch), self.mask)
             self._finish_step()

@@ -23,10 +23,28 @@ from orchestrator.weighing import declared
 from strategies.base import Broadcast, Tensors, Update
 from strategies.pruning import cut, pruning_of, ranks_in
 from strategies.selection import budget_of, refusal_of
+from strategies.spends import PrivacySpend
 from strategies.uplink import BadEncoding
 
 _MOST_EXAMPLES = 2**53
 """Beyond it a float, in which updates are weighed, does not know the next number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What an accepted update is known by, and what it costs besides what its client spent.
+
+    Attributes:
+        digest: of the update's bytes; under client-level DP one that tells nothing of them.
+        spends: of the round it is aggregated in.
+    """
+
+    digest: Callable[[bytes], str] = digest
+    spends: tuple[PrivacySpend, ...] = ()
+
+
+OPEN = Seal()
+"""Of updates that are no secret to who reads the lineage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +180,10 @@ def _odd_numbers(update: Update) -> str | None:
 
 def _odd_privacy(update: Update, assignment: Assignment) -> str | None:
     """Return what is wrong with what an update says of privacy, or None."""
+    if assignment.central is not None and (
+        update.metrics or update.fingerprint or update.num_examples != 1
+    ):
+        return "under client-level DP an update says nothing but its tensors, and this one does"
     if update.spends != ((spend_of(assignment),) if assignment.privacy else ()):
         return "the update's privacy spend is not what the assignment asked for"
     if assignment.privacy and (update.metrics or update.num_examples != assignment.num_examples):
@@ -169,24 +191,24 @@ def _odd_privacy(update: Update, assignment: Assignment) -> str | None:
     return None
 
 
-def spill(update: Update, who: Participant, folder: Path) -> Accepted:
+def spill(update: Update, who: Participant, folder: Path, seal: Seal = OPEN) -> Accepted:
     """Write an accepted update under a run's ``folder`` and return it: memory stays flat."""
     data = pack(update)
     path = _place(update.client, update.round, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, data)
-    return _accepted(update, digest(data), who, path)
+    return _accepted(_sealed(update, seal), seal.digest(data), who, path)
 
 
-def spilled(taken: Taken, who: Participant, folder: Path) -> Accepted | None:
+def spilled(taken: Taken, who: Participant, folder: Path, seal: Seal = OPEN) -> Accepted | None:
     """Return an update that was accepted before; None if its file is gone or is another."""
     path = _place(taken.client, taken.round, folder)
     if not path.exists():
         return None
     data = path.read_bytes()
-    return (
-        _accepted(unpack(data), taken.digest, who, path) if digest(data) == taken.digest else None
-    )
+    if seal.digest(data) != taken.digest:
+        return None
+    return _accepted(_sealed(unpack(data), seal), taken.digest, who, path)
 
 
 def lazily(
@@ -214,6 +236,10 @@ def moved(update: Update, base: Tensors, now: Tensors, weight: float) -> Update:
         for name, t in update.tensors.items()
     }
     return replace(update, tensors=tensors)
+
+
+def _sealed(update: Update, seal: Seal) -> Update:
+    return replace(update, spends=(*update.spends, *seal.spends))
 
 
 def _place(client: str, round_: int, folder: Path) -> Path:

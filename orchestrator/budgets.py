@@ -6,19 +6,20 @@ with it (:mod:`orchestrator.relating`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from clients.accounting import Accountant, BudgetSpent, IncomposableSpends, epsilon
+from clients.accounting import Accountant, BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Privacy
+from orchestrator.cohort import goal, roster
 from orchestrator.config import BadConfig
 from orchestrator.epsilons import spend_from_row
 from orchestrator.plan import Participant, Plan
-from orchestrator.spending import calibrated
+from orchestrator.spending import calibrated, refuse_other_kinds
 from storage.ledger import Ledger
 from storage.records import Policy
-from strategies.spends import PrivacySpend
+from strategies.spends import CLIENT_UNIT, ZERO_OUT, ClientLevel, PrivacySpend
 
 _ROUNDING = 1e-9
 
@@ -124,7 +125,7 @@ def check_limits(who: Participant, plan: Plan, limits: Sequence[Limit]) -> None:
 
 def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
     """Return what each client of a run spends in all, at most, by its name; none without DP."""
-    if plan.config.privacy is None or plan.config.local_steps is None:
+    if plan.config.privacy is None:
         return {}
     most = most_rounds(plan)
     return {who.name: spend_over(who, plan, most) for who in plan.participants}
@@ -136,7 +137,10 @@ def most_rounds(plan: Plan) -> int:
 
 
 def spend_over(who: Participant, plan: Plan, rounds: int) -> PrivacySpend:
-    """Return what a client spends in ``rounds`` rounds, >= 1, of a run with DP."""
+    """Return what ``rounds`` rounds of a client spend, >= 1, with the noise that the run has."""
+    if plan.central is not None:
+        once = plan.central.spend
+        return replace(once, parameters={**once.parameters, "steps": float(rounds)})
     assert who.privacy is not None
     parameters = {
         "noise_multiplier": who.privacy.noise_multiplier,
@@ -176,6 +180,61 @@ def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Pri
             ) from None
         found = max(found, fit, key=lambda one: one.noise_multiplier)
     return found
+
+
+def central_terms(plan: Plan, budgets: Budgets) -> ClientLevel | None:
+    """Return a run's client-level DP, or None where it has none.
+
+    There is one noise for all clients: the smallest with which none spends more than the run's ε,
+    and no budget is passed, in all the rounds that a client may take part in. A budget whose
+    policy shortens runs asks for no more noise than the run does.
+
+    Args:
+        plan: with its participants.
+        budgets: that there are.
+
+    Raises:
+        BadConfig: if δ is too large for so many clients.
+        BudgetSpent: if no noise keeps within a budget, or it has spends of another unit.
+    """
+    config = plan.config.client_level
+    if config is None:
+        return None
+    assert config.clip is not None
+    num_clients = len(plan.participants)
+    if config.delta >= 1 / num_clients:
+        raise BadConfig(
+            f"privacy.delta: {config.delta:g} is not below 1/{num_clients}, the number of clients "
+            "that take part; choose a smaller delta"
+        )
+    rounds = most_rounds(plan)
+    noise = config.noise_multiplier or 0.0
+    asked = partial(noise_for, sample_rate=1.0, accountant=config.accountant)
+    if config.epsilon is not None:
+        noise = asked(config.epsilon, config.delta, steps=rounds)
+        for limit, people in budgets.touched(plan):
+            if _policy(limit, plan) != "shorten":
+                noise = max(noise, _central_noise(limit, people, rounds, asked))
+    known = roster(plan.participants, plan.config.cohort)
+    return ClientLevel(config.clip, noise, goal(plan.config, len(known.names)))
+
+
+def _central_noise(
+    limit: Limit, people: Sequence[Participant], rounds: int, asked: Callable[..., float]
+) -> float:
+    """Return the smallest noise with which so many rounds of ``people`` keep within a budget.
+
+    Raises:
+        BudgetSpent: if none does, or the budget has spends of another unit.
+    """
+    try:
+        refuse_other_kinds(limit.history, CLIENT_UNIT, ZERO_OUT)
+        return asked(limit.epsilon, limit.delta, steps=rounds * len(people), history=limit.history)
+    except (BudgetSpent, IncomposableSpends) as error:
+        raise BudgetSpent(
+            f"{people[0].name}: {limit.of(people[0])} cannot keep within ε = {limit.epsilon:g} (δ "
+            f"= {limit.delta:g}): {error}. Raise its budget, plan fewer rounds, or leave it out"
+        ) from None
 
 
 def within_budgets(plan: Plan, budgets: Budgets) -> Plan:

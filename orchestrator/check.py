@@ -69,6 +69,8 @@ class Check:
         }
 
     def _noise(self, name: str) -> float | None:
+        if self.plan.central is not None:
+            return self.plan.central.noise_multiplier
         who = next(p for p in self.plan.participants if p.name == name)
         return who.privacy.noise_multiplier if who.privacy else None
 
@@ -110,7 +112,7 @@ def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> 
     An offset is a second copy of the adapter, frozen underneath.
     """
     batch = min(config.microbatch, config.batch_size)
-    copies = 4 + (batch if config.privacy else 0) + offset
+    copies = 4 + (batch if config.dp_sgd else 0) + offset
     layers_hidden = sizes["base_parameters"] // 12  # a block has about 12 hidden² parameters
     width = max(1, math.isqrt(layers_hidden))
     activations = batch * config.model.max_length * width * _ACTIVATIONS_PER_TOKEN * _FLOAT

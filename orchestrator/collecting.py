@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from clients.assignment import Assignment
-from orchestrator.acceptance import Accepted, refusal, spill, spilled
+from orchestrator.acceptance import OPEN, Accepted, Seal, refusal, spill, spilled
 from orchestrator.backends.base import Failure, Result
 from orchestrator.cohort import Roster, asked_next
 from orchestrator.desk import Desk
@@ -50,6 +50,7 @@ class Collector:
         assign: returns the assignments of a round's clients, from a base version.
         heed: raises where people want the run to stop.
         unreachable: returns who cannot be asked now.
+        seal: what accepted updates are known by.
         clock: returns seconds.
     """
 
@@ -64,6 +65,7 @@ class Collector:
     assign: Callable[[int, str, Sequence[Participant]], list[Assignment]]
     heed: Callable[[], None]
     unreachable: Callable[[], set[str]]
+    seal: Seal = OPEN
     clock: Callable[[], float] = time.monotonic
     _sent: dict[Key, Assignment] = field(default_factory=dict, init=False)
     _given_up: set[Key] = field(default_factory=set, init=False)
@@ -101,7 +103,7 @@ class Collector:
         self._taken.clear()
         self._lost.clear()
         for one in known:
-            found = spilled(one, self.people[one.client], self.folder)
+            found = spilled(one, self.people[one.client], self.folder, self.seal)
             if found is None:
                 self._lost[one.key] = one
             else:
@@ -189,7 +191,7 @@ class Collector:
         assert isinstance(result, Update)
         reason = refusal(result, assignment, self.plan.config.max_update_norm)
         if reason is None:
-            accepted = spill(result, self.people[result.client], self.folder)
+            accepted = spill(result, self.people[result.client], self.folder, self.seal)
             promised = self._lost.pop(key, None)
             if promised is None or promised.digest == accepted.leaf["digest"]:
                 self._taken[key] = accepted

@@ -142,6 +142,14 @@ class RunConfig(Rounds):
     ] = BackendConfig()
     faults: Annotated[Faults | None, BeforeValidator(from_list)] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kept_by_level(cls, data: Any) -> Any:
+        """Keep no update by default where only their sum is private."""
+        privacy = data.get("privacy") if isinstance(data, Mapping) else None
+        central = isinstance(privacy, Mapping) and privacy.get("level") == "client"
+        return {"retention": "none", **data} if central else data
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if problems := list(_problems(self)):
@@ -150,8 +158,18 @@ class RunConfig(Rounds):
 
     @property
     def local_steps(self) -> int | None:
-        """Optimizer steps a round; None where ``epochs`` says it. 10 under DP by default."""
-        return self.steps or (10 if self.privacy else None)
+        """Optimizer steps a round; None where ``epochs`` says it. 10 under DP-SGD by default."""
+        return self.steps or (10 if self.dp_sgd else None)
+
+    @property
+    def dp_sgd(self) -> PrivacyConfig | None:
+        """Privacy of examples, at every client."""
+        return self.privacy if self.privacy and self.privacy.level == "example" else None
+
+    @property
+    def client_level(self) -> PrivacyConfig | None:
+        """Privacy of whole clients, in their sum."""
+        return self.privacy if self.privacy and self.privacy.level == "client" else None
 
     @property
     def judge(self) -> Stop:
@@ -199,8 +217,7 @@ def _problems(config: RunConfig) -> Iterable[str]:
     c = config
     if c.steps is not None and c.epochs is not None:
         yield "give steps or epochs, not both"
-    if c.privacy:
-        yield from _privacy_problems(c)
+    yield from _privacy_problems(c)
     if c.start != "fresh" and c.start_from is None:
         yield f"start: {c.start} needs start_from, the version to start from"
     for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
@@ -223,12 +240,14 @@ def _problems(config: RunConfig) -> Iterable[str]:
 
 
 def _privacy_problems(c: RunConfig) -> Iterable[str]:
-    if c.epochs is not None:
+    if c.client_level:
+        yield from c.one_sum_problems()
+    if c.dp_sgd and c.epochs is not None:
         yield (
             "epochs: under privacy a round has a fixed number of steps, because passes over the "
             "data would reveal its exact size; give steps"
         )
-    if c.accept_unbounded is not None:
+    if c.privacy and c.accept_unbounded is not None:
         yield "accept_unbounded: it is for a run without privacy; leave one of them out"
 
 

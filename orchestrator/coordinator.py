@@ -24,7 +24,7 @@ from orchestrator.lease import Lease, driver_name, is_dead
 from orchestrator.observers.of_run import watched
 from orchestrator.plan import Plan
 from orchestrator.recipes import drift
-from orchestrator.retention import drop_after_close, folder_of
+from orchestrator.retention import drop_after_close
 from orchestrator.workspace import Workspace
 from storage.ledger import LeaseLost, Ledger, RunRecord
 
@@ -328,7 +328,7 @@ def _record_end(workspace: Workspace, record: RunRecord, error: BaseException) -
     elif isinstance(error, Paused):
         ledger.record(run, "paused", {}, token=token, status="paused")
     elif isinstance(error, Cancelled):
-        drop_after_close(workspace.store, run, folder_of(home, run), record.config)
+        drop_after_close(workspace.store, run, home, record.config)
         ledger.record(run, "cancelled", {}, token=token, status="cancelled")
     else:
         reason = str(error) or type(error).__name__

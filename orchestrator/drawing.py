@@ -31,7 +31,9 @@ def lineage_tree(ancestry: Ancestry, whole: bool = False) -> Tree:
         for item in ancestry.epsilons:
             line = spent.add(epsilon_line(item))
             parts = [
-                (*k, e) for k, e in ancestry.by_data.items() if e.population == item.population
+                (*k, e)
+                for k, e in ancestry.by_data.items()
+                if (e.population, e.unit) == (item.population, item.unit)
             ]
             for client, data, part in parts if len(parts) > 1 else ():
                 line.add(f"{escape(client)}, data {escape(data[:12])}: {part}")

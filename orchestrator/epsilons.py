@@ -63,7 +63,8 @@ def epsilon_by(
 ) -> dict[tuple[str, ...], Epsilon]:
     """Return the ε that a version has inherited, by what ``key`` makes of a leaf, sorted.
 
-    Each event counts once, however many merge parents inherit it.
+    Each event counts once, however many merge parents inherit it. Unit and adjacency are added to
+    the key: what hides something else is no part of one ε.
 
     Args:
         recipes: of the version and all its ancestors.
@@ -75,8 +76,8 @@ def epsilon_by(
     for recipe in recipes:
         for leaf in recipe.get("updates", ()):
             if leaf["spends"]:
-                own = key(leaf)
                 spends = [PrivacySpend(**s) for s in leaf["spends"]]
+                own = (*key(leaf), spends[0].unit, spends[0].adjacency)
                 events.setdefault(own, {})[leaf["digest"]] = spends
                 delta = min(recipe["privacy"]["delta"], facts[own][1] if own in facts else 1.0)
                 facts[own] = (leaf["population"], delta, leaf["public"])
@@ -92,15 +93,26 @@ def epsilon_by(
 
 
 def spent_by_population(workspace: Workspace, population: str) -> dict[str, Any]:
-    """Return what a population has spent in all, as JSON; ``text`` says it in words."""
+    """Return what a population has spent in all, as JSON; ``text`` says it in words.
+
+    Of a population with spends that hide different things, the first kind; ``others`` has the rest.
+    """
     rows = workspace.ledger.spends(population)
     budget = workspace.ledger.budget(population)
     if not rows:
         return {"epsilon": 0.0, "text": "nothing"}
     delta = budget[1] if budget else DELTA
-    spent = composed(population, [spend_from_row(r) for r in rows], delta)
     limit = f" of {budget[0]:g}" if budget else ""
-    return {**asdict(spent), "text": f"{spent}{limit}, in {len(rows)} rounds"}
+    kinds: dict[tuple[str, str], list[PrivacySpend]] = {}
+    for row in rows:
+        kinds.setdefault((row.unit, row.adjacency), []).append(spend_from_row(row))
+    found = []
+    for spends in kinds.values():
+        spent = composed(population, spends, delta)
+        found.append({**asdict(spent), "text": f"{spent}{limit}, in {len(spends)} rounds"})
+    text = " and ".join(str(one["text"]) for one in found)
+    others = {"others": found[1:]} if found[1:] else {}
+    return {**found[0], **others, "text": text}
 
 
 def spend_from_row(row: SpendRow) -> PrivacySpend:

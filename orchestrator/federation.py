@@ -7,16 +7,17 @@ same as running it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from orchestrator.acceptance import decoded_update, lazily, moved
+from orchestrator.acceptance import OPEN, Accepted, decoded_update, lazily, moved
 from orchestrator.availability import absent
 from orchestrator.backends.base import Backend, Failure, Result
 from orchestrator.beginning import begin
+from orchestrator.central import Central, central_of
 from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
 from orchestrator.collecting import Collector, RoundFailed
 from orchestrator.committed import Commits, Committed, consolidated
@@ -39,7 +40,7 @@ from orchestrator.stopping import best, exhausted
 from storage.ledger import Ledger, RunFields
 from storage.store import AdapterStore
 from strategies import STRATEGIES
-from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update
+from strategies.base import Broadcast, ClientSpec, ServerState, Strategy, Tensors, Update
 
 __all__ = ["Cancelled", "Federation", "Observe", "Paused", "RoundFailed"]
 
@@ -83,6 +84,7 @@ class Federation:
     _collector: Collector = field(init=False)
     _known: History = field(default_factory=History, init=False)
     _commits: Commits = field(init=False)
+    _central: Central | None = field(init=False)
     _absent: tuple[int, set[str]] = field(default=(0, set()), init=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Federation:
         self.strategy = STRATEGIES.get(choice.name).build(**choice.options)
         self._roster = roster(plan.participants, plan.config.cohort)
         self._commits = Commits(self.store, plan.start.stack)
+        self._central = central_of(plan, self.home)
         self._desk = Desk(self.backend, self._started, self._stepped, self._heed)
         self._collector = Collector(
             plan=plan,
@@ -103,6 +106,7 @@ class Federation:
             assign=self._assignments,
             heed=self._heed,
             unreachable=self._unreachable,
+            seal=OPEN if self._central is None else self._central.seal,
         )
 
     def run(self) -> str:
@@ -112,7 +116,10 @@ class Federation:
             RoundFailed: if too few updates of a round could be accepted; the run can be resumed.
             Paused, Cancelled: if somebody asked for it.
             LeaseLost: if somebody else drives the run by now.
+            KeyLost: if the run's noise cannot be had again, and must be.
         """
+        if self._central is not None:
+            self._central.refuse_lost_key(self._history())
         try:
             done = self._last_commit() or self._begin()
             self._evaluate(done)
@@ -129,7 +136,7 @@ class Federation:
         opened = self._opened(done)
         relate_again(self.plan, opened.cohort, self.ledger, Path(self._sites))
         accepted = self._collector.collect(opened)
-        state = self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
+        state = self._aggregated(opened, accepted, done)
         self.observe("aggregated", {"round": opened.round, **state.metrics})
         last = opened.round == self.plan.config.rounds and not self._chooses
         memory = done.memory
@@ -156,6 +163,18 @@ class Federation:
         done = Committed(opened.round, version, state, memory, done.offset)
         self._forget(opened.round)
         return self._commits.add(done, self._awaited())
+
+    def _aggregated(
+        self, opened: Open, accepted: Sequence[Accepted], done: Committed
+    ) -> ServerState:
+        """Return the next state, from the updates or from their noised mean alone."""
+        updates = lazily(accepted, self._onto(done))
+        if self._central is None:
+            return self.strategy.aggregate(done.state, updates)
+        [asked] = self._assignments(opened.round, done.version, self.plan.participants[:1])
+        noised = self._central.mean(updates, accepted, asked)
+        state = self.strategy.aggregate(done.state, [noised])
+        return replace(state, metrics=self._central.metrics)
 
     def _opened(self, done: Committed) -> Open:
         """Return the round that is open, or open the next: whom it asks is written down first."""
@@ -226,7 +245,7 @@ class Federation:
             result = self._commits.of(top.version) if top else done
         version = self._settled(result)
         document = self.plan.config.model_dump(mode="json")
-        drop_after_close(self.store, self.plan.run, self._collector.folder, document)
+        drop_after_close(self.store, self.plan.run, self.home, document)
         name = self.store.name(self.plan.config.name, version)
         facts = {"version": version, "name": name}
         self._log("completed", facts, status="completed", version=version)

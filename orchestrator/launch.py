@@ -13,7 +13,14 @@ from pydantic import BaseModel
 from clients import data, models
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec
-from orchestrator.budgets import Budgets, Limit, calibrated_for, check_limits, within_budgets
+from orchestrator.budgets import (
+    Budgets,
+    Limit,
+    calibrated_for,
+    central_terms,
+    check_limits,
+    within_budgets,
+)
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.library import refuse_useless, resolved
 from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
@@ -77,6 +84,7 @@ def make_plan(
         _with_privacy(weighed(p, label), plan, budgets.on(p.population)) for p in participants
     ]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+    plan = replace(plan, central=central_terms(plan, budgets))
     plan = within_budgets(plan, budgets)
     refuse_impossible_rounds(plan)
     return plan
@@ -230,7 +238,7 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
     public = simulate.public or data.is_public(simulate.data)
     source = Path(data.parse_uri(simulate.data).path).name  # recipes hold no paths
     # otherwise nobody needs a size before the round, and each part is a pass over the data
-    sized = config.privacy is not None or config.cohort.weight == "examples"
+    sized = config.dp_sgd is not None or config.cohort.weight == "examples"
     found: list[Participant] = []
     taken: set[str] = set()
     for name, spec in parts:
@@ -287,6 +295,8 @@ def _with_privacy(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Part
     check_limits(who, plan, limits)
     if config.privacy is None:
         return who
+    if config.client_level:
+        return who  # one noise for all: see central_terms
     if who.num_examples < 1:
         raise BadConfig(
             f"{who.name}: privacy needs its declared number of examples; register it with "

@@ -15,6 +15,7 @@ from orchestrator.config import RunConfig
 from orchestrator.ranks import adapter_at
 from orchestrator.sections import EvaluateConfig
 from strategies.base import Broadcast, ClientSpec, Tensors
+from strategies.spends import ClientLevel
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Plan:
         loggers: checked choices of what is told of it; they change no result.
         uplink: checked choices of how updates are encoded, in order.
         library: ids of the versions whose adapters the strategy starts from.
+        central: client-level DP, calibrated once for the whole run; None without.
     """
 
     run: str
@@ -94,6 +96,7 @@ class Plan:
     loggers: tuple[PluginChoice, ...] = ()
     uplink: tuple[PluginChoice, ...] = ()
     library: tuple[str, ...] = ()
+    central: ClientLevel | None = None
 
     @property
     def max_participations(self) -> int:
@@ -197,6 +200,7 @@ def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
         action="init",
         client="",
         privacy=None,
+        central=None,
         data=NO_DATA,
         num_examples=0,
     )
@@ -221,6 +225,7 @@ def plan_evaluation(
         client="",
         data=data,
         privacy=None,
+        central=None,
         memory={},
         head="freeze",
     )
@@ -272,6 +277,7 @@ def _assignment(
         labels=plan.task_labels if config.task_labels else (),
         head=config.head,
         privacy=who.privacy,
+        central=plan.central,
         seed=seed,
         threads=config.threads,
         device=config.device,

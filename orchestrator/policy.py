@@ -162,6 +162,24 @@ class Rounds(Strict):
             return None
         return self.asynchronous or self.staleness or Staleness()
 
+    def one_sum_problems(self) -> Iterable[str]:
+        """Yield a sentence for each rule that a noised sum of clients' changes does not go with."""
+        if self.stale is not None:
+            yield (
+                "privacy.level: client hides one change of each client in a sum, and with late: "
+                "keep or asynchronous two of one client can be in it; leave them out"
+            )
+        if self.max_update_norm is not None:
+            yield (
+                "max_update_norm: whom it refuses would be told, and depends on data; at "
+                "privacy.level: client, privacy.clip bounds every change already"
+            )
+        if self.retention.keep != "none":
+            yield (
+                "retention: at privacy.level: client no update is kept, because they are private "
+                "in their sum only; leave it out, or give none"
+            )
+
     def round_problems(self) -> Iterable[str]:
         """Yield a sentence for each combination that makes no sense."""
         size, asynchronous = self.cohort.size, self.asynchronous

@@ -46,7 +46,8 @@ class Leaf:
         base: id of the version that it was trained from; empty where the recipe is older.
         weight: what its change counted, in (0, 1].
         num_examples: as declared.
-        clipped: norm to which each example's gradient was clipped, or None without DP.
+        clipped: norm to which each example's gradient (at client level, the client's whole change)
+            was clipped, or None without DP.
         fingerprint: of the data; keyed, so that nobody else can test a guess.
         spends: what privacy it cost, as JSON.
     """
@@ -71,8 +72,8 @@ class Ancestry:
         lineage: the selected versions and edges.
         towards: which way it was followed.
         leaves: the selected client updates, in the order of the versions.
-        epsilons: the ε that the root has inherited, by population; each event counts once. Of its
-            whole history, whatever is selected; empty towards children.
+        epsilons: the ε that the root has inherited, by population and unit; each event counts
+            once. Of its whole history, whatever is selected; empty towards children.
         by_data: the same by (client, fingerprint of its data).
     """
 
@@ -101,7 +102,7 @@ def lineage(workspace: Workspace, ref: str, wanted: Selection | None = None) -> 
         "parents",
         leaves,
         tuple(epsilons.values()),
-        {(client, data): spent for (client, data), spent in by_data.items()},
+        {(client, data): spent for (client, data, *_), spent in by_data.items()},
     )
 
 
@@ -129,6 +130,7 @@ def deployed_with(workspace: Workspace, client: str) -> list[Deployment]:
 def leaves_of(version: Version) -> Iterator[Leaf]:
     """Yield the client updates that a version was aggregated from, in the recipe's order."""
     privacy = version.recipe.get("privacy") or {}
+    bound = privacy.get("max_grad_norm", privacy.get("clip"))
     for leaf in version.recipe.get("updates", ()):
         yield Leaf(
             version=version.id,
@@ -138,7 +140,7 @@ def leaves_of(version: Version) -> Iterator[Leaf]:
             base=leaf.get("base", ""),
             weight=leaf.get("weight", 1.0),
             num_examples=leaf["num_examples"],
-            clipped=privacy.get("max_grad_norm") if leaf["spends"] else None,
+            clipped=bound if leaf["spends"] else None,
             fingerprint=leaf["fingerprint"],
             spends=tuple(leaf["spends"]),
         )

@@ -173,9 +173,12 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         },
         "privacy": privacy
         and {
-            "max_grad_norm": privacy.max_grad_norm,
+            **(
+                {"max_grad_norm": privacy.max_grad_norm, "unit": privacy.unit}
+                if plan.central is None
+                else {**asdict(plan.central), "unit": plan.central.spend.unit}
+            ),
             "delta": privacy.delta,
-            "unit": privacy.unit,
             "accountant": privacy.accountant,
             "insecure_seed": privacy.insecure_seed,
         },

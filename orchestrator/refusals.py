@@ -117,7 +117,7 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
     config = plan.config
     adapter = adapter_of(plan)
     for needed, wanted, why in (
-        ("dp-hooks", config.privacy is not None, "has no exact per-example gradients under DP"),
+        ("dp-hooks", config.dp_sgd is not None, "has no exact per-example gradients under DP"),
         ("low-rank", bool(plan.start.stack), "cannot be stacked on another adapter"),
     ):
         if wanted and needed not in adapter.capabilities:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clients.keys import destroy_key
 from orchestrator.policy import Retention
 from storage.store import AdapterStore
 from storage.updates import Leaf
@@ -20,11 +21,18 @@ if TYPE_CHECKING:  # accepting takes torch, keeping does not
     from orchestrator.acceptance import Accepted
 
 SUFFIX = ".safetensors"
+COORDINATOR = ""
+"""Whose key it is that hides a sum of updates; no client has this name."""
 
 
 def folder_of(home: Path, run: str) -> Path:
     """Return where a run's updates are while it needs them."""
     return home / "runs" / run
+
+
+def coordinator_keys(home: Path) -> Path:
+    """Return where the coordinator's own keys are, one a run with client-level DP."""
+    return home / "central"
 
 
 def keep_round(
@@ -63,18 +71,17 @@ def drop_after_round(
         store.updates.drop(run, round_ - retention.last)
 
 
-def drop_after_close(
-    store: AdapterStore, run: str, folder: Path, config: Mapping[str, Any]
-) -> None:
-    """Delete what is not kept once a run is closed: completed or cancelled.
+def drop_after_close(store: AdapterStore, run: str, home: Path, config: Mapping[str, Any]) -> None:
+    """Delete what is not kept once a run is closed, completed or cancelled: updates, and its key.
 
     Args:
         store: where updates are kept.
         run: the run's id.
-        folder: the run's.
+        home: where its folder and the coordinator's keys are.
         config: the run's, JSON; one of before there was a retention has the default.
     """
-    _empty(folder)
+    _empty(folder_of(home, run))
+    destroy_key(coordinator_keys(home), run, COORDINATOR)
     if Retention.model_validate(config.get("retention", {})).keep in ("none", "until-closed"):
         store.updates.drop(run)
 

@@ -67,6 +67,11 @@ def retrain(workspace: Workspace, run: str, backend: Backend | None = None) -> R
     record = workspace.ledger.run(run)
     plan = planned(workspace.ledger, record)
     privacy = plan.config.privacy
+    if plan.central is not None:
+        raise NoiseSecret(
+            f"run {record.id} has client-level DP: no update is kept that one trained again could "
+            "be compared with, nor the key of its noise once it is closed"
+        )
     if privacy is not None and privacy.insecure_seed is None:
         raise NoiseSecret(
             f"run {record.id} was trained with DP, and its noise is keyed by secrets that stay at "

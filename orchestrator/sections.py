@@ -23,7 +23,11 @@ class Model(Strict):
 
 
 class PrivacyConfig(Strict):
-    """DP-SGD at every client: give ``epsilon``, or the ``noise_multiplier`` itself."""
+    """Differential privacy: give ``epsilon``, or the ``noise_multiplier`` itself.
+
+    At ``level: example`` every client clips and noises its examples' gradients (DP-SGD); at
+    ``level: client`` the coordinator clips the clients' whole changes, and noises their sum.
+    """
 
     epsilon: float | None = Field(default=None, gt=0)
     noise_multiplier: float | None = Field(default=None, gt=0)
@@ -31,6 +35,8 @@ class PrivacyConfig(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_participations: int | None = Field(default=None, ge=1)
     unit: str = Field(default="example", min_length=1, max_length=128)
+    level: Literal["example", "client"] = "example"
+    clip: float | None = Field(default=None, gt=0)
     accountant: Literal["prv", "rdp"] = "prv"
     insecure_seed: int | None = None
     over_budget: Literal["refuse", "shorten"] | None = None
@@ -39,6 +45,11 @@ class PrivacyConfig(Strict):
     def _one_of(self) -> PrivacyConfig:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give either epsilon or noise_multiplier")
+        if (self.level == "client") != (self.clip is not None):
+            raise ValueError(
+                "clip is the norm of a client's whole change at level: client, which needs it; at "
+                "level: example it is max_grad_norm"
+            )
         return self
 
     @property

@@ -54,6 +54,7 @@ def calibrated(
 
     Raises:
         BudgetSpent: if no noise keeps within the budget.
+        IncomposableSpends: if the history hides something else than this would.
     """
     noise = config.noise_multiplier or 0.0
     if config.epsilon is not None:
@@ -65,6 +66,7 @@ def calibrated(
             accountant=config.accountant,
         )
     if budget is not None and config.noise_multiplier is None:
+        refuse_other_kinds(history, config.unit, "add-remove")
         needed = noise_for(
             budget[0],
             budget[1],
@@ -81,6 +83,20 @@ def calibrated(
         unit=config.unit,
         insecure_seed=config.insecure_seed,
     )
+
+
+def refuse_other_kinds(history: Sequence[PrivacySpend], unit: str, adjacency: str) -> None:
+    """Refuse to go on with a history that hides something else.
+
+    Raises:
+        IncomposableSpends: naming both.
+    """
+    for spend in history:
+        if (spend.unit, spend.adjacency) != (unit, adjacency):
+            raise IncomposableSpends(
+                f"spends of unit {spend.unit} ({spend.adjacency}) are on its record, and this run's"
+                f" are of unit {unit} ({adjacency}), which cannot be added; leave it out"
+            )
 
 
 def reserve(
@@ -100,7 +116,7 @@ def reserve(
         ledger: where spends are.
         log: told who was refused, then who is asked.
     """
-    private = [a for a in assignments if a.privacy is not None]
+    private = [a for a in assignments if a.private]
     rows = [_row(a, people[a.client].population) for a in private]
     over, low = _recorded(rows, ledger)
     for row in rows:

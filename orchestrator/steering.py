@@ -16,7 +16,7 @@ from clients.seeds import seed_for
 from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.plan import Plan
-from orchestrator.retention import drop_after_close, folder_of
+from orchestrator.retention import drop_after_close
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger, RunChanged, RunFields, RunRecord
 from storage.records import FINAL
@@ -48,8 +48,7 @@ def cancel(workspace: Workspace, ref: str) -> RunRecord:
     """
     record = _steer(workspace, ref, _cancel)
     if record.status == "cancelled":
-        folder = folder_of(workspace.home, record.id)
-        drop_after_close(workspace.store, record.id, folder, record.config)
+        drop_after_close(workspace.store, record.id, workspace.home, record.config)
     return record
 
 

@@ -16,6 +16,7 @@ from clients.uplink import stages
 from orchestrator.config import BadConfig
 from orchestrator.plan import Plan
 from orchestrator.ranks import adapter_at
+from orchestrator.weighing import weighing_label
 from strategies import STRATEGIES
 from strategies.base import (
     Broadcast,
@@ -51,7 +52,8 @@ def refuse_strategy(plan: Plan, adapter: Adapter) -> None:
     """
     config, name = plan.config, plan.strategy.name
     strategy = strategy_of(plan)
-    if config.privacy is not None and "private" not in strategy.capabilities:
+    _refuse_central(plan, strategy)
+    if config.dp_sgd is not None and "private" not in strategy.capabilities:
         raise BadConfig(
             f"strategy {name!r} (as set) lets clients send what depends on their data besides "
             "trained tensors, which example-level privacy does not cover; use fedsvd or ffa-lora, "
@@ -67,6 +69,27 @@ def refuse_strategy(plan: Plan, adapter: Adapter) -> None:
         raise BadConfig(
             f"evaluate: with strategy {name!r} a part of the adapter stays at each client, and no "
             "version is a whole model; leave evaluate out"
+        )
+
+
+def _refuse_central(plan: Plan, strategy: Strategy) -> None:
+    """Refuse client-level privacy where a round is more than the mean of its clients.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    if plan.config.client_level is None:
+        return
+    if "mean-only" not in strategy.capabilities:
+        raise BadConfig(
+            f"strategy {plan.strategy.name!r} (as set) makes more of the updates than their mean, "
+            "and client-level privacy hides each client in the mean alone; use ffa-lora, fedsvd or "
+            "fedavg, or privacy.level: example"
+        )
+    if weighing_label(plan.strategy.options):
+        raise BadConfig(
+            "strategy.weighting: under client-level privacy clients count alike, so that one can "
+            "change no more than another; leave the label out, or use privacy.level: example"
         )
 
 

@@ -246,10 +246,16 @@ def _costs(ledger: Ledger, plans: Sequence[Plan], begun: Mapping[str, Plan]) -> 
         ended = [spend_from_row(row) for row in rows if row.run not in begun]
         spends = [spend for one in sharing for spend in planned_by[one]]
         public = facts.get(population, (delta, False))[1]
-        before = composed(population, past, delta).epsilon if past else 0.0
-        after = composed(population, [*ended, *spends], delta, public=public)
         number = len(set().union(*(runs[one] for one in sharing)))
-        yield Cost(before, after, limit, number)
+        for kind in sorted({_kind(spend) for spend in spends}):  # what hides other things is apart
+            earlier, gone, new = ([s for s in x if _kind(s) == kind] for x in (past, ended, spends))
+            before = composed(population, earlier, delta).epsilon if earlier else 0.0
+            after = composed(population, [*gone, *new], delta, public=public)
+            yield Cost(before, after, limit, number)
+
+
+def _kind(spend: PrivacySpend) -> tuple[str, str]:
+    return spend.unit, spend.adjacency
 
 
 def _refuse_too_much(cost: Cost) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 
 from clients.files import write_durably
 from clients.keys import has_key
+from orchestrator.retention import COORDINATOR, coordinator_keys
 from orchestrator.workspace import Workspace, open_workspace, place_of
 from storage import backup, garbage, restoring, schema
 from storage import fsck as checking
@@ -27,7 +28,7 @@ from storage.places import DRAFT_S
 from storage.restoring import Restored
 
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}")
-_FOLDERS = ("bases", "runs", "sites")
+_FOLDERS = ("bases", "central", "runs", "sites")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,8 @@ def back_up(
 ) -> Backup:
     """Copy versions, names, runs, clients, spends and blobs; see :func:`storage.backup.back_up`.
 
-    The notes on where base models are go with them. What is private to clients (``sites``) and
-    updates that were not aggregated yet (``runs``) do not.
+    The notes on where base models are go with them. What is private to clients (``sites``), the
+    keys of sums (``central``) and updates that were not aggregated yet (``runs``) do not.
     """
     found = backup.back_up(workspace.engine, workspace.blobs, Path(folder), progress)
     _copy_notes(workspace.home, Path(folder))
@@ -214,7 +215,7 @@ def upgrade(
 
 
 def _without_keys(workspace: Workspace) -> Iterator[str]:
-    """Yield the unfinished private runs with a client that was asked and whose key is not here."""
+    """Yield the unfinished private runs that asked somebody, and whose keys are not all here."""
     for record in workspace.ledger.runs(limit=1_000_000):
         privacy = record.config.get("privacy")
         if record.status in ("completed", "cancelled") or not privacy:
@@ -222,7 +223,10 @@ def _without_keys(workspace: Workspace) -> Iterator[str]:
         if privacy.get("insecure_seed") is not None:
             continue
         asked = {row.client for row in workspace.ledger.spends_of_run(record.id)}
-        if not all(has_key(workspace.home / "sites", record.id, client) for client in asked):
+        place = workspace.home / "sites"
+        if privacy.get("level") == "client":  # one key, of the sum
+            asked, place = asked and {COORDINATOR}, coordinator_keys(workspace.home)
+        if not all(has_key(place, record.id, client) for client in asked):
             yield record.id
 
 

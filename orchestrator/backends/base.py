@@ -117,7 +117,7 @@ def failure(assignment: Assignment, error: BaseException) -> Failure:
     of an error about records where they are private.
     """
     own = type(error).__module__.split(".")[0] in ("clients", "strategies")
-    secret = assignment.privacy is not None and isinstance(error, BadRecord)
+    secret = assignment.private and isinstance(error, BadRecord)
     text = str(error)
     if secret or not own:
         text = f"{type(error).__name__} at the client (its text stays there)"

@@ -321,4 +321,4 @@ def test_what_was_composed_once_is_not_composed_again(monkeypatch):
     monkeypatch.setattr(spending, "epsilon", None)
     again = epsilon_by(recipes, lambda leaf: ("of", leaf["population"]), known)
     assert list(again.values()) == list(first.values())
-    assert [key for key, _ in again] == ["of", "of"]
+    assert [key for key, *_ in again] == ["of", "of"]

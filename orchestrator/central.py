@@ -1,0 +1,123 @@
+"""Client-level DP at the coordinator: the run's key, what it seals, and the noise in a round's sum.
+
+The coordinator sees single updates and is trusted with them. What it commits and writes about is
+private to the clients: noise in the mean change, spends, who was asked and answered, and digests of
+updates that are keyed, so that nobody can confirm a guess of what a client sent.
+
+The noise is bound to everything that it hides. A round that is aggregated again, after a crash
+between noise and commit, has the same updates (they were decided and written down first) and so the
+same noise, and releases the same bytes. A key that is lost in between stops the run: other noise on
+the same updates would be a second release.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from clients.assignment import Assignment
+from clients.digests import digest_of
+from clients.keys import has_key
+from clients.noise import NoiseStream
+from clients.session import returned_names
+from clients.site import Site
+from orchestrator.acceptance import Accepted, Seal
+from orchestrator.collecting import RoundFailed
+from orchestrator.history import History
+from orchestrator.plan import Plan
+from orchestrator.retention import COORDINATOR, coordinator_keys
+from strategies.base import Update
+from strategies.bounded import noised_mean
+from strategies.spends import ClientLevel
+
+
+class KeyLost(RoundFailed):
+    """The key is gone under which updates of an open round were sealed, and perhaps noised."""
+
+
+class Central:
+    """Client-level DP of one run.
+
+    Args:
+        terms: bound, noise and denominator.
+        run: the run's id.
+        home: where the key is kept, readable by its owner alone.
+        insecure_seed: replaces the key, for tests.
+    """
+
+    def __init__(
+        self, terms: ClientLevel, run: str, home: Path, insecure_seed: int | None = None
+    ) -> None:
+        self._terms, self._run, self._keys = terms, run, coordinator_keys(home)
+        self._insecure_seed = insecure_seed
+
+    @cached_property
+    def _key(self) -> bytes:
+        return Site(self._keys).run_key(self._run, COORDINATOR, self._insecure_seed)
+
+    @property
+    def seal(self) -> Seal:
+        """What the run's updates are known by, and what a round costs each client in it."""
+        return Seal(self._digest, (self._terms.spend,))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What may be told of a round."""
+        return {"noise_std": self._terms.noise_std}
+
+    def refuse_lost_key(self, history: History) -> None:
+        """Refuse to go on with updates that were sealed under a key that is not there any more.
+
+        Raises:
+            KeyLost: saying what can be done.
+        """
+        begun = history.taken or (history.open and history.open.closed)
+        here = self._insecure_seed is not None or has_key(self._keys, self._run, COORDINATOR)
+        if begun and not here:
+            raise KeyLost(
+                f"run {self._run} has updates whose noise is keyed by a secret that is not under "
+                f"{self._keys} any more; with another key their round could be released twice. "
+                f"Bring the key back, or begin anew: weft runs clone {self._run}"
+            )
+
+    def mean(
+        self, updates: Iterable[Update], accepted: Sequence[Accepted], asked: Assignment
+    ) -> Update:
+        """Return a round's clients as one update: their mean change, with noise in it.
+
+        Args:
+            updates: of the round, in the order of ``accepted``.
+            accepted: what is aggregated, as it was decided and written down.
+            asked: what any of them was asked.
+        """
+        names = returned_names(asked)
+        hidden = {
+            "round": asked.round,
+            "base": asked.base,
+            "broadcast": asked.broadcast,
+            "names": names,
+            "terms": self._terms,
+            "updates": [[a.leaf["client"], a.round, a.leaf["digest"]] for a in accepted],
+        }
+        stream = NoiseStream(self._key, digest_of(hidden))
+
+        def normal(name: str, shape: Sequence[int]) -> Tensor:
+            return stream.normal(name, asked.round, shape)
+
+        like = {name: asked.broadcast.tensors[name] for name in names}
+        return noised_mean(updates, like, asked.broadcast.mask, self._terms, normal)
+
+    def _digest(self, data: bytes) -> str:
+        return hmac.digest(self._key, b"weft update\0" + data, "sha256").hex()
+
+
+def central_of(plan: Plan, home: Path) -> Central | None:
+    """Return a run's client-level DP, or None where it has none."""
+    privacy = plan.config.privacy
+    if plan.central is None or privacy is None:
+        return None
+    return Central(plan.central, plan.run, home, privacy.insecure_seed)
