@@ -116,7 +116,7 @@ def train(
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
     own |= loop.correction.after(loop.reference, trained) | kept_ranks(now)
     if assignment.central is not None:
-        tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.clip)
+        tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.bound)
         metrics, fingerprint = {}, ""
     sent, seed = assignment.broadcast, assignment.seed
     tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)

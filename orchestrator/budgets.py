@@ -216,7 +216,8 @@ def central_terms(plan: Plan, budgets: Budgets) -> ClientLevel | None:
             if _policy(limit, plan) != "shorten":
                 noise = max(noise, _central_noise(limit, people, rounds, asked))
     known = roster(plan.participants, plan.config.cohort)
-    return ClientLevel(config.clip, noise, goal(plan.config, len(known.names)))
+    expected = goal(plan.config, len(known.names))
+    return ClientLevel(config.clip, noise, expected, config.clip_quantile)
 
 
 def _central_noise(

@@ -13,10 +13,12 @@ the same updates would be a second release.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from clients.assignment import Assignment
@@ -30,9 +32,12 @@ from orchestrator.collecting import RoundFailed
 from orchestrator.history import History
 from orchestrator.plan import Plan
 from orchestrator.retention import COORDINATOR, coordinator_keys
-from strategies.base import Update
-from strategies.bounded import noised_mean
+from strategies.base import ServerState, Update
+from strategies.bounded import Noised, noised_mean
 from strategies.spends import ClientLevel
+
+_CLIP = "central/clip"
+"""The auxiliary tensor that is the next round's clip, where that moves."""
 
 
 class KeyLost(RoundFailed):
@@ -64,10 +69,10 @@ class Central:
         """What the run's updates are known by, and what a round costs each client in it."""
         return Seal(self._digest, (self._terms.spend,))
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What may be told of a round."""
-        return {"noise_std": self._terms.noise_std}
+    def terms_for(self, state: ServerState) -> ClientLevel:
+        """Return the terms of the round that starts from a state."""
+        clip = state.auxiliary.get(_CLIP)
+        return self._terms if clip is None else replace(self._terms, clip=float(clip))
 
     def refuse_lost_key(self, history: History) -> None:
         """Refuse to go on with updates that were sealed under a key that is not there any more.
@@ -84,23 +89,47 @@ class Central:
                 f"Bring the key back, or begin anew: weft runs clone {self._run}"
             )
 
-    def mean(
-        self, updates: Iterable[Update], accepted: Sequence[Accepted], asked: Assignment
-    ) -> Update:
-        """Return a round's clients as one update: their mean change, with noise in it.
+    def aggregated(
+        self,
+        aggregate: Callable[[Sequence[Update]], ServerState],
+        updates: Iterable[Update],
+        accepted: Sequence[Accepted],
+        asked: Assignment,
+    ) -> ServerState:
+        """Return what a strategy makes of a round's mean change with noise in it.
+
+        What it measures of this one update says nothing of the clients; told is what the noise is.
 
         Args:
+            aggregate: the strategy's next state, from updates.
             updates: of the round, in the order of ``accepted``.
             accepted: what is aggregated, as it was decided and written down.
-            asked: what any of them was asked.
+            asked: what any of the clients was asked.
         """
+        terms = asked.central
+        assert terms is not None
+        noised = self.mean(updates, accepted, asked)
+        state = aggregate([noised.update])
+        told = {"noise_std": terms.noise_std}
+        if terms.quantile is None:
+            return replace(state, metrics=told)
+        clip = torch.tensor(terms.after(noised.share).clip, dtype=torch.float64)
+        told |= {"clip": terms.clip, "share_within_clip": noised.share}
+        return replace(state, auxiliary={**state.auxiliary, _CLIP: clip}, metrics=told)
+
+    def mean(
+        self, updates: Iterable[Update], accepted: Sequence[Accepted], asked: Assignment
+    ) -> Noised:
+        """Return a round's clients as one update; arguments as in :meth:`aggregated`."""
+        terms = asked.central
+        assert terms is not None
         names = returned_names(asked)
         hidden = {
             "round": asked.round,
             "base": asked.base,
             "broadcast": asked.broadcast,
             "names": names,
-            "terms": self._terms,
+            "terms": terms,
             "updates": [[a.leaf["client"], a.round, a.leaf["digest"]] for a in accepted],
         }
         stream = NoiseStream(self._key, digest_of(hidden))
@@ -109,7 +138,7 @@ class Central:
             return stream.normal(name, asked.round, shape)
 
         like = {name: asked.broadcast.tensors[name] for name in names}
-        return noised_mean(updates, like, asked.broadcast.mask, self._terms, normal)
+        return noised_mean(updates, like, asked.broadcast.mask, terms, normal)
 
     def _digest(self, data: bytes) -> str:
         return hmac.digest(self._key, b"weft update\0" + data, "sha256").hex()

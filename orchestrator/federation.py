@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -172,9 +173,8 @@ class Federation:
         if self._central is None:
             return self.strategy.aggregate(done.state, updates)
         [asked] = self._assignments(opened.round, done.version, self.plan.participants[:1])
-        noised = self._central.mean(updates, accepted, asked)
-        state = self.strategy.aggregate(done.state, [noised])
-        return replace(state, metrics=self._central.metrics)
+        aggregate = partial(self.strategy.aggregate, done.state)
+        return self._central.aggregated(aggregate, updates, accepted, asked)
 
     def _opened(self, done: Committed) -> Open:
         """Return the round that is open, or open the next: whom it asks is written down first."""
@@ -208,7 +208,10 @@ class Federation:
         def broadcast(client: ClientSpec) -> Broadcast:
             return self.strategy.broadcast(start.state, client)
 
-        return plan_round(self.plan, inputs, broadcast, cohort)
+        plan = self.plan
+        if self._central is not None:
+            plan = replace(plan, central=self._central.terms_for(start.state))
+        return plan_round(plan, inputs, broadcast, cohort)
 
     def _onto(self, done: Committed) -> Callable[[Update, float], Update]:
         """Return what makes an update of an older version one of ``done``."""

@@ -37,6 +37,7 @@ class PrivacyConfig(Strict):
     unit: str = Field(default="example", min_length=1, max_length=128)
     level: Literal["example", "client"] = "example"
     clip: float | None = Field(default=None, gt=0)
+    clip_quantile: float | None = Field(default=None, gt=0, lt=1)
     accountant: Literal["prv", "rdp"] = "prv"
     insecure_seed: int | None = None
     over_budget: Literal["refuse", "shorten"] | None = None
@@ -50,6 +51,8 @@ class PrivacyConfig(Strict):
                 "clip is the norm of a client's whole change at level: client, which needs it; at "
                 "level: example it is max_grad_norm"
             )
+        if self.clip_quantile is not None and self.level != "client":
+            raise ValueError("clip_quantile moves the clip of level: client; leave it out")
         return self
 
     @property

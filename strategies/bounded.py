@@ -1,6 +1,7 @@
 """Client-level differential privacy: changes of bounded norm, and noise in their sum.
 
-Source: arXiv 1710.06963 (DP-FedAvg, the estimator with a fixed denominator). A client's change is
+Source: arXiv 1710.06963 (DP-FedAvg, the estimator with a fixed denominator), and 1905.03871 for
+the adaptive clip (algorithm 1). A client's change is
 that of all the tensors it sends, together; it is shortened to a norm, added up with the others',
 and the sum gets Gaussian noise and is divided by a number that is known before anybody answers. So
 the noise's size tells nothing of how many answered, and who does not answer counts as no change.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +20,24 @@ from strategies.base import Tensors, Update
 from strategies.spends import ClientLevel
 from strategies.tensors import BadUpdate, check_update
 
+_WITHIN = "client-level/within"
+"""The name under which the count gets its noise; no tensor has it."""
+
 Normal: TypeAlias = Callable[[str, Sequence[int]], Tensor]
 """Returns standard normals, float64, of a shape, for the tensor of a name."""
+
+
+class Noised(NamedTuple):
+    """What a round tells of its clients.
+
+    Attributes:
+        update: what was sent, and the mean change with noise in it.
+        share: of the changes that were within the clip, with noise in it, so perhaps below 0 or
+            above 1; who did not answer counts half.
+    """
+
+    update: Update
+    share: float
 
 
 def shortened(trained: Tensors, sent: Tensors, clip: float) -> dict[str, Tensor]:
@@ -52,8 +69,8 @@ def shortened(trained: Tensors, sent: Tensors, clip: float) -> dict[str, Tensor]
 
 def noised_mean(
     updates: Iterable[Update], like: Tensors, mask: Tensors, terms: ClientLevel, normal: Normal
-) -> Update:
-    """Return one update: what was sent, and the clients' mean change with noise in it.
+) -> Noised:
+    """Return the clients as one update: what was sent, and their mean change with noise in it.
 
     Each change is shortened to ``terms.clip`` first, whoever sent it. All is in float64, and
     rounded once, at the end. Clients count alike, and none may be there twice. One update is kept
@@ -73,20 +90,26 @@ def noised_mean(
     """
     sums = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in sorted(like.items())}
     seen: set[str] = set()
+    within = 0.0
     for update in updates:
         _refuse_unfit(update, like, seen)
         changes, norm = _change(update.tensors, like, mask)
         if not math.isfinite(norm):
             raise BadUpdate(f"the update of {update.client!r} is not finite; it must be")
         factor = min(1.0, terms.clip / norm) if norm else 1.0
+        within += 0.5 if norm <= terms.clip else -0.5
         for name, change in changes.items():
             sums[name].add_(change, alpha=factor)
-    size = terms.noise_multiplier * terms.clip
     tensors = {}
     for name, total in sums.items():
-        noised = (total + size * _masked(normal(name, total.shape), mask.get(name))) / terms.cohort
-        tensors[name] = (like[name].to(torch.float64) + noised).to(like[name].dtype)
-    return Update(client="", round=0, base="", tensors=tensors, num_examples=1)
+        noise = terms.sum_std * _masked(normal(name, total.shape), mask.get(name))
+        mean = (total + noise) / terms.cohort
+        tensors[name] = (like[name].to(torch.float64) + mean).to(like[name].dtype)
+    update = Update(client="", round=0, base="", tensors=tensors, num_examples=1)
+    if terms.quantile is None:  # then the count gets no part of the privacy, and is not told
+        return Noised(update, math.nan)
+    counted = within + terms.count_std * float(normal(_WITHIN, (1,)))
+    return Noised(update, 0.5 + counted / terms.cohort)
 
 
 def _refuse_unfit(update: Update, like: Tensors, seen: set[str]) -> None:

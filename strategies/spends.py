@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,14 @@ class ClientLevel:
         noise_multiplier: standard deviation of the noise in the sum of the changes, over ``clip``,
             > 0.
         cohort: what the sum is divided by, however many answer, >= 1.
+        quantile: the share of changes that ``clip`` is to be at least as long as, in (0, 1): it
+            moves there from round to round (arXiv 1905.03871). None leaves it where it is.
     """
 
     clip: float
     noise_multiplier: float
     cohort: int
+    quantile: float | None = None
 
     @property
     def spend(self) -> PrivacySpend:
@@ -65,6 +69,41 @@ class ClientLevel:
         )
 
     @property
+    def bound(self) -> float:
+        """To what a client shortens its change itself: if what it cuts is not to be counted."""
+        return self.clip if self.quantile is None else math.inf
+
+    @property
+    def count_std(self) -> float:
+        """Standard deviation of the noise in how many changes are within ``clip``.
+
+        The paper's twentieth of the cohort, and never so little that the changes get no room.
+        """
+        return max(self.cohort / 20, self.noise_multiplier)
+
+    @property
+    def sum_std(self) -> float:
+        """Standard deviation of the noise in every entry of the sum.
+
+        With a quantile the count has a share of the privacy: each client moves it by a half (it
+        counts 1/2 or -1/2). Sum and count together are one Gaussian mechanism of
+        ``noise_multiplier`` (theorem 1 of the paper), so that the spend is the same.
+        """
+        if self.quantile is None:
+            return self.noise_multiplier * self.clip
+        left = self.noise_multiplier**-2 - (2 * self.count_std) ** -2
+        return self.clip / math.sqrt(left)
+
+    @property
     def noise_std(self) -> float:
         """Standard deviation of the noise in every entry of the round's mean change."""
-        return self.noise_multiplier * self.clip / self.cohort
+        return self.sum_std / self.cohort
+
+    def after(self, share: float) -> ClientLevel:
+        """Return the next round's, where ``share`` of the changes were within ``clip``.
+
+        The paper's geometric step, at its rate of 0.2.
+        """
+        if self.quantile is None:
+            return self
+        return replace(self, clip=self.clip * math.exp(-0.2 * (share - self.quantile)))

@@ -275,12 +275,50 @@ def test_other_updates_get_other_noise(planned, workspace, tensors):
             self.leaf = {"client": "a", "digest": digest}
 
     one, same, other, later = (
-        central.mean([], [Leaf(digest)], replace(asked, round=round_)).tensors["q.lora_B.weight"]
+        central.mean([], [Leaf(digest)], replace(asked, round=round_)).update.tensors["head.bias"]
         for digest, round_ in (("11", 1), ("11", 1), ("22", 1), ("11", 2))
     )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert not torch.equal(one, later)
+
+
+def test_a_clip_that_moves_is_in_the_state_so_that_a_resumed_run_has_it_and_costs_the_same(
+    federation,
+):
+    moving = {**FIXED, "clip": 4.0, "clip_quantile": 0.5}
+    clips = []
+    whole = federation("whole", privacy=moving, rounds=3)
+    answer = whole.backend.answer
+
+    def noted(asked):
+        if asked.client == "a":
+            clips.append(asked.central.clip)
+        return answer(asked)
+
+    whole.backend.answer = noted
+    version = whole.run()
+
+    kinds = []
+
+    def dies(kind, data):
+        kinds.append(kind)
+        if kinds.count("closed") == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        federation("again", privacy=moving, rounds=3, observe=dies).run()
+    assert federation("again").run() == version
+    assert clips[0] == 4.0
+    assert len(set(clips)) == 3
+    told = whole.store.version(version).metrics
+    last = whole.store.auxiliary(version)["central/clip"]
+    assert told["clip"] == clips[2]
+    assert float(last) == pytest.approx(
+        clips[2] * math.exp(-0.2 * (told["share_within_clip"] - 0.5))
+    )
+    fixed = {r.parameters["noise_multiplier"] for r in whole.ledger.spends_of_run("run-1")}
+    assert fixed == {2.0}
 
 
 # --- what nobody else learns ------------------------------------------------------------------
@@ -486,6 +524,7 @@ def test_a_delta_as_large_as_one_client_is_refused(planned, workspace):
         ({"retention": "until-closed"}, "no update is kept"),
         ({"privacy": {**HIDDEN, "clip": None}}, "needs it"),
         ({"privacy": {"epsilon": 1, "clip": 1.0}}, "at level: example it is max_grad_norm"),
+        ({"privacy": {"epsilon": 1, "clip_quantile": 0.5}}, "moves the clip of level: client"),
     ],
 )
 def test_what_does_not_go_with_a_noised_sum_is_refused_with_the_reason(document, changes, reason):
@@ -573,6 +612,7 @@ def test_real_clients_send_bounded_changes_and_one_without_examples_sends_none(
         "clip": 0.01,
         "noise_multiplier": 2.0,
         "cohort": 3,
+        "quantile": None,
         "unit": "client",
         "delta": 1e-3,
         "accountant": "prv",

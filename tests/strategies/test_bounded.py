@@ -22,7 +22,7 @@ def update(client, x=(1.0, 1.0), y=(2.0,)):
 
 
 def mean(updates, terms, mask=None, normal=silent):
-    return noised_mean(updates, SENT, mask or {}, terms, normal)
+    return noised_mean(updates, SENT, mask or {}, terms, normal).update
 
 
 def total(updates, clip=5.0):
@@ -77,7 +77,7 @@ def test_the_noise_has_the_size_that_the_spend_says_however_many_answer():
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     for updates in ([], [Update("a", 1, "", {"x": torch.zeros(40_000)}, 1)]):
-        noise = noised_mean(updates, like, {}, terms, normal).tensors["x"].double()
+        noise = noised_mean(updates, like, {}, terms, normal).update.tensors["x"].double()
         # the variance of 40,000 draws is within 3 % of its expectation, at 4 standard deviations
         assert float(noise.square().mean()) == pytest.approx((3.0 * 0.5 / 10) ** 2, rel=0.03)
         assert abs(float(noise.mean())) < 4 * 0.15 / math.sqrt(40_000)
@@ -136,7 +136,7 @@ def test_values_are_kept_in_the_dtype_that_was_sent():
     like = {"x": torch.ones(3, dtype=torch.bfloat16)}
     sent = [Update("a", 1, "", {"x": torch.full((3,), 2.0, dtype=torch.bfloat16)}, 1)]
 
-    made = noised_mean(sent, like, {}, ClientLevel(9.0, 1.0, 1), silent)
+    made = noised_mean(sent, like, {}, ClientLevel(9.0, 1.0, 1), silent).update
 
     assert made.tensors["x"].dtype == torch.bfloat16
     assert made.tensors["x"].tolist() == [2.0] * 3
@@ -149,3 +149,65 @@ def test_a_round_costs_a_client_one_gaussian_sum_without_subsampling():
         "zero-out",
         {"noise_multiplier": 2.5, "sample_rate": 1.0, "steps": 1.0},
     )
+
+
+# --- the clip that moves ----------------------------------------------------------------------
+
+
+def moving(quantile=0.5, clip=5.0, noise=1.0, cohort=4):
+    return ClientLevel(clip, noise, cohort, quantile)
+
+
+def test_the_share_within_the_clip_is_counted_from_the_middle_so_that_who_is_absent_counts_half():
+    near, edge, far = update("a", (2.0, 1.0)), update("b", (6.0, 1.0)), update("c", (6.1, 1.0))
+
+    made = noised_mean([near, edge, far], SENT, {}, moving(), silent)
+
+    assert made.share == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_the_clip_moves_towards_the_quantile_and_stays_there():
+    terms, norms = moving(quantile=0.8, clip=50.0, cohort=10), range(1, 11)
+    people = [update(f"{i}", (1.0 + i, 1.0)) for i in norms]
+    for _ in range(300):
+        terms = terms.after(noised_mean(people, SENT, {}, terms, silent).share)
+
+    assert 7.5 < terms.clip < 9  # between the eighth of ten norms and the ninth
+    assert moving(clip=2.0).after(0.5).clip == 2.0
+    assert moving(clip=2.0).after(1.0).clip == pytest.approx(2.0 * math.exp(-0.1))
+
+
+@pytest.mark.parametrize(("noise", "cohort"), [(1.0, 100), (5.0, 4), (0.3, 1000)])
+def test_sum_and_count_together_cost_what_the_sum_alone_would(noise, cohort):
+    """One client moves (sum / its noise, count / its noise) by 1 / noise_multiplier in all."""
+    fixed, terms = ClientLevel(2.0, noise, cohort), moving(0.5, 2.0, noise, cohort)
+
+    both = math.hypot(terms.clip / terms.sum_std, 0.5 / terms.count_std)
+
+    assert both == pytest.approx(1 / noise)
+    assert terms.spend == fixed.spend
+    assert 1 < terms.sum_std / fixed.sum_std < 1.16
+    assert fixed.clip / fixed.sum_std == pytest.approx(1 / noise)
+
+
+def test_the_count_has_the_noise_that_it_says():
+    terms, generator = moving(noise=3.0, cohort=10), torch.Generator().manual_seed(0)
+
+    def normal(name, shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shares = [noised_mean([], SENT, {}, terms, normal).share for _ in range(2000)]
+    spread = torch.tensor(shares, dtype=torch.float64).std()
+    assert float(spread) == pytest.approx(3.0 / 10, rel=0.07)  # 4 standard deviations
+
+
+def test_without_a_quantile_no_count_is_told():
+    assert math.isnan(noised_mean([update("a")], SENT, {}, ClientLevel(5.0, 1.0, 1), silent).share)
+    assert ClientLevel(5.0, 1.0, 1).after(math.nan).clip == 5.0
+
+
+def test_a_client_cuts_nothing_itself_where_it_is_counted_who_is_within():
+    assert ClientLevel(5.0, 1.0, 1).bound == 5.0
+    trained = update("a", (99.0, 1.0)).tensors
+    sent = shortened(trained, SENT, moving().bound)
+    assert all(torch.equal(sent[n], trained[n]) for n in trained)
