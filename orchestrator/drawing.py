@@ -223,8 +223,9 @@ def _leaf_line(leaf: Leaf) -> str:
         for s in leaf.spends
     )
     clipped = "not clipped" if leaf.clipped is None else f"clipped to {leaf.clipped:g}"
+    data = f"  data {leaf.fingerprint[:12]}" if leaf.fingerprint else ""
     weight = "" if leaf.weight == 1 else f"  weight {leaf.weight:g}"
     return (
         f"[green]{escape(leaf.client)}[/] update {leaf.digest[:12]}  n {leaf.num_examples}{weight}"
-        f"  [dim]{clipped}  data {leaf.fingerprint[:12]}{private}[/]"
+        f"  [dim]{clipped}{data}{private}[/]"
     )

@@ -51,6 +51,11 @@ class PrivacyConfig(Strict):
                 "clip is the norm of a client's whole change at level: client, which needs it; at "
                 "level: example it is max_grad_norm"
             )
+        if self.level == "client" and (self.max_grad_norm, self.unit) != (1.0, "example"):
+            raise ValueError(
+                "max_grad_norm and unit are of examples; at level: client the unit is the client "
+                "and clip bounds its change, so leave them out"
+            )
         if self.clip_quantile is not None and self.level != "client":
             raise ValueError("clip_quantile moves the clip of level: client; leave it out")
         return self
