@@ -18,6 +18,7 @@ from orchestrator.provenance import lineage
 from orchestrator.statements import Statement, statements
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
+from strategies.spends import CLIENT_UNIT
 
 _SEES = (
     ("who", "sees", "does not see"),
@@ -37,6 +38,23 @@ _SEES = (
         "its tensors, and with the store its lineage: clients' names, populations, spends",
         "records, updates",
     ),
+)
+
+_OF_EXAMPLES = (
+    "Who sees what, today: the coordinator sees the update of each single client, and not only "
+    "their sum. Against it, and against everyone after it, stands the noise alone."
+)
+_OF_CLIENTS = (
+    "Where the unit is the client, clients are hidden from everybody but the coordinator: it sees "
+    "each single update without noise, makes the noise of their sum, and is trusted with both."
+)
+
+_CLIENT_ASSUMPTIONS = (
+    "Where the unit is the client, neighbours differ in one client's every change, which is there "
+    "or is none (zero-out); another client's data in its place costs what half the noise would. "
+    "That clients are drawn for a round is not counted.",
+    "The key of the noise in a sum was drawn well by the coordinator's operating system, was read "
+    "by nobody else, and was deleted when its run was closed.",
 )
 
 _ASSUMPTIONS = (
@@ -151,16 +169,21 @@ def _sections(workspace: Workspace, facts: _Facts) -> Iterator[Section]:
     yield _by_population(facts)
     yield Section(
         "Threat model",
-        (
-            "Who sees what, today: the coordinator sees the update of each single client, and not "
-            "only their sum. Against it, and against everyone after it, stands the noise alone.",
-        ),
+        _threats(facts),
         table=_SEES,
     )
-    yield Section("Assumptions", items=_ASSUMPTIONS)
+    more = _CLIENT_ASSUMPTIONS if _OF_CLIENTS in _threats(facts) else ()
+    yield Section("Assumptions", items=(*_ASSUMPTIONS, *more))
     yield _mechanisms(facts)
     yield _audit(facts)
     yield _retention(workspace, facts)
+
+
+def _threats(facts: _Facts) -> tuple[str, ...]:
+    """Return against whom the noise stands, by what it hides."""
+    units = {one.unit for one in facts.inherited}
+    examples = (_OF_EXAMPLES,) if units != {CLIENT_UNIT} else ()
+    return (*examples, *((_OF_CLIENTS,) if CLIENT_UNIT in units else ()))
 
 
 def _verdict(facts: _Facts) -> Section:
@@ -246,7 +269,7 @@ def _mechanisms(facts: _Facts) -> Section:
                     leaf["population"],
                     f"{spend['mechanism']}, unit {spend['unit']}",
                     *("-" if one is None else f"{one:.4g}" for one in numbers),
-                    f"{privacy.get('max_grad_norm', '-')}",
+                    f"{privacy.get('max_grad_norm', privacy.get('clip', '-'))}",
                 )
                 found[key] = found.get(key, 0.0) + float(chosen.get("steps", 1))
     header = ("population", "mechanism", "noise multiplier", "sample rate", "clipped to", "steps")

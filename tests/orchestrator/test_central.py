@@ -24,6 +24,7 @@ from orchestrator.config import BadConfig, parse_config
 from orchestrator.epsilons import spent_by_population
 from orchestrator.federation import Federation
 from orchestrator.plan import Plan, RoundInputs, plan_round
+from orchestrator.privacy_report import privacy_report
 from orchestrator.provenance import lineage
 from orchestrator.refusals import refuse_senseless
 from orchestrator.retention import COORDINATOR, coordinator_keys
@@ -428,6 +429,18 @@ def test_the_coordinator_s_key_is_no_client_s(tmp_path):
     assert insecure_key(7, COORDINATOR) not in {insecure_key(7, name) for name in FOUR}
     site = Site(tmp_path)
     assert site.run_key("run-1", COORDINATOR) != site.run_key("run-2", COORDINATOR)
+
+
+def test_the_report_says_that_the_coordinator_is_trusted_with_single_updates(federation):
+    run = federation(rounds=1)
+    version = run.run()
+
+    found = privacy_report(open_workspace(run.home), version)
+    said = {one.title: one for one in found.sections}
+    threats = " ".join(said["Threat model"].text)
+    assert "is trusted with both" in threats
+    assert "stands the noise alone" not in threats
+    assert "zero-out" in " ".join(said["Assumptions"].items)
 
 
 # --- planning ---------------------------------------------------------------------------------
