@@ -1,12 +1,15 @@
-"""FedSVD's server step and the svd merge: factored, as weft does them, against the dense SVD.
+"""What the server computes in a round: exact strategies beside their dense forms, means, merges.
 
     python benchmarks/aggregation.py [--quick] [--json] [--threads 1] [--size 4096 --adapters 8]
 
-Both sides get the same factors of N adapters of one square layer, [d, 16] and [16, d] in float32,
-and return factors of rank 16. The dense side is what the methods' published code does: form the
-d x d product and call ``torch.linalg.svd`` on it.
+*Exact strategies and the svd merge.* Both sides get the same factors of N adapters of one square
+layer, [d, r] and [r, d] in float32. The dense side is what the methods' published code does: form
+the d x d products and their mean, and call ``torch.linalg.svd`` on it where the method splits it.
 
-Time: both sides in this process, in turn. Memory: what one call adds to the resident memory of a
+*Averaging.* See ``_averaging.py``: FedAvg's mean beside a copy of the same bytes and Flower's.
+
+Time: both sides in this process, in turn; with ``--threads 1`` the processor's, which other
+processes do not lengthen by waiting. Memory: what one call adds to the resident memory of a
 fresh process at its peak (VmHWM - VmRSS of /proc, so Linux only), after the inputs are made and the
 function was called once on a small layer; it counts what LAPACK takes beside torch's allocator too.
 Figures below 1 MB are noise.
@@ -19,117 +22,85 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from _averaging import clock, measure
 from _figures import Figure, show
+from _rounds import (
+    SCALING,
+    SPLITTING,
+    A,
+    B,
+    Product,
+    Round,
+    exact,
+    inputs,
+    largest_difference,
+    product,
+    split,
+)
 from torch import Tensor
 
-from strategies.base import Update
-from strategies.fedsvd import FedSVD
 from strategies.merges.svd import svd
 
-RANK = 16
-Adapters = list[dict[str, Tensor]]
-A, B, SCALING = "layer.lora_A.weight", "layer.lora_B.weight", "layer.scaling"
+MERGE = "svd-merge"
+IN_MEMORY = ("fedsvd", MERGE)
+"""Of which the memory is measured too: it takes a process for each side."""
 
 
-def inputs(size: int, num_adapters: int, *, shared: bool) -> Adapters:
-    """Return the adapters; ``shared`` gives all of them one A, as FedSVD's clients have.
+class Sides(NamedTuple):
+    """One computation in two ways, and the product that a result of the first is."""
 
-    Column j of B is scaled by 0.8^j: a trained adapter's singular values decay, and where those
-    next to the cut are equal the best approximation, and so the comparison, is not unique.
-    """
-    generator = torch.Generator().manual_seed(0)
-    decay = 0.8 ** torch.arange(RANK)
-    adapters: Adapters = []
-    for _ in range(num_adapters):
-        a = torch.randn(RANK, size, generator=generator) / math.sqrt(size)
-        b = torch.randn(size, RANK, generator=generator) * decay
-        a = adapters[0][A] if shared and adapters else a
-        adapters.append({A: a, B: b, SCALING: torch.tensor(2.0)})
-    return adapters
+    factored: Callable[[], Any]
+    dense: Callable[[], Tensor | Product]
+    product: Callable[[Any], Product]
 
 
-def fedsvd_factored(adapters: Adapters) -> tuple[Tensor, Tensor]:
-    """One round of FedSVD at the server."""
-    strategy = FedSVD()
-    updates = (Update(f"{n:03}", 1, "", {B: x[B]}, 100) for n, x in enumerate(adapters))
-    after = strategy.aggregate(strategy.init(adapters[0]), updates).adapter
-    return after[B], after[A]
+def sides(job: str, size: int, num_adapters: int, rank: int) -> Sides:
+    """Return both sides of a job, with their inputs."""
+    if job != MERGE:
+        one = Round.of(job, size, num_adapters, rank)
+        return Sides(one.factored, one.dense, product)
+    adapters = inputs(size, num_adapters, rank)
+
+    def factored() -> Product:
+        merged = svd(adapters, [1 / num_adapters] * num_adapters, rank=rank)
+        return merged[B], merged[A]
+
+    def dense() -> Product:
+        total = torch.zeros(size, size)
+        for x in adapters:
+            total.addmm_(x[B], x[A], alpha=float(x[SCALING]) / num_adapters)
+        return split(total, rank)
+
+    return Sides(factored, dense, lambda result: result)
 
 
-def fedsvd_dense(adapters: Adapters) -> tuple[Tensor, Tensor]:
-    """The same through the dense product."""
-    mean = torch.stack([x[B] for x in adapters]).mean(dim=0)
-    return split(mean @ adapters[0][A])
-
-
-def merge_factored(adapters: Adapters) -> tuple[Tensor, Tensor]:
-    """The svd merge to the adapters' rank."""
-    merged = svd(adapters, [1 / len(adapters)] * len(adapters), rank=RANK)
-    return merged[B], merged[A]
-
-
-def merge_dense(adapters: Adapters) -> tuple[Tensor, Tensor]:
-    """The same through the dense sum of products."""
-    total = torch.zeros(adapters[0][B].shape[0], adapters[0][A].shape[1])
-    for x in adapters:
-        total.addmm_(x[B], x[A], alpha=float(x[SCALING]) / len(adapters))
-    return split(total)
-
-
-def split(product: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rank-16 factors of a dense product, the right one with orthonormal rows."""
-    u, s, vh = torch.linalg.svd(product, full_matrices=False)
-    return u[:, :RANK] * s[:RANK], vh[:RANK]
-
-
-Side = Callable[[Adapters], tuple[Tensor, Tensor]]
-JOBS: dict[str, tuple[Side, Side]] = {
-    "fedsvd": (fedsvd_factored, fedsvd_dense),
-    "svd-merge": (merge_factored, merge_dense),
-}
-
-
-def timed(side: Side, adapters: Adapters) -> tuple[float, tuple[Tensor, Tensor]]:
+def timed(side: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds one call took, and its result."""
-    start = time.perf_counter()
-    result = side(adapters)
-    return time.perf_counter() - start, result
+    start = clock()
+    result = side()
+    return clock() - start, result
 
 
-def largest_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Return the largest entry of the difference of two products over the largest of the second.
-
-    In blocks of rows: the comparison itself needs no d x d memory.
-    """
-    difference = largest = 0.0
-    for x, y in zip(left[0].split(256), right[0].split(256), strict=True):
-        ours, theirs = x.double() @ left[1].double(), y.double() @ right[1].double()
-        difference = max(difference, float((ours - theirs).abs().max()))
-        largest = max(largest, float(theirs.abs().max()))
-    return difference / largest
-
-
-def peak_memory(job: str, side: int, size: int, num_adapters: int) -> float:
+def peak_memory(job: str, side: int, size: int, num_adapters: int, rank: int) -> float:
     """Return the MB that one call adds to the peak of a fresh process."""
-    arguments = [job, str(side), str(size), str(num_adapters)]
+    arguments = [job, str(side), str(size), str(num_adapters), str(rank)]
     threads = ["--threads", str(torch.get_num_threads())]
     command = [sys.executable, __file__, *threads, "--memory-of", *arguments]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(run.stdout)
 
 
-def added_memory(job: str, side: int, size: int, num_adapters: int) -> float:
+def added_memory(job: str, side: int, size: int, num_adapters: int, rank: int) -> float:
     """Return the MB that one call adds to the peak of this process."""
-    call = JOBS[job][side]
-    call(inputs(64, num_adapters, shared=job == "fedsvd"))  # loads the libraries
-    adapters = inputs(size, num_adapters, shared=job == "fedsvd")
+    sides(job, 64, num_adapters, rank)[side]()  # loads the libraries
+    call = sides(job, size, num_adapters, rank)[side]
     before = process_memory("VmRSS")
-    call(adapters)
+    call()
     return max(0.0, process_memory("VmHWM") - before)
 
 
@@ -142,39 +113,44 @@ def process_memory(field: str) -> float:
     return next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) / 1024
 
 
-def compare(job: str, size: int, num_adapters: int) -> list[Figure]:
+def compare(job: str, size: int, num_adapters: int, rank: int) -> list[Figure]:
     """Return the figures of one job at one size."""
-    factored, dense = JOBS[job]
-    adapters = inputs(size, num_adapters, shared=job == "fedsvd")
-    for side in (factored, dense):
-        side(inputs(64, num_adapters, shared=job == "fedsvd"))
+    for side in sides(job, 64, num_adapters, rank)[:2]:
+        side()
+    factored, dense, whole = sides(job, size, num_adapters, rank)
+    decomposes = job in (*SPLITTING, MERGE)
     # Each of four dense SVDs at d = 4096 takes half a minute and more: three runs have to do.
-    dense_runs = 5 if size <= 2048 else 3
+    dense_runs = 3 if decomposes and size > 2048 else 5
     ours, theirs = [], []
     for turn in range(5):
-        seconds, mine = timed(factored, adapters)
+        seconds, mine = timed(factored)
         ours.append(seconds)
         if turn < dense_runs:
-            seconds, peer = timed(dense, adapters)
+            seconds, peer = timed(dense)
             theirs.append(seconds)
-    memory = [peak_memory(job, side, size, num_adapters) for side in (0, 1)]
 
     milliseconds = [1e3 * statistics.median(times) for times in (ours, theirs)]
     spread = f"factored {span(ours)} of {len(ours)}, dense {span(theirs)} of {len(theirs)}"
-    where = f"d={size} N={num_adapters} r={RANK} float32 threads={torch.get_num_threads()}"
-    goal = 500.0 if (size, num_adapters) == (4096, 8) else None
-    name, peer_name = f"aggregation.{job}", "dense torch.linalg.svd"
+    where = f"d={size} N={num_adapters} r={rank} float32 threads={torch.get_num_threads()}"
+    goal = 500.0 if decomposes and (size, num_adapters) == (4096, 8) else None
+    difference = largest_difference(whole(mine), peer)
     rows = [
         ("time", milliseconds[0], "ms", None, "lower", ""),
         ("dense-time", milliseconds[1], "ms", None, "lower", ""),
         ("speedup", milliseconds[1] / milliseconds[0], "x", goal, "higher", f"; {spread}"),
-        ("memory", memory[0], "MB", None, "lower", ""),
-        ("dense-memory", memory[1], "MB", None, "lower", ""),
-        ("memory-ratio", memory[1] / max(memory[0], 1.0), "x", None, "higher", "; ours >= 1 MB"),
-        ("difference", largest_difference(mine, peer), "relative", 1e-3, "lower", "; largest"),
+        ("difference", difference, "relative", 1e-3, "lower", "; largest"),
     ]
+    if job in IN_MEMORY:
+        memory = [peak_memory(job, side, size, num_adapters, rank) for side in (0, 1)]
+        ratio = memory[1] / max(memory[0], 1.0)
+        rows += [
+            ("memory", memory[0], "MB", None, "lower", ""),
+            ("dense-memory", memory[1], "MB", None, "lower", ""),
+            ("memory-ratio", ratio, "x", None, "higher", "; ours >= 1 MB"),
+        ]
+    peer_name = "dense torch.linalg.svd" if decomposes else "the mean of dense products"
     return [
-        Figure(f"{name}.{row}", value, unit, aim, better, peer_name, where + note)
+        Figure(f"aggregation.{job}.{row}", value, unit, aim, better, peer_name, where + note)
         for row, value, unit, aim, better, note in rows
     ]
 
@@ -184,7 +160,9 @@ def span(seconds: Sequence[float]) -> str:
     return f"{1e3 * min(seconds):.3g}..{1e3 * max(seconds):.3g} ms"
 
 
-def growth(figures: Sequence[Figure], sizes: Sequence[int], num_adapters: int) -> list[Figure]:
+def growth(
+    figures: Sequence[Figure], sizes: Sequence[int], num_adapters: int, rank: int
+) -> list[Figure]:
     """Return how memory grows with d in the svd merge: the exponent, 1 for d and 2 for d²."""
     low, high = sizes[0], sizes[-1]
     result = []
@@ -193,25 +171,30 @@ def growth(figures: Sequence[Figure], sizes: Sequence[int], num_adapters: int) -
             max(f.value, 1e-3)
             for size in (low, high)
             for f in figures
-            if f.name == f"aggregation.svd-merge.{row}"
-            and f.setting.startswith(f"d={size} N={num_adapters} ")
+            if f.name == f"aggregation.{MERGE}.{row}"
+            and f.setting.startswith(f"d={size} N={num_adapters} r={rank} ")
         ]
         exponent = math.log(at[1] / at[0]) / math.log(high / low)
-        name = f"aggregation.svd-merge.{row}-exponent"
-        setting = f"d={low}..{high} N={num_adapters} r={RANK} float32"
+        name = f"aggregation.{MERGE}.{row}-exponent"
+        setting = f"d={low}..{high} N={num_adapters} r={rank} float32"
         result.append(Figure(name, exponent, "power of d", goal, "lower", "", setting))
     return result
 
 
 def main() -> None:
     """Measure, and print a table or JSON lines."""
+    jobs = [*exact(), MERGE]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="d = 512 and 1024, N = 8")
+    parser.add_argument("--quick", action="store_true", help="d = 512 and 1024, N = 8, r = 16")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--size", type=int, action="append", help="only this d (repeatable)")
     parser.add_argument("--adapters", type=int, action="append", help="only this N (repeatable)")
+    parser.add_argument("--rank", type=int, action="append", help="only this r (repeatable)")
+    parser.add_argument(
+        "--only", action="append", choices=["averaging", *jobs], help="only this (repeatable)"
+    )
     parser.add_argument("--threads", type=int, help="of both sides (default: all cores)")
-    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -220,11 +203,23 @@ def main() -> None:
         print(added_memory(job, *map(int, numbers)))
         return
 
-    sizes = sorted(arguments.size or ([512, 1024] if arguments.quick else [1024, 2048, 4096]))
+    sizes = sorted(arguments.size or ([512, 1024] if arguments.quick else [1024, 4096]))
     counts = sorted(arguments.adapters or ([8] if arguments.quick else [8, 32]))
-    figures = [f for d in sizes for n in counts for job in JOBS for f in compare(job, d, n)]
-    if len(sizes) > 1:
-        figures += [f for n in counts for f in growth(figures, sizes, n)]
+    ranks = sorted(arguments.rank or ([16] if arguments.quick else [8, 16]))
+    wanted = arguments.only or ["averaging", *jobs]
+    at = [(d, n, r) for d in sizes for n in counts for r in ranks]
+    figures = [
+        figure
+        for place in at
+        for job in jobs
+        if job in wanted and (job in IN_MEMORY or not arguments.quick or place[0] == sizes[0])
+        for figure in compare(job, *place)
+    ]
+    if len(sizes) > 1 and MERGE in wanted:
+        figures += [f for n in counts for r in ranks for f in growth(figures, sizes, n, r)]
+    if "averaging" in wanted:
+        places = [(4096, 8, 16)] if arguments.quick else at
+        figures += [f for place in places for f in measure(*place, quick=arguments.quick)]
     show("aggregation", figures, arguments.json)
 
 
