@@ -98,15 +98,36 @@ NO_DATA = DataSpec("none:")
 
 
 @dataclass(frozen=True, slots=True)
+class Clipping:
+    """How DP-SGD bounds what one example adds; see :mod:`clients.clipping`.
+
+    Attributes:
+        mode: ``flat``, ``per-layer``, ``automatic`` or ``quantile``.
+        stability: added to every norm (``automatic``), > 0: far shorter gradients stay short.
+        quantile: share of the norms that are to be within the bound (``quantile``), in (0, 1).
+        rate: how fast the bound moves there, > 0; at most by exp(rate) a step.
+        share: part of a step's 1 / noise² that finding the quantile costs, in (0, 1).
+    """
+
+    mode: Literal["flat", "per-layer", "automatic", "quantile"] = "flat"
+    stability: float = 0.01
+    quantile: float = 0.5
+    rate: float = 0.2
+    share: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
 class Privacy:
     """DP-SGD of one client.
 
     Attributes:
         noise_multiplier: noise standard deviation over ``max_grad_norm``, > 0.
-        max_grad_norm: clipping norm of one example's whole gradient, > 0.
+        max_grad_norm: bound on the norm of what one example adds to a sum of gradients, > 0; with
+            the clipping ``quantile`` only what it begins with.
         sample_rate: Poisson sampling probability of a unit per step, in (0, 1].
         unit: whose presence is hidden: ``example``, or the column that says whose an example is.
         insecure_seed: replaces the secret key, for tests; marks the version as not private.
+        clipping: how that bound is kept.
     """
 
     noise_multiplier: float
@@ -114,6 +135,7 @@ class Privacy:
     sample_rate: float
     unit: str = "example"
     insecure_seed: int | None = None
+    clipping: Clipping = Clipping()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,12 @@
 """One batch to ``p.grad``: plain, or DP-SGD (1607.00133) over per-example gradients.
 
-Opacus' hooks measure each example's gradient; clipping, summing and noise are done here, so that
-noise comes from the client's cryptographic stream, a mask counts before the clip, and microbatches
-bound the memory. What the hooks measure is checked rather than believed: adapters exist for which
-they measure nothing, or something else.
+An engine (:mod:`clients.per_example`) measures each example's gradient in the one backward pass of
+its microbatch; masking, clipping, summing and noise are done here, so that noise comes from the
+client's cryptographic stream, a mask counts before the clip, and microbatches bound the memory.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,30 +15,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from clients.assignment import Clipping
+from clients.clipping import Clip, count_noise, gradient_noise, moved
 from clients.noise import NoiseStream
+from clients.per_example import measuring
+from clients.samples import Dense, Engine, Gradients, NoPerExampleGradient
 from strategies.base import Tensors
+
+__all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step", "verify_per_example"]
 
 Batch = TypeVar("Batch")
 Losses = Callable[[Batch], Tensor]
 """Returns ``[batch]`` losses with their graph: one value an example, not one for the batch."""
-
-_HOOK_LEFTOVERS = {
-    "activations",
-    "max_batch_len",
-    "autograd_grad_sample_hooks",
-    "ft_compute_sample_grad",
-    "grad_sample",
-    "_current_grad_sample",
-    "_forward_counter",
-    "_norm_sample",
-    "summed_grad",
-}
-_CONSERVATION = 1e-3  # relative to the summed norms: float32 rounding is 1e-6, a wrong rule is 1
-_ROUNDING = 1 + 1e-6  # a clipped gradient may not exceed its bound by float32 rounding either
-
-
-class NoPerExampleGradient(RuntimeError):
-    """A parameter's per-example gradients cannot be measured, so DP-SGD is not possible."""
 
 
 def plain_step(
@@ -77,18 +63,21 @@ def plain_step(
 class PrivateGradient:
     """DP-SGD's gradients for the steps of one assignment.
 
-    A context: entering adds hooks to the model, leaving removes them and every trace of them, so
-    that the model can be used again, privately or not.
+    A context: entering prepares the model to measure, leaving removes every trace of that, so that
+    the model can be used again, privately or not.
 
     Attributes:
         model: the whole task model, in train mode.
         params: all of its trainable parameters, by the names that noise and mask go by.
-        max_grad_norm: C, the bound on the norm of one example's gradient over all parameters, > 0.
-        noise_multiplier: sigma; noise of standard deviation sigma * C is added to the sum, >= 0.
+        bound: C, on the norm of what one example adds to the sum, over all parameters, > 0. With
+            the clipping ``quantile`` it changes from step to step, by what is released.
+        noise_multiplier: sigma of a whole step, >= 0: noise of standard deviation sigma * C is
+            added to the sum; of more with ``quantile``, which releases votes besides.
         expected_batch_size: sampling rate times data set size, > 0. The divisor; the number of
             examples that were drawn must not be, it is private.
         stream: where the noise comes from.
         mask: 0/1 tensors by name; entries at 0 are left out before clipping and get no noise.
+        clipping: how the bound is kept.
 
     Raises:
         ValueError: if a number is out of range.
@@ -96,33 +85,36 @@ class PrivateGradient:
 
     model: nn.Module
     params: Mapping[str, nn.Parameter]
-    max_grad_norm: float
+    bound: float
     noise_multiplier: float
     expected_batch_size: float
     stream: NoiseStream
     mask: Tensors = field(default_factory=dict)
+    clipping: Clipping = field(default_factory=Clipping)
     _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+    _engine: Engine | None = field(default=None, init=False, repr=False)
     _checked: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_grad_norm", "expected_batch_size"):
+        for name in ("bound", "expected_batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
         if not self.noise_multiplier >= 0:
             raise ValueError(f"noise_multiplier must be >= 0, got {self.noise_multiplier}")
 
     def __enter__(self) -> PrivateGradient:
-        """Add the hooks.
+        """Prepare the model.
 
         Raises:
-            NoPerExampleGradient: if the model mixes examples, a layer cannot be hooked, or the
+            NoPerExampleGradient: if the model mixes examples, no engine serves a layer, or the
                 model's trainable parameters are not exactly ``params``.
         """
         self._checked = False
-        self._open.enter_context(_hooked(self.model, self.params))
+        self._engine = self._open.enter_context(measuring(self.model, self.params))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._engine = None
         self._open.close()
 
     def step(self, microbatches: Iterable[Batch], losses_fn: Losses[Batch], step: int) -> None:
@@ -142,37 +134,37 @@ class PrivateGradient:
         for parameter in self.params.values():
             parameter.grad = None
         sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.params.items()}
+        clip = Clip(self.clipping, list(self.params), self.bound)
+        votes = 0.0
         for batch in microbatches:
-            self._add_clipped(sums, losses_fn(batch))
+            samples = self._measured(losses_fn(batch))
+            norms = torch.stack([sample.norms() for sample in samples.values()])
+            factors = clip.factors(norms)
+            for row, (name, sample) in zip(factors, samples.items(), strict=True):
+                sums[name] += sample.weighted(row)
+            if self.clipping.mode == "quantile":
+                votes += float(clip.vote(norms))
+        scale = gradient_noise(self.clipping, self.noise_multiplier) * self.bound
         for name, parameter in self.params.items():
             noise = self.stream.normal(name, step, parameter.shape).to(parameter.device)
-            scale = self.noise_multiplier * self.max_grad_norm
             # In float64 until the last line: see NoiseStream.normal.
             released = (sums[name].double() + scale * noise) / self.expected_batch_size
             if name in self.mask:
                 released = released * self.mask[name]
             parameter.grad = released.to(parameter.dtype)
+        if self.clipping.mode == "quantile":
+            deviation = count_noise(self.clipping, self.noise_multiplier)
+            votes += deviation * float(self.stream.normal(_VOTES, step, ()))
+            self.bound = moved(self.clipping, self.bound, votes, self.expected_batch_size)
 
-    def _add_clipped(self, sums: Mapping[str, Tensor], losses: Tensor) -> None:
-        """Add the clipped gradients of a microbatch's examples to ``sums``, in place."""
-        samples = _per_example_gradients(self.params, losses, check_sums=not self._checked)
+    def _measured(self, losses: Tensor) -> Gradients:
+        """Return the masked gradients of a microbatch's examples, in the order of ``params``."""
+        assert self._engine is not None
+        samples = self._engine.gradients(losses, check=not self._checked)
         self._checked = True
         for name in samples.keys() & self.mask.keys():
-            samples[name] *= self.mask[name]
-        norms = torch.stack(
-            [
-                torch.linalg.vector_norm(s.flatten(1), dim=1, dtype=torch.float32)
-                for s in samples.values()
-            ]
-        ).norm(dim=0)
-        factors = (self.max_grad_norm / (norms * _ROUNDING)).clamp(max=1)
-        lost = ~norms.isfinite()  # an overflowing example counts as zero: its influence is bounded
-        if lost.any():
-            factors[lost] = 0
-            for sample in samples.values():
-                sample[lost] = 0
-        for name, sample in samples.items():
-            sums[name].add_(torch.tensordot(factors.to(sample.dtype), sample, dims=1))
+            samples[name] = Dense(samples[name].dense() * self.mask[name])
+        return samples
 
 
 def verify_per_example(
@@ -182,7 +174,7 @@ def verify_per_example(
     singles: Sequence[Batch],
     losses_fn: Losses[Batch],
 ) -> None:
-    """Compare the hooks' per-example gradients with a loop over batches of one.
+    """Compare the measured per-example gradients with a loop over batches of one.
 
     Dropout is off meanwhile; ``p.grad`` and the model's modes are as before afterwards. As costly
     as ``len(singles)`` steps of one example: meant for a start-up check on two or three.
@@ -201,8 +193,9 @@ def verify_per_example(
     before = {name: p.grad for name, p in params.items()}
     try:
         with _deterministic(model):
-            with _hooked(model, params):
-                measured = _per_example_gradients(params, losses_fn(batch), check_sums=False)
+            with measuring(model, params) as engine:
+                found = engine.gradients(losses_fn(batch), check=False)
+                measured = {name: samples.dense() for name, samples in found.items()}
             for index, single in enumerate(singles):
                 plain_step(params, [single], losses_fn, 1)
                 for name, p in params.items():
@@ -211,6 +204,9 @@ def verify_per_example(
     finally:
         for name, p in params.items():
             p.grad = before[name]
+
+
+_VOTES = "the votes on the bound"  # no tensor's name
 
 
 def _compare(name: str, measured: Tensor, reference: Tensor) -> None:
@@ -222,113 +218,13 @@ def _compare(name: str, measured: Tensor, reference: Tensor) -> None:
         )
 
 
-def _per_example_gradients(
-    params: Mapping[str, nn.Parameter], losses: Tensor, *, check_sums: bool
-) -> dict[str, Tensor]:
-    """Return ``[batch, *shape]`` gradients by name, and leave no gradient at the parameters.
-
-    With ``check_sums``, they must add up to what autograd gives for the sum of the losses: true in
-    any mode, dropout and checkpointing included, and false for a wrong rule or a hidden path.
-    """
-    if losses.dim() != 1:
-        raise NoPerExampleGradient(
-            f"losses must be one per example, [batch], got shape {list(losses.shape)}"
-        )
-    try:
-        with warnings.catch_warnings():
-            # The first trainable layer's input needs no gradient, and its hook does not use one.
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
-            torch.autograd.backward(losses.sum())
-        samples = {n: _sample(n, p, len(losses)) for n, p in params.items()}
-        if check_sums:
-            for name, p in params.items():
-                _check_sum(name, samples[name], p.grad)
-        return samples
-    except (ValueError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
-        raise NoPerExampleGradient(
-            f"per-example gradients failed: {error}. The model must be in train mode, and gradient "
-            "checkpointing must be reentrant"
-        ) from error
-    finally:
-        for p in params.values():
-            p.grad = p.grad_sample = None  # type: ignore[attr-defined]  # Opacus' attribute
-
-
-def _sample(name: str, parameter: nn.Parameter, batch: int) -> Tensor:
-    sample = getattr(parameter, "grad_sample", None)
-    expected = (batch, *parameter.shape)
-    found = tuple(sample.shape) if isinstance(sample, Tensor) else None
-    if not isinstance(sample, Tensor) or found != expected:
-        raise NoPerExampleGradient(
-            f"{name}: per-example gradients must be {list(expected)}, got "
-            f"{list(found) if found else 'none'}; this adapter cannot be trained with DP-SGD, or "
-            "gradient checkpointing is not reentrant"
-        )
-    return sample
-
-
-def _check_sum(name: str, sample: Tensor, gradient: Tensor | None) -> None:
-    total = torch.zeros_like(sample[0]) if gradient is None else gradient
-    error = (sample.sum(0) - total).norm()
-    if error > _CONSERVATION * sample.flatten(1).norm(dim=1).sum() + 1e-7:
-        raise NoPerExampleGradient(
-            f"{name}: the examples' gradients do not add up to the batch's; this adapter or model "
-            "cannot be trained with DP-SGD"
-        )
-
-
-@contextmanager
-def _hooked(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Measure per-example gradients of ``params`` inside; leave no trace outside."""
-    from opacus.grad_sample import GradSampleHooks  # takes two seconds; training without DP is free
-
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    given = {id(p) for p in params.values()}
-    if given != trainable.keys():
-        # Anything trainable that is not in params would be trained without clip and noise.
-        extra = [name for key, name in trainable.items() if key not in given]
-        missing = [name for name, p in params.items() if id(p) not in trainable]
-        raise NoPerExampleGradient(
-            f"the model's trainable parameters must be those given; only the model trains {extra}, "
-            f"only given {missing}"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise NoPerExampleGradient(
-                f"{name} is a batch norm, which mixes the examples of a batch; put it in eval mode"
-            )
-    hooked = [m for m in model.modules() if _trains(m)]
-    try:
-        try:
-            GradSampleHooks(model, loss_reduction="sum", strict=True)
-        except (NotImplementedError, ValueError) as error:
-            raise NoPerExampleGradient(f"a trainable layer cannot be hooked: {error}") from error
-        yield
-    finally:
-        # Not by Opacus' own cleanup, which forgets attributes and needs its constructor's success.
-        for handle in getattr(model, "autograd_grad_sample_hooks", ()):
-            handle.remove()
-        _forget([model, *hooked, *model.parameters()])
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
-
-
-def _forget(holders: Iterable[nn.Module | nn.Parameter]) -> None:
-    """Remove all attributes that Opacus leaves."""
-    for holder in holders:
-        for name in _HOOK_LEFTOVERS & vars(holder).keys():
-            delattr(holder, name)
-
-
 @contextmanager
 def _deterministic(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, but leave trainable layers in train mode: Opacus skips others."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
-            module.training = _trains(module)
+            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
         yield
     finally:
         for module, mode in modes.items():

@@ -50,6 +50,7 @@ from strategies.pruning import cut, pruning_of
 from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
 
+_BOUND = "privacy/bound"  # among what a client keeps: no tensor's name
 _VERIFIED: set[tuple[str, ...]] = set()
 
 Losses = Callable[[data.Batch], Tensor]
@@ -115,6 +116,7 @@ def train(
     tensors = compact({n: lower[n] for n in returned_names(assignment)}, loop.chosen)
     own = {name: trained[name] for name in sorted(personal_names(assignment, trained))}
     own |= loop.correction.after(loop.reference, trained) | kept_ranks(now)
+    own |= loop.learned
     if assignment.central is not None:
         tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.bound)
         metrics, fingerprint = {}, ""
@@ -173,9 +175,14 @@ def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:
     """Return what the client kept of its last round, where this one asks for it."""
     sent = assignment.broadcast
     asked = corrections(sent.extra) or assignment.uplink or pruning_of(sent.extra)
-    if not (asked or personal_names(assignment, sent.tensors)):
+    own = personal_names(assignment, sent.tensors) or _learns_bound(assignment)
+    if not (asked or own):
         return {}
     return site.state(assignment.run, assignment.client, assignment.round - 1)
+
+
+def _learns_bound(assignment: Assignment) -> bool:
+    return assignment.privacy is not None and assignment.privacy.clipping.mode == "quantile"
 
 
 def _starting_tensors(assignment: Assignment, kept: Tensors) -> dict[str, Tensor]:
@@ -203,6 +210,7 @@ class _Loop:
     correction: Correction = field(init=False)
     loss_sum: Tensor = field(init=False)
     selection: Selection = field(init=False)
+    bound: float = field(init=False)
     chosen: dict[str, Tensor] = field(default_factory=dict)
     num_seen: int = 0
     step: int = 0
@@ -231,6 +239,9 @@ class _Loop:
         self.correction = Correction.of(a, self.params, self.optimizer, self.kept)
         self.loss_sum = torch.zeros((), device=a.device)
         self.selection = Selection.of(a, self._num_steps())
+        self.bound = a.privacy.max_grad_norm if a.privacy else math.inf
+        if _learns_bound(a) and _BOUND in self.kept:
+            self.bound = float(self.kept[_BOUND])
         self.session.model.train()
 
     def keep(self, checkpoints: Checkpoints) -> None:
@@ -240,6 +251,7 @@ class _Loop:
         if state is None:
             return
         self.step, self.num_seen = state["step"], state["num_seen"]
+        self.bound = state["bound"]
         self.loss_sum, self.memory = state["loss_sum"], state["memory"]
         with torch.no_grad():
             for name, parameter in self.params.items():
@@ -253,6 +265,7 @@ class _Loop:
         return {
             "step": self.step,
             "num_seen": self.num_seen,
+            "bound": self.bound,
             "loss_sum": self.loss_sum,
             "memory": self.memory,
             "params": self.params,
@@ -260,6 +273,13 @@ class _Loop:
             "optimizer": optimizer_state(self.optimizer),
             "generators": generators(self.assignment.device),
         }
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """What a later round goes on with, and nobody else sees: a bound that was learned."""
+        if not _learns_bound(self.assignment):
+            return {}
+        return {_BOUND: torch.tensor(self.bound, dtype=torch.float64)}
 
     def run_plain(self) -> dict[str, float]:
         """Train without noise; return the mean loss over all examples seen, if it is a number."""
@@ -290,12 +310,13 @@ class _Loop:
         engine = PrivateGradient(
             self.session.model,
             self.params,
-            max_grad_norm=a.privacy.max_grad_norm,
+            bound=self.bound,
             noise_multiplier=a.privacy.noise_multiplier,
             # a client declared smaller than a batch is sampled whole, at rate 1
             expected_batch_size=min(a.batch_size, a.num_examples),
             stream=stream,
             mask=self.mask,
+            clipping=a.privacy.clipping,
         )
         self._verify_engine()
         count = len(self.encoded if units is None else units)
@@ -307,6 +328,7 @@ class _Loop:
                     picked = stream.pick(step, [len(one) for one in drawn])
                     taken = [one[index] for one, index in zip(drawn, picked, strict=True)]
                 engine.step(self._microbatches(taken), self._losses, step)
+                self.bound = engine.bound
                 self._finish_step()
         return (spend_of(a),)
 

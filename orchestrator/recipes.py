@@ -12,6 +12,7 @@ from typing import Any
 
 from clients.assignment import ModelSpec, PluginChoice
 from orchestrator.plan import Plan
+from orchestrator.sections import ClippingConfig
 from strategies import STRATEGIES
 
 FORMAT = 1
@@ -181,6 +182,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
             "delta": privacy.delta,
             "accountant": privacy.accountant,
             "insecure_seed": privacy.insecure_seed,
+            **_clipping(privacy.clipping),
         },
         "private": privacy is not None and privacy.insecure_seed is None,
         **({"unbounded": config.accept_unbounded} if config.accept_unbounded else {}),
@@ -196,6 +198,12 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
         "reproducible": _reproducible(plan),
         "libraries": libraries(),
     }
+
+
+def _clipping(clipping: ClippingConfig) -> dict[str, Any]:
+    if clipping.mode == "flat":
+        return {}
+    return {"clipping": clipping.model_dump(mode="json")}
 
 
 def _choice(choice: PluginChoice) -> dict[str, Any]:

@@ -22,6 +22,35 @@ class Model(Strict):
     gradient_checkpointing: bool = False
 
 
+def _by_name(value: Any) -> Any:
+    """Return a mode that is given by its name alone as the section that it stands for."""
+    return {"mode": value} if isinstance(value, str) else value
+
+
+_ONLY_IN = {"stability": "automatic"} | dict.fromkeys(("quantile", "rate", "share"), "quantile")
+
+
+class ClippingConfig(Strict):
+    """How DP-SGD bounds what one example adds; a mode's options, or its name alone."""
+
+    mode: Literal["flat", "per-layer", "automatic", "quantile"] = "flat"
+    stability: float = Field(default=0.01, gt=0)
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    rate: float = Field(default=0.2, gt=0, le=10)
+    share: float = Field(default=0.05, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _of_the_mode(self) -> ClippingConfig:
+        for name, mode in _ONLY_IN.items():
+            default = type(self).model_fields[name].default
+            if self.mode != mode and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is an option of mode {mode}, got mode {self.mode}; "
+                    "leave it out, or choose that mode"
+                )
+        return self
+
+
 class PrivacyConfig(Strict):
     """Differential privacy: give ``epsilon``, or the ``noise_multiplier`` itself.
 
@@ -33,6 +62,7 @@ class PrivacyConfig(Strict):
     noise_multiplier: float | None = Field(default=None, gt=0)
     delta: float = Field(default=1e-5, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    clipping: Annotated[ClippingConfig, BeforeValidator(_by_name)] = ClippingConfig()
     max_participations: int | None = Field(default=None, ge=1)
     unit: str = Field(default="example", min_length=1, max_length=128)
     level: Literal["example", "client"] = "example"
@@ -51,10 +81,11 @@ class PrivacyConfig(Strict):
                 "clip is the norm of a client's whole change at level: client, which needs it; at "
                 "level: example it is max_grad_norm"
             )
-        if self.level == "client" and (self.max_grad_norm, self.unit) != (1.0, "example"):
+        of_examples = (self.max_grad_norm, self.unit, self.clipping.mode)
+        if self.level == "client" and of_examples != (1.0, "example", "flat"):
             raise ValueError(
-                "max_grad_norm and unit are of examples; at level: client the unit is the client "
-                "and clip bounds its change, so leave them out"
+                "max_grad_norm, unit and clipping are of examples; at level: client the unit is "
+                "the client and clip bounds its change, so leave them out"
             )
         if self.clip_quantile is not None and self.level != "client":
             raise ValueError("clip_quantile moves the clip of level: client; leave it out")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
-from clients.assignment import Assignment, Privacy
+from clients.assignment import Assignment, Clipping, Privacy
 from clients.trainer import spend_of
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
@@ -82,6 +82,7 @@ def calibrated(
         sample_rate=sample_rate,
         unit=config.unit,
         insecure_seed=config.insecure_seed,
+        clipping=Clipping(**config.clipping.model_dump()),
     )
 
 

@@ -29,11 +29,11 @@ class Adapter(Protocol):
 
         ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
         it can be stacked and merged; ``merge``: it can be folded into the base weights;
-        ``dp-hooks``: Opacus' hooks give its exact per-example gradients; ``causal-only``: it is for
-        ``causal-lm`` alone; ``unquantised-base``: it needs a base model that is not quantised,
-        and refuses to be attached to another; ``trains-a``: where it differs from LoRA is in how A
-        trains, so that it is nothing new under a frozen A. And of how it starts, see
-        :class:`clients.initialisations.Init`.
+        ``dp-hooks``: an engine of :mod:`clients.per_example` gives its exact per-example gradients;
+        ``causal-only``: it is for ``causal-lm`` alone; ``unquantised-base``: it needs a base model
+        that is not quantised, and refuses to be attached to another; ``trains-a``: where it differs
+        from LoRA is in how A trains, so that it is nothing new under a frozen A. And of how it
+        starts, see :class:`clients.initialisations.Init`.
         """
         ...
 

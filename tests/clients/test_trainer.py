@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clients import models, trainer
-from clients.assignment import DataSpec, ModelSpec, PluginChoice, Privacy
+from clients.assignment import Clipping, DataSpec, ModelSpec, PluginChoice, Privacy
 from clients.evaluate import evaluate
 from clients.site import Site, UpdateGone
 from clients.sources import BadRecord
@@ -483,3 +483,29 @@ def test_a_record_that_does_not_say_whose_it_is_stops_a_run_per_person(of_patien
 
     with pytest.raises(BadRecord, match="has no field 'ward' that says whose it is"):
         train(replace(assignment, data=replace(assignment.data, unit="ward")))
+
+
+def test_a_learned_bound_stays_at_the_client_and_the_next_round_goes_on_with_it(assign):
+    learns = replace(NOISE, clipping=Clipping("quantile", rate=1.0), insecure_seed=1)
+    first = assign(privacy=learns, steps=3)
+
+    update = train(first)
+    [kept] = Site(first.site).state("run-1", "clinic-7", 1).values()
+
+    assert update.tensors.keys() == train(assign(privacy=NOISE, steps=3)).tensors.keys()
+    assert float(kept) != NOISE.max_grad_norm
+    assert update.spends == (spend_of(assign(privacy=NOISE, steps=3)),)  # what it costs is the same
+    train(replace(first, round=2))
+    [later] = Site(first.site).state("run-1", "clinic-7", 2).values()
+    elsewhere = replace(first, round=2, site=first.site + "-other")
+    train(elsewhere)
+    [fresh] = Site(elsewhere.site).state("run-1", "clinic-7", 2).values()
+    assert float(later / kept) == pytest.approx(float(fresh / NOISE.max_grad_norm))
+
+
+@pytest.mark.parametrize("mode", ["per-layer", "automatic"])
+def test_how_it_is_clipped_changes_what_is_released(assign, mode):
+    flat = assign(privacy=WHOLE, steps=1)
+    other = replace(flat, privacy=replace(WHOLE, clipping=Clipping(mode)))
+
+    assert length(moved(flat, train(flat))) != length(moved(other, train(other)))

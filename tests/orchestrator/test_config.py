@@ -114,6 +114,16 @@ def test_a_wrong_override_is_refused(document, override, message):
     assert message in refusal(document(), override)
 
 
+def test_a_way_of_clipping_is_given_by_name_or_with_its_options(document):
+    def read(clipping):
+        return parse_config(document(privacy={"epsilon": 1, "clipping": clipping}))
+
+    assert read("per-layer").privacy.clipping.mode == "per-layer"
+    config = read({"mode": "quantile", "share": 0.1})
+    assert (config.privacy.clipping.share, config.privacy.clipping.rate) == (0.1, 0.2)
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -165,6 +175,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
             "stop.metric: classification is not scored by 'perplexity' (accuracy, macro_f1, loss)",
         ),
         ({"clients": {"names": ["a", "a"]}}, "clients.names: a client is named twice"),
+        (
+            {"privacy": {"epsilon": 1, "clipping": {"share": 0.1}}},
+            "privacy.clipping: share is an option of mode quantile, got mode flat; leave it out",
+        ),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(document, changes, message):

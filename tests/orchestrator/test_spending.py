@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clients.accounting import BudgetSpent, epsilon
-from clients.assignment import Privacy
+from clients.assignment import Clipping, Privacy
 from orchestrator import spending
 from orchestrator.epsilons import epsilon_by
 from orchestrator.plan import RoundInputs, plan_round
@@ -53,6 +53,16 @@ def test_the_calibrated_noise_keeps_the_run_within_its_epsilon(accountant):
     used = epsilon([spend(privacy.noise_multiplier, 0.1, 50)], 1e-5, accountant)
     assert used <= 2.0
     assert used > 1.9  # and no more noise than that needs
+
+
+def test_every_way_of_clipping_is_calibrated_to_the_same_noise_and_reaches_the_client():
+    clipping = {"mode": "quantile", "share": 0.2, "rate": 1.0}
+    config = PrivacyConfig.model_validate({"epsilon": 2, "accountant": "rdp", "clipping": clipping})
+
+    found = calibrated(config, sample_rate=0.1, steps=50)
+
+    assert found.clipping == Clipping("quantile", share=0.2, rate=1.0)
+    assert replace(found, clipping=Clipping()) == calibrated(RDP, sample_rate=0.1, steps=50)
 
 
 def test_a_noise_multiplier_that_is_given_is_used_as_it_is():
