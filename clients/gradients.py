@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clients.assignment import Clipping
 from clients.clipping import Clip, count_noise, gradient_noise, moved
-from clients.noise import NoiseStream
+from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.per_example import measuring
 from clients.samples import Dense, Engine, Gradients, NoPerExampleGradient
 from strategies.base import Tensors
@@ -72,7 +72,8 @@ class PrivateGradient:
         bound: C, on the norm of what one example adds to the sum, over all parameters, > 0. With
             the clipping ``quantile`` it changes from step to step, by what is released.
         noise_multiplier: sigma of a whole step, >= 0: noise of standard deviation sigma * C is
-            added to the sum; of more with ``quantile``, which releases votes besides.
+            added to the sum, and a thousandth for rounding; of more with ``quantile``, which
+            releases votes besides.
         expected_batch_size: sampling rate times data set size, > 0. The divisor; the number of
             examples that were drawn must not be, it is private.
         stream: where the noise comes from.
@@ -133,7 +134,7 @@ class PrivateGradient:
         """
         for parameter in self.params.values():
             parameter.grad = None
-        sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.params.items()}
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.params.items()}
         clip = Clip(self.clipping, list(self.params), self.bound)
         votes = 0.0
         for batch in microbatches:
@@ -144,18 +145,23 @@ class PrivateGradient:
                 sums[name] += sample.weighted(row)
             if self.clipping.mode == "quantile":
                 votes += float(clip.vote(norms))
-        scale = gradient_noise(self.clipping, self.noise_multiplier) * self.bound
+        self._release(sums, step)
+        if self.clipping.mode == "quantile":
+            deviation = count_noise(self.clipping, self.noise_multiplier)
+            noise = deviation * self.stream.normal(_VOTES, step, ())
+            released = discretised(torch.tensor(votes, dtype=torch.float64), noise, grid_of(1, 1))
+            self.bound = moved(self.clipping, self.bound, float(released), self.expected_batch_size)
+
+    def _release(self, sums: Mapping[str, Tensor], step: int) -> None:
+        """Fill ``p.grad`` with noised sums; from here on nothing is private."""
+        scale = gradient_noise(self.clipping, self.noise_multiplier) * self.bound * MARGIN
+        grid = grid_of(self.bound, sum(total.numel() for total in sums.values()))
         for name, parameter in self.params.items():
             noise = self.stream.normal(name, step, parameter.shape).to(parameter.device)
-            # In float64 until the last line: see NoiseStream.normal.
-            released = (sums[name].double() + scale * noise) / self.expected_batch_size
+            released = discretised(sums[name], scale * noise, grid) / self.expected_batch_size
             if name in self.mask:
                 released = released * self.mask[name]
             parameter.grad = released.to(parameter.dtype)
-        if self.clipping.mode == "quantile":
-            deviation = count_noise(self.clipping, self.noise_multiplier)
-            votes += deviation * float(self.stream.normal(_VOTES, step, ()))
-            self.bound = moved(self.clipping, self.bound, votes, self.expected_batch_size)
 
     def _measured(self, losses: Tensor) -> Gradients:
         """Return the masked gradients of a microbatch's examples, in the order of ``params``."""

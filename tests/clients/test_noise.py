@@ -8,10 +8,12 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from clients.keys import new_key
-from clients.noise import BadKey, NoiseStream, insecure_key
+from clients.noise import BadKey, NoiseStream, discretised, grid_of, insecure_key
 
 KEY = insecure_key(0, "clinic-1")
 PINNED_NORMALS = [-0.6726909329374487, 0.19857470444241584, -0.7273378158476967]
@@ -31,7 +33,7 @@ def test_normals_have_normal_tails():
     draws = stream().normal("w", 0, (1_000_000,)).abs()
     expected = 1_000_000 * 2 * stats.norm.sf(4)  # 63
     assert abs((draws > 4).sum().item() - expected) < 5 * math.sqrt(expected)
-    assert draws.max() < 8.6
+    assert draws.max() < 9.5
     assert draws.isfinite().all()
 
 
@@ -148,3 +150,51 @@ def test_a_pick_is_even_secret_and_another_in_every_step():
     assert stream.pick(5, [1000] * 9) != stream.pick(6, [1000] * 9)
     assert stream.pick(5, [1000] * 9) != NoiseStream(new_key(), "digest").pick(5, [1000] * 9)
     assert stream.pick(0, []) == []
+
+
+def test_added_as_they_are_normals_give_away_what_they_were_added_to():
+    """The attack (Mironov, 2012) that the grid is there for."""
+    noise = stream().normal("w", 0, (10_000,))
+    fine = 2.0**-53  # all that 1 + noise can resolve where it is below 1/2
+    near_zero = noise.abs() < 0.5
+    assert ((noise / fine).round() * fine != noise)[near_zero].any()
+    assert ((noise / fine).round() * fine != noise)[near_zero].double().mean() > 0.3
+    moved_by_one = 1 + noise
+    low = moved_by_one.abs() < 0.5
+    assert torch.equal(((moved_by_one / fine).round() * fine)[low], moved_by_one[low])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bound=st.floats(1e-6, 1e6),
+    size=st.integers(1, 10**8),
+    steps=st.integers(-(2**50), 2**50),
+    sigma=st.floats(0.01, 1e3),
+)
+def test_on_the_grid_every_total_has_the_same_results_shifted(bound, size, steps, sigma):
+    grid = grid_of(bound, size)
+    noise = sigma * bound * stream().normal("w", 0, (64,))
+    nothing = discretised(torch.zeros(64, dtype=torch.float64), noise, grid)
+    something = discretised(torch.full((64,), steps * grid, dtype=torch.float64), noise, grid)
+    assert torch.equal(something - nothing, torch.full((64,), steps * grid, dtype=torch.float64))
+    assert torch.equal((something / grid).round() * grid, something)
+    assert (nothing - noise).abs().max() <= grid / 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(bound=st.floats(1e-30, 1e30), size=st.integers(1, 10**12))
+def test_a_grid_moves_two_sums_apart_by_less_than_its_margin(bound, size):
+    grid = grid_of(bound, size)
+    assert math.frexp(grid)[0] == 0.5  # a power of two: dividing by it changes no digit
+    assert grid * math.sqrt(size) <= bound * 2**-24 * (1 + 1e-12)
+
+
+def test_rounded_normals_have_the_probabilities_of_the_cells_of_a_coarse_grid():
+    noise = 2.0 * stream().normal("w", 0, (200_000,))
+    found = discretised(torch.zeros_like(noise), noise, 1.0)
+    cells = np.arange(-5, 6)
+    counts = [int((found == cell).sum()) for cell in cells]
+    chances = stats.norm.cdf(cells + 0.5, scale=2) - stats.norm.cdf(cells - 0.5, scale=2)
+    rest = 200_000 - sum(counts), 1 - chances.sum()
+    expected = 200_000 * np.append(chances, rest[1])
+    assert stats.chisquare(np.append(counts, rest[0]), expected).pvalue > 1e-4
