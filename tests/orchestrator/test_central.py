@@ -18,7 +18,7 @@ from clients.wire import pack
 from orchestrator import service
 from orchestrator.acceptance import refusal
 from orchestrator.backends.base import failure
-from orchestrator.budgets import Budgets, central_terms, planned_spends
+from orchestrator.budgets import Budgets, central_terms, planned_spends, within_budgets
 from orchestrator.central import Central, KeyLost
 from orchestrator.config import BadConfig, parse_config
 from orchestrator.epsilons import spent_by_population
@@ -520,6 +520,18 @@ def test_an_exhausted_budget_is_refused_before_the_run(planned, workspace):
 
     with pytest.raises(BudgetSpent, match="'people-a'"):
         planned(workspace, CALIBRATED, rounds=5000)
+
+
+def test_a_budget_that_a_given_noise_would_pass_is_refused_or_shortens_the_run(planned, workspace):
+    one = epsilon([ClientLevel(1.0, 2.0, 1).spend], 1e-3)
+    record = ClientRecord("a", "jsonl:/a", "people-a", epsilon=one * 1.01, delta=1e-3)
+    workspace.ledger.add_client(record)
+    plan = planned(workspace, HIDDEN, clients=("a",), rounds=3)
+
+    with pytest.raises(BudgetSpent, match="There is room for 1 rounds"):
+        within_budgets(plan, Budgets(workspace.ledger))
+    workspace.ledger.set_budget("people-a", one * 1.01, 1e-3, "shorten")
+    assert within_budgets(plan, Budgets(workspace.ledger)).config.rounds == 1
 
 
 def test_a_delta_as_large_as_one_client_is_refused(planned, workspace):
