@@ -9,7 +9,7 @@ A record is recognised by the text that is trained on, whatever its label, its c
 and its place: by its words. What is written in other words is another record; where a run's unit is
 a column, such as a patient's number, it is recognised by its value there too.
 
-A million records take about 30 MB of disk and, with little memory, some 20 seconds the first time;
+A million records take 24 MB of disk, 60 MB of memory and 20 seconds of one core the first time;
 a data set that did not change since is not read again.
 """
 
