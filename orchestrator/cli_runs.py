@@ -87,7 +87,7 @@ def run(  # noqa: PLR0913  (one option each)
         overrides = [*overrides, f"backend.address={json.dumps(ray_address)}"]
     if resume is not None and (overrides or detach or priority or label):
         raise BadConfig(
-            "--set cannot change a run that goes on, nor --accept-unbounded, --ray-address, "
+            "--set cannot change a run that goes on, nor --ray-address, --accept-unbounded, "
             "--detach, --priority, --label; "
             "weft runs resume RUN queues it, weft runs clone RUN --set … starts a changed one"
         )
