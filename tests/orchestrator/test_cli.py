@@ -307,6 +307,7 @@ def test_a_spent_budget_is_refused(refused, ok, run_yaml, notes, read):
         (["run", "a.yaml", "--resume", "x"], "give a run's YAML file, or --resume RUN"),
         (["run", "--resume", "x", "--set", "rounds=3"], "--set cannot change a run that goes on"),
         (["run", "--resume", "x", "--ray-address", "h:1"], "nor --ray-address"),
+        (["run", "a.yaml", "--accept-unbounded"], "--reason WHY go together"),
         (["run", "--resume", "no-such-run"], "'no-such-run'"),
         (["runs", "show", "nope"], "'nope'"),
         (["runs", "log", "nope"], "'nope'"),
