@@ -87,6 +87,11 @@ class PrivacyConfig(Strict):
                 "max_grad_norm, unit and clipping are of examples; at level: client the unit is "
                 "the client and clip bounds its change, so leave them out"
             )
+        if self.level == "example" and self.unit == "client":
+            raise ValueError(
+                "a column called client would read as level: client, which hides whole clients; "
+                "give it another name with fields, such as {owner: client}, and set unit: owner"
+            )
         if self.clip_quantile is not None and self.level != "client":
             raise ValueError("clip_quantile moves the clip of level: client; leave it out")
         return self

@@ -551,6 +551,7 @@ def test_a_delta_as_large_as_one_client_is_refused(planned, workspace):
         ({"privacy": {"epsilon": 1, "clip": 1.0}}, "at level: example it is max_grad_norm"),
         ({"privacy": {**HIDDEN, "max_grad_norm": 0.5}}, "the unit is the client"),
         ({"privacy": {**HIDDEN, "clipping": "automatic"}}, "the unit is the client"),
+        ({"privacy": {"epsilon": 1, "unit": "client"}}, "would read as level: client"),
         ({"privacy": {"epsilon": 1, "clip_quantile": 0.5}}, "moves the clip of level: client"),
     ],
 )
