@@ -24,7 +24,7 @@ from torch import Tensor
 from clients.assignment import Assignment
 from clients.digests import digest_of
 from clients.keys import has_key
-from clients.noise import NoiseStream
+from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.session import returned_names
 from clients.site import Site
 from orchestrator.acceptance import Accepted, Seal
@@ -134,11 +134,14 @@ class Central:
         }
         stream = NoiseStream(self._key, digest_of(hidden))
 
-        def normal(name: str, shape: Sequence[int]) -> Tensor:
-            return stream.normal(name, asked.round, shape)
-
         like = {name: asked.broadcast.tensors[name] for name in names}
-        return noised_mean(updates, like, asked.broadcast.mask, terms, normal)
+        grid = grid_of(min(terms.clip, 1.0), sum(tensor.numel() for tensor in like.values()))
+
+        def noise(name: str, total: Tensor, deviation: float) -> Tensor:
+            normals = stream.normal(name, asked.round, total.shape)
+            return discretised(total, deviation * MARGIN * normals, grid)
+
+        return noised_mean(updates, like, asked.broadcast.mask, terms, noise)
 
     def _digest(self, data: bytes) -> str:
         return hmac.digest(self._key, b"weft update\0" + data, "sha256").hex()

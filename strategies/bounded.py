@@ -10,7 +10,7 @@ the noise's size tells nothing of how many answered, and who does not answer cou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -23,8 +23,8 @@ from strategies.tensors import BadUpdate, check_update
 _WITHIN = "client-level/within"
 """The name under which the count gets its noise; no tensor has it."""
 
-Normal: TypeAlias = Callable[[str, Sequence[int]], Tensor]
-"""Returns standard normals, float64, of a shape, for the tensor of a name."""
+Noise: TypeAlias = Callable[[str, Tensor, float], Tensor]
+"""Returns the total of a name, float64, with normal noise of a standard deviation in it."""
 
 
 class Noised(NamedTuple):
@@ -68,7 +68,7 @@ def shortened(trained: Tensors, sent: Tensors, clip: float) -> dict[str, Tensor]
 
 
 def noised_mean(
-    updates: Iterable[Update], like: Tensors, mask: Tensors, terms: ClientLevel, normal: Normal
+    updates: Iterable[Update], like: Tensors, mask: Tensors, terms: ClientLevel, noise: Noise
 ) -> Noised:
     """Return the clients as one update: what was sent, and their mean change with noise in it.
 
@@ -82,7 +82,7 @@ def noised_mean(
         mask: 0/1 by tensor, as in :class:`strategies.base.Broadcast`: entries at 0 stay as they
             are, whatever came, and get no noise.
         terms: bound, noise and denominator.
-        normal: the noise.
+        noise: puts the noise in; what it returns is safe to be told.
 
     Raises:
         BadUpdate: if an update has other tensors than ``like``, is not finite, or its client is
@@ -102,14 +102,13 @@ def noised_mean(
             sums[name].add_(change, alpha=factor)
     tensors = {}
     for name, total in sums.items():
-        noise = terms.sum_std * _masked(normal(name, total.shape), mask.get(name))
-        mean = (total + noise) / terms.cohort
+        mean = _masked(noise(name, total, terms.sum_std), mask.get(name)) / terms.cohort
         tensors[name] = (like[name].to(torch.float64) + mean).to(like[name].dtype)
     update = Update(client="", round=0, base="", tensors=tensors, num_examples=1)
     if terms.quantile is None:  # then the count gets no part of the privacy, and is not told
         return Noised(update, math.nan)
-    counted = within + terms.count_std * float(normal(_WITHIN, (1,)))
-    return Noised(update, 0.5 + counted / terms.cohort)
+    counted = noise(_WITHIN, torch.tensor([within], dtype=torch.float64), terms.count_std)
+    return Noised(update, 0.5 + float(counted) / terms.cohort)
 
 
 def _refuse_unfit(update: Update, like: Tensors, seen: set[str]) -> None:

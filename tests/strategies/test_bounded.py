@@ -13,16 +13,28 @@ from strategies.tensors import BadUpdate
 SENT = {"x": torch.tensor([1.0, 1.0]), "y": torch.tensor([2.0])}
 
 
-def silent(name, shape):
-    return torch.zeros(shape, dtype=torch.float64)
+def silent(name, total, deviation):
+    return total
+
+
+@pytest.fixture
+def noise():
+    """Return what puts normal noise into a total, from a generator of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def put(name, total, deviation):
+        normals = torch.randn(total.shape, generator=generator, dtype=torch.float64)
+        return total + deviation * normals
+
+    return put
 
 
 def update(client, x=(1.0, 1.0), y=(2.0,)):
     return Update(client, 1, "", {"x": torch.tensor(x), "y": torch.tensor(y)}, 7)
 
 
-def mean(updates, terms, mask=None, normal=silent):
-    return noised_mean(updates, SENT, mask or {}, terms, normal).update
+def mean(updates, terms, mask=None, noise=silent):
+    return noised_mean(updates, SENT, mask or {}, terms, noise).update
 
 
 def total(updates, clip=5.0):
@@ -68,19 +80,15 @@ def test_the_denominator_is_the_expected_number_whoever_answers():
     assert torch.equal(mean([], terms).tensors["x"], SENT["x"])
 
 
-def test_the_noise_has_the_size_that_the_spend_says_however_many_answer():
+def test_the_noise_has_the_size_that_the_spend_says_however_many_answer(noise):
     terms = ClientLevel(clip=0.5, noise_multiplier=3.0, cohort=10)
-    generator = torch.Generator().manual_seed(0)
     like = {"x": torch.zeros(40_000)}
 
-    def normal(name, shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     for updates in ([], [Update("a", 1, "", {"x": torch.zeros(40_000)}, 1)]):
-        noise = noised_mean(updates, like, {}, terms, normal).update.tensors["x"].double()
+        drawn = noised_mean(updates, like, {}, terms, noise).update.tensors["x"].double()
         # the variance of 40,000 draws is within 3 % of its expectation, at 4 standard deviations
-        assert float(noise.square().mean()) == pytest.approx((3.0 * 0.5 / 10) ** 2, rel=0.03)
-        assert abs(float(noise.mean())) < 4 * 0.15 / math.sqrt(40_000)
+        assert float(drawn.square().mean()) == pytest.approx((3.0 * 0.5 / 10) ** 2, rel=0.03)
+        assert abs(float(drawn.mean())) < 4 * 0.15 / math.sqrt(40_000)
     assert terms.noise_std == pytest.approx(0.15)
     assert terms.spend.parameters == {"noise_multiplier": 3.0, "sample_rate": 1.0, "steps": 1.0}
 
@@ -89,8 +97,8 @@ def test_masked_entries_stay_as_they_are_whatever_comes_and_take_no_room_in_the_
     mask = {"x": torch.tensor([1.0, 0.0])}
     terms = ClientLevel(clip=5.0, noise_multiplier=1.0, cohort=1)
 
-    def ones(name, shape):
-        return torch.ones(shape, dtype=torch.float64)
+    def ones(name, total, deviation):
+        return total + deviation
 
     made = mean([update("a", (4.0, 1e9))], terms, mask, ones)
 
@@ -190,13 +198,10 @@ def test_sum_and_count_together_cost_what_the_sum_alone_would(noise, cohort):
     assert fixed.clip / fixed.sum_std == pytest.approx(1 / noise)
 
 
-def test_the_count_has_the_noise_that_it_says():
-    terms, generator = moving(noise=3.0, cohort=10), torch.Generator().manual_seed(0)
+def test_the_count_has_the_noise_that_it_says(noise):
+    terms = moving(noise=3.0, cohort=10)
 
-    def normal(name, shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    shares = [noised_mean([], SENT, {}, terms, normal).share for _ in range(2000)]
+    shares = [noised_mean([], SENT, {}, terms, noise).share for _ in range(2000)]
     spread = torch.tensor(shares, dtype=torch.float64).std()
     assert float(spread) == pytest.approx(3.0 / 10, rel=0.07)  # 4 standard deviations
 
