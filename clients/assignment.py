@@ -176,6 +176,9 @@ class Assignment:
         site: folder of the client's private state (keys, outbox, personal tensors).
         public: whether the data are public: fingerprints are then unkeyed.
         uplink: encodings of what is sent back, in order; none for the tensors as they are.
+        held: what the broadcast leaves out because the client holds it, by ``PART/NAME`` with the
+            tensor's digest (:mod:`clients.downlink`); empty for nothing, and None where the client
+            is to keep nothing either. How tensors travel determines no bytes.
     """
 
     action: Literal["init", "train", "evaluate"]
@@ -206,6 +209,7 @@ class Assignment:
     device: str = "cpu"
     public: bool = False
     uplink: tuple[PluginChoice, ...] = ()
+    held: Mapping[str, str] | None = None
 
     @property
     def private(self) -> bool:
@@ -215,10 +219,19 @@ class Assignment:
     def digest(self) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
-        Covers every field but ``run`` and ``site``, which name a place rather than a computation.
+        Covers every field but ``run`` and ``site``, which name a place rather than a computation,
+        and ``held``, with which nothing may be left out any more.
         A tensor that several assignments share is read once: see :mod:`clients.digests`.
+
+        Raises:
+            ValueError: if the broadcast is not whole.
         """
         from clients.digests import digest_of
 
+        if self.held:
+            raise ValueError(
+                f"the broadcast to {self.client!r} leaves out {len(self.held)} tensors, and a "
+                "digest is of a whole one; expand it first"
+            )
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return digest_of({k: v for k, v in named.items() if k not in ("run", "site")})
+        return digest_of({k: v for k, v in named.items() if k not in ("run", "site", "held")})

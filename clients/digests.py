@@ -24,7 +24,7 @@ def digest_of(document: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Return ``value`` as JSON, tensors as digests."""
     if isinstance(value, torch.Tensor):
-        return _tensor_digest(value)
+        return tensor_digest(value)
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _tensor_digest(tensor: torch.Tensor) -> str:
+def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the digest of a tensor; of one that is as it was, without reading it again.
 
     A round's clients share its broadcast: here, and at a worker, which keeps it. What torch writes

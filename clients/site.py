@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from clients.files import write_durably
 from clients.keys import data_key, drawn_once, run_folder
 from clients.noise import insecure_key
 from strategies.base import Tensors
+
+_BROADCAST = "broadcast.safetensors"
 
 
 class UpdateGone(RuntimeError):
@@ -118,6 +121,20 @@ class Site:
         """Keep the client's own tensors of round ``round_``; retries write the same file."""
         path = self._run_folder(run, client) / f"state-{round_}.safetensors"
         write_durably(path, save({k: v.contiguous() for k, v in tensors.items()}))
+
+    def broadcast(self, run: str, client: str) -> dict[str, Tensor]:
+        """Return what :meth:`store_broadcast` kept; empty for nothing, or nothing readable."""
+        path = self._run_folder(run, client) / _BROADCAST
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError):
+            return {}
+
+    def store_broadcast(self, run: str, client: str, tensors: Tensors) -> None:
+        """Keep what the client was sent last; what it was sent before is dropped."""
+        path = self._run_folder(run, client) / _BROADCAST
+        own = {k: v.detach().cpu().clone() for k, v in tensors.items()}  # none shares its memory
+        write_durably(path, save(own))
 
     def note_error(self, client: str, text: str) -> None:
         """Keep the newest unexpected error of a client, which may hold data and so stays here."""

@@ -7,6 +7,7 @@ import traceback
 import torch
 
 from clients.assignment import Assignment
+from clients.downlink import expanded
 from clients.evaluate import Evaluation, evaluate
 from clients.pace import GivenUp, Stepped, unheard
 from clients.site import Site
@@ -49,4 +50,4 @@ def _perform(
         return evaluate(assignment, stepped)
     if assignment.action == "init":
         return initial_update(assignment)
-    return train(assignment, stepped, checkpoint_s)
+    return train(expanded(assignment), stepped, checkpoint_s)

@@ -21,7 +21,7 @@ from orchestrator.cohort import Roster, asked_next
 from orchestrator.desk import Desk
 from orchestrator.history import Asked, History, Key, Open, Taken
 from orchestrator.plan import Participant, Plan
-from orchestrator.spending import Log, reserve
+from orchestrator.spending import Log, bytes_sent, reserve
 from storage.ledger import Ledger
 from strategies.base import Update
 
@@ -48,6 +48,7 @@ class Collector:
         log: writes an event.
         history: returns the run's history, with all events so far.
         assign: returns the assignments of a round's clients, from a base version.
+        shortened: returns assignments without what their clients hold.
         heed: raises where people want the run to stop.
         unreachable: returns who cannot be asked now.
         seal: what accepted updates are known by.
@@ -63,11 +64,13 @@ class Collector:
     log: Log
     history: Callable[[], History]
     assign: Callable[[int, str, Sequence[Participant]], list[Assignment]]
+    shortened: Callable[[Sequence[Assignment]], list[Assignment]]
     heed: Callable[[], None]
     unreachable: Callable[[], set[str]]
     seal: Seal = OPEN
     clock: Callable[[], float] = time.monotonic
     _sent: dict[Key, Assignment] = field(default_factory=dict, init=False)
+    _short: set[Key] = field(default_factory=set, init=False)
     _given_up: set[Key] = field(default_factory=set, init=False)
     _tries: dict[Key, int] = field(default_factory=dict, init=False)
     _taken: dict[Key, Accepted] = field(default_factory=dict, init=False)
@@ -96,6 +99,7 @@ class Collector:
         """Give up what still runs."""
         self.desk.give_up()
         self._sent.clear()
+        self._short.clear()
         self._given_up.clear()
 
     def _recover(self, known: Iterable[Taken]) -> None:
@@ -128,9 +132,11 @@ class Collector:
         open_.sort(key=lambda one: (one.round, one.base, one.client))
         for (round_, base), group in groupby(open_, key=lambda one: (one.round, one.base)):
             assignments = self.assign(round_, base, [self.people[one.client] for one in group])
-            kept = reserve(assignments, self.people, self.ledger, self.log)
+            sent = {a.client: a for a in self.shortened(assignments)}
+            kept = reserve(assignments, self.people, self.ledger, self.log, sent)
             self._sent |= {(a.client, a.round): a for a in kept}
-            self.desk.ask(kept)
+            self._short |= {(a.client, a.round) for a in kept if sent[a.client].held}
+            self.desk.ask(sent[a.client] for a in kept)
 
     def _refill(self) -> None:
         """Keep as many clients training as an asynchronous run wants."""
@@ -175,6 +181,13 @@ class Collector:
         if result.client in self.ledger.withdrawals.names():
             del self._sent[key]
             self._refuse(*key, _WITHDREW)
+            return
+        short = key in self._short
+        self._short.discard(key)  # what is asked again goes whole
+        if isinstance(result, Failure) and result.not_held and short:
+            asked = {"round": result.round, "base": assignment.base, "assigned": [result.client]}
+            self.log("assigned", {**asked, **bytes_sent([assignment])})
+            self.desk.ask([assignment])
             return
         if isinstance(result, Failure):
             self._tries[key] = self._tries.get(key, 0) + 1

@@ -23,7 +23,8 @@ from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
 from orchestrator.collecting import Collector, RoundFailed
 from orchestrator.committed import Commits, Committed, consolidated
 from orchestrator.desk import Desk
-from orchestrator.history import History, Open
+from orchestrator.downlink import Downlink
+from orchestrator.history import Asked, History, Open
 from orchestrator.merging import beneath
 from orchestrator.plan import (
     Participant,
@@ -82,6 +83,7 @@ class Federation:
     strategy: Strategy = field(init=False)
     _roster: Roster = field(init=False)
     _desk: Desk = field(init=False)
+    _downlink: Downlink = field(init=False)
     _collector: Collector = field(init=False)
     _known: History = field(default_factory=History, init=False)
     _commits: Commits = field(init=False)
@@ -95,6 +97,7 @@ class Federation:
         self._commits = Commits(self.store, plan.start.stack)
         self._central = central_of(plan, self.home)
         self._desk = Desk(self.backend, self._started, self._stepped, self._heed)
+        self._downlink = Downlink(self.store, lambda: self._history().held, self._as_asked)
         self._collector = Collector(
             plan=plan,
             people={p.name: p for p in plan.participants},
@@ -105,6 +108,7 @@ class Federation:
             log=self._log,
             history=self._history,
             assign=self._assignments,
+            shortened=self._downlink.shortened,
             heed=self._heed,
             unreachable=self._unreachable,
             seal=OPEN if self._central is None else self._central.seal,
@@ -161,6 +165,7 @@ class Federation:
             "faults": faults,
         }
         self._log("committed", facts, version=version, round=opened.round)
+        self._downlink.turned(opened.round, version, done.state.adapter, state)
         done = Committed(opened.round, version, state, memory, done.offset)
         self._forget(opened.round)
         return self._commits.add(done, self._awaited())
@@ -227,9 +232,14 @@ class Federation:
 
     def _decoded(self, update: Update) -> Update:
         """Return an update with the tensors that its client means by what it sent."""
-        who = self._collector.people[update.client]
-        [asked] = self._assignments(update.round, update.base, [who])
+        asked = self._as_asked(Asked(update.client, update.round, update.base))
         return decoded_update(update, asked)
+
+    def _as_asked(self, asked: Asked) -> Assignment:
+        """Return what a client was asked, once more and whole."""
+        who = self._collector.people[asked.client]
+        [assignment] = self._assignments(asked.round, asked.base, [who])
+        return assignment
 
     def _stops(self) -> bool:
         """Return whether versions get no better, by ``stop``."""

@@ -114,6 +114,7 @@ class History:
         pending: by client: what was asked and has neither answer nor end.
         taken: accepted and not aggregated yet.
         asked: how often each client was asked.
+        held: by client: what its newest accepted update was trained from.
         faults: of the clients whose last answer was none.
         scores: oldest first.
         judged: the last round that was evaluated, or whose evaluation failed.
@@ -127,6 +128,7 @@ class History:
     pending: Mapping[str, Asked] = field(default_factory=dict)
     taken: Mapping[Key, Taken] = field(default_factory=dict)
     asked: Mapping[str, Times] = field(default_factory=dict)
+    held: Mapping[str, Asked] = field(default_factory=dict)
     faults: Mapping[str, Faults] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
     judged: int = 0
@@ -186,10 +188,14 @@ def _assigned(h: History, data: Mapping[str, Any]) -> History:
 
 def _accepted(h: History, data: Mapping[str, Any]) -> History:
     one = Taken(data["client"], data["round"], data["base"], data["digest"])
+    held = h.held.get(one.client)
+    newer = held is None or held.round <= one.round
+    asked = Asked(one.client, one.round, one.base)
     return replace(
         h,
         pending=_without(h.pending, [one.client]),
         taken={**h.taken, one.key: one},
+        held={**h.held, one.client: asked} if newer else h.held,
         faults=_without(h.faults, [one.client]),
     )
 

@@ -203,6 +203,7 @@ def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
         central=None,
         data=NO_DATA,
         num_examples=0,
+        held=None,
     )
     chosen = plan.config.init_data
     if chosen is None:
@@ -228,6 +229,7 @@ def plan_evaluation(
         central=None,
         memory={},
         head="freeze",
+        held=None,
     )
 
 
@@ -283,4 +285,5 @@ def _assignment(
         device=config.device,
         public=who.public,
         uplink=plan.uplink,
+        held={} if config.downlink == "held" else None,
     )

@@ -144,6 +144,7 @@ class Rounds(Strict):
     rounds: int = Field(default=10, ge=1)
     cohort: Annotated[Cohort, BeforeValidator(_short_cohort)] = Cohort()
     quorum: Annotated[int | float | None, BeforeValidator(_quorum)] = None
+    downlink: Literal["whole", "held"] = "whole"
     deadline_s: float = Field(default=3600.0, gt=0)
     late: Literal["drop", "keep"] = "drop"
     staleness: Staleness | None = None

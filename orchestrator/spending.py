@@ -17,6 +17,7 @@ from storage.ledger import Ledger, SpendRow
 from strategies.base import Tensors
 from strategies.spends import PrivacySpend
 
+_DIGEST_BYTES = 32
 _LOW = 0.8  # of a budget: from here on, people are told
 
 
@@ -105,6 +106,7 @@ def reserve(
     people: Mapping[str, Participant],
     ledger: Ledger,
     log: Log,
+    sent: Mapping[str, Assignment] | None = None,
 ) -> list[Assignment]:
     """Put each assignment's spend on the ledger and return those that keep within their budget.
 
@@ -116,6 +118,7 @@ def reserve(
         people: by name.
         ledger: where spends are.
         log: told who was refused, then who is asked.
+        sent: by client: its assignment as it travels; None where they travel as they are.
     """
     private = [a for a in assignments if a.private]
     rows = [_row(a, people[a.client].population) for a in private]
@@ -133,7 +136,8 @@ def reserve(
     if spent:
         log("spent", {"round": first.round, "events": spent})
     asked = {"round": first.round, "base": first.base, "assigned": [a.client for a in kept]}
-    log("assigned", {**asked, "bytes": _bytes_sent(kept)})
+    travelling = kept if sent is None else [sent[a.client] for a in kept]
+    log("assigned", {**asked, **bytes_sent(travelling)})
     return kept
 
 
@@ -255,10 +259,11 @@ def _through(population: str, row: SpendRow) -> str:
     return f", with which {row.population} shares records"
 
 
-def _bytes_sent(assignments: Sequence[Assignment]) -> int:
+def bytes_sent(assignments: Sequence[Assignment]) -> dict[str, Any]:
     """Return the size of all tensors that are sent, each counted for every client it goes to.
 
-    That is the broadcast, what lies beneath it, and regularizers' memory.
+    That is the broadcast, what lies beneath it, and regularizers' memory. Where clients are not
+    sent what they hold, also by client, with the digests of what that is.
     """
     sizes: dict[int, int] = {}
 
@@ -267,8 +272,12 @@ def _bytes_sent(assignments: Sequence[Assignment]) -> int:
             sizes[id(tensors)] = sum(tensor.nbytes for tensor in tensors.values())
         return sizes[id(tensors)]
 
-    return sum(
-        size(part)
-        for a in assignments
-        for part in (a.broadcast.tensors, a.broadcast.mask, a.broadcast.extra, a.underlay, a.memory)
-    )
+    def of(a: Assignment) -> int:
+        sent = a.broadcast
+        parts = (sent.tensors, sent.mask, sent.extra, a.underlay, a.memory)
+        return sum(size(part) for part in parts) + _DIGEST_BYTES * len(a.held or {})
+
+    own = {a.client: of(a) for a in assignments}
+    total = {"bytes": sum(own.values())}
+    by_client = any(a.held is not None for a in assignments)
+    return {**total, "bytes_by_client": own} if by_client else total

@@ -20,8 +20,9 @@ class FedSB:
     """Clients train the cores and head between frozen factors; the server averages them.
 
     The mean of ``B C_k A`` is ``B mean(C_k) A``. A client sends ``rank²`` values a layer, however
-    large the layer is; it receives the whole adapter, factors included, every round. Noise of DP
-    enters linearly, and in rank² dimensions instead of rank (in + out).
+    large the layer is; it receives the whole adapter, factors included, every round, or the cores
+    alone where it holds the factors (``downlink: held``). Noise of DP enters linearly, and in
+    rank² dimensions instead of rank (in + out).
 
     Attributes:
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,

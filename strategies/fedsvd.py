@@ -5,8 +5,9 @@ Source: arXiv 2505.12805 (Algorithm 1). Three differences from the authors' code
 * The SVD is taken in factored form (QR of both factors, SVD of the small core), never of the dense
   product. Where the dense one is well defined the two agree; with a rank-deficient B the dense one
   fills A with directions that no client ever trained, ours stays in A's row space.
-* Signs are canonical, so that server and clients mean the same basis, and the server sends both
-  factors: two BLAS builds need not find the same SVD.
+* Signs are canonical, and only the server takes the SVD: two BLAS builds need not find the same.
+  The new A is the old one times an r x r matrix (:mod:`strategies.turning`), so that a client
+  that holds the old one can be sent that instead of A (``downlink: held``).
 * The head is trained where the run trains heads; the paper freezes it.
 
 What to expect: the new row space is the old one, ``A_new = Q A_old`` with an orthogonal ``Q``. With
@@ -23,10 +24,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
 from strategies.plugins import Range
 from strategies.tensors import B_AND_HEAD, Weighting, lora_layers, refactored, weighted_mean
+from strategies.turning import ROTATION, turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class FedSVD:
     """Clients train B and head; the server averages B and re-splits B A with orthonormal rows of A.
 
     The product B A is unchanged by the re-split, whatever the scaling. The number of rounds done
-    is ``round`` in the state's auxiliary tensors.
+    is ``round`` in the state's auxiliary tensors; ``rotation/NAME`` is what turned A in the last.
 
     Attributes:
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
@@ -79,7 +82,10 @@ class FedSVD:
         """
         mean = weighted_mean(updates, state.adapter, self.weighting)
         done = state.auxiliary["round"] + 1
-        adapter = {**state.adapter, **mean}
+        adapter: dict[str, Tensor] = {**state.adapter, **mean}
+        turns: dict[str, Tensor] = {}
         if mean and int(done) % self.every == 0:
-            adapter = refactored(adapter, self.row_scale)
-        return ServerState(adapter, {**state.auxiliary, "round": done})
+            adapter, turns = turned(adapter, self.row_scale)
+        kept = {n: t for n, t in state.auxiliary.items() if not n.startswith(ROTATION)}
+        made = {ROTATION + name: turn for name, turn in turns.items()}
+        return ServerState(adapter, {**kept, **made, "round": done})

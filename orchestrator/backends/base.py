@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 from clients import pace
 from clients.assignment import Assignment
 from clients.data import BadRecord
+from clients.downlink import NotHeld
 from clients.evaluate import Evaluation
 from strategies.base import Update
 
@@ -27,11 +28,13 @@ class Failure:
         client: who.
         round: in which round.
         reason: one sentence; never contains data.
+        not_held: whether all that failed is that the client does not hold what it was not sent.
     """
 
     client: str
     round: int
     reason: str
+    not_held: bool = False
 
 
 Result: TypeAlias = Update | Evaluation | Failure
@@ -121,4 +124,5 @@ def failure(assignment: Assignment, error: BaseException) -> Failure:
     text = str(error)
     if secret or not own:
         text = f"{type(error).__name__} at the client (its text stays there)"
-    return Failure(assignment.client, assignment.round, " ".join(text.split()))
+    not_held = isinstance(error, NotHeld)
+    return Failure(assignment.client, assignment.round, " ".join(text.split()), not_held)
