@@ -139,8 +139,10 @@ def run(backend, assignments, deadline=60.0):
     return {r.client: r for r in results}, began
 
 
-@pytest.mark.parametrize("privacy", [None, DP])
-def test_a_run_on_ray_ends_at_the_inline_run_s_version(workspace, tiny, notes, trainers, privacy):
+@pytest.mark.parametrize(("privacy", "downlink"), [(None, "whole"), (DP, "whole"), (None, "held")])
+def test_a_run_on_ray_ends_at_the_inline_run_s_version(
+    workspace, tiny, notes, trainers, privacy, downlink
+):
     for shift, name in enumerate("abc"):
         record = ClientRecord(name, notes(name, shift=shift), name, num_examples=12)
         workspace.ledger.add_client(record)
@@ -148,7 +150,8 @@ def test_a_run_on_ray_ends_at_the_inline_run_s_version(workspace, tiny, notes, t
 
     inline = service.launch(workspace, config)
 
-    assert service.launch(workspace, config, backend=trainers) == inline
+    travelling = config.model_copy(update={"downlink": downlink})
+    assert service.launch(workspace, travelling, backend=trainers) == inline
 
 
 def test_tensors_arrive_and_come_back_bit_for_bit(actors, ask):
