@@ -45,7 +45,7 @@ def ran(three, tiny):
     def run(backend=None, **changes):
         version = service.launch(three, tiny(**changes), backend=backend or InlineBackend())
         record = max(three.ledger.runs(), key=lambda one: one.created_at)
-        return version, three.ledger.events(record.id), record.id
+        return version, three.ledger.events(record.id)
 
     return run
 
@@ -85,8 +85,8 @@ def kept_by(assignment):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_version_is_the_same_and_the_bytes_are_fewer(ran, method):
     config = {"rounds": 3, "cohort": 2, "seed": 1, **METHODS[method]}
-    whole, before, _ = ran(**config)
-    held, after, _ = ran(**config, downlink="held")
+    whole, before = ran(**config)
+    held, after = ran(**config, downlink="held")
     assert held == whole
     down = [sum(e.data["bytes"] for e in log if e.kind == "assigned") for log in (before, after)]
     assert down[1] < down[0]
@@ -95,7 +95,7 @@ def test_the_version_is_the_same_and_the_bytes_are_fewer(ran, method):
 
 
 def test_what_is_sent_is_b_the_head_a_rotation_for_each_round_and_digests(ran, three):
-    version, events, _ = ran(strategy="fedsvd", rounds=5, cohort=2, seed=1, downlink="held")
+    version, events = ran(strategy="fedsvd", rounds=5, cohort=2, seed=1, downlink="held")
     tensors = three.store.tensors(version)
     whole = sum(t.nbytes for t in tensors.values())
     turned = [t for n, t in tensors.items() if n.endswith("lora_A.weight")]
@@ -122,7 +122,7 @@ def test_a_client_that_lost_what_it_held_is_sent_the_whole_at_once_and_is_not_at
             save_file({n: t + 1 for n, t in load_file(path).items()}, path)
 
     config = {"rounds": 3, "strategy": "ffa-lora", "retries": 0}
-    held, events, _ = ran(Meddling(meddle), **config, downlink="held")
+    held, events = ran(Meddling(meddle), **config, downlink="held")
     assert not [e for e in events if e.kind in ("refused", "retried")]
     down = sent(events)
     whole, short = down["a", 1][0], down["a", 3][0]
@@ -138,7 +138,7 @@ def test_who_says_for_ever_that_it_holds_nothing_fails_like_any_other(ran):
             raise NotHeld("the client holds nothing; send it whole")
         return perform(assignment, stepped)
 
-    _, events, _ = ran(
+    _, events = ran(
         InlineBackend(refuse), rounds=2, strategy="ffa-lora", retries=1, downlink="held"
     )
     asked = [e.data for e in events if e.kind in ("retried", "refused")]
@@ -149,7 +149,7 @@ def test_who_says_for_ever_that_it_holds_nothing_fails_like_any_other(ran):
     assert len(sent(events)["a", 2]) == 2
 
 
-def test_a_resumed_run_sends_what_it_would_have_sent_and_ends_at_the_same_version(ran, three, tiny):
+def test_a_resumed_run_sends_what_it_would_have_sent_and_ends_at_the_same_version(ran, three):
     config = {"strategy": "fedsvd", "rounds": 4, "cohort": 2, "seed": 1}
 
     def die(assignment):
