@@ -18,6 +18,9 @@ from clients.site import Site
 from strategies.base import Broadcast, Tensors
 from strategies.turning import ROTATION, rotated
 
+DIGEST_BYTES = 32
+"""What naming a tensor that is left out costs, as it is counted."""
+
 _PARTS = ("tensors", "mask", "extra")
 
 

@@ -227,7 +227,7 @@ class _Loop:
         self.params = {name: live[name] for name in names}
         self.mask = {n: a.broadcast.mask[n].to(a.device) for n in names if n in a.broadcast.mask}
         for name, own in self.ranks.masks(self.params).items():
-            self.mask[name] = own * self.mask[name] if name in self.mask else own
+            self._mask(name, own)
         self.reference = {name: p.detach().clone() for name, p in self.params.items()}
         self.memory = {name: tensor.to(a.device) for name, tensor in a.memory.items()}
         self.regularizers = [
@@ -380,13 +380,17 @@ class _Loop:
         if self._checkpoints is not None and self.step < self._num_steps():
             self._checkpoints.offer(self._state)
 
+    def _mask(self, name: str, mask: Tensor) -> None:
+        """Train of a tensor only what this mask, too, has at 1."""
+        self.mask[name] = mask * self.mask[name] if name in self.mask else mask
+
     def _restrict(self, chosen: Tensors) -> None:
         """Train only these ranks from here on; all others are as they were sent."""
         self.chosen |= chosen
         for name, ranks in chosen.items():
             parameter, before = self.params[name], self.reference[name]
             mask = mask_of(name, ranks.to(before.device), before)
-            self.mask[name] = mask * self.mask[name] if name in self.mask else mask
+            self._mask(name, mask)
             parameter.data.copy_(torch.where(mask, parameter, before))
 
     def _add_penalties(self) -> None:

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.digests import tensor_digest
-from clients.downlink import digests, flattened, without
+from clients.downlink import DIGEST_BYTES, digests, flattened, without
 from orchestrator.history import Asked
 from storage.store import AdapterStore
 from strategies.base import Broadcast, ServerState, Tensors
 from strategies.turning import rotated, rotations
 
-_DIGEST_BYTES = 32
 _FROM = ("init", "round")  # kinds of parents that a round starts from
 _ROUNDS = 32  # whose rotations are known; a resumed run reads as many versions again
 
@@ -119,7 +118,7 @@ class Downlink:
         found = {}
         for name, tensor in sent.items():
             if name in known:
-                turns = self._way(known[name], now[name], tensor.nbytes - _DIGEST_BYTES)
+                turns = self._way(known[name], now[name], tensor.nbytes - DIGEST_BYTES)
                 if turns is not None:
                     found[name] = turns
         return found

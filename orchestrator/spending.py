@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Assignment, Clipping, Privacy
+from clients.downlink import DIGEST_BYTES
 from clients.trainer import spend_of
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
@@ -17,7 +18,6 @@ from storage.ledger import Ledger, SpendRow
 from strategies.base import Tensors
 from strategies.spends import PrivacySpend
 
-_DIGEST_BYTES = 32
 _LOW = 0.8  # of a budget: from here on, people are told
 
 
@@ -275,7 +275,7 @@ def bytes_sent(assignments: Sequence[Assignment]) -> dict[str, Any]:
     def of(a: Assignment) -> int:
         sent = a.broadcast
         parts = (sent.tensors, sent.mask, sent.extra, a.underlay, a.memory)
-        return sum(size(part) for part in parts) + _DIGEST_BYTES * len(a.held or {})
+        return sum(size(part) for part in parts) + DIGEST_BYTES * len(a.held or {})
 
     own = {a.client: of(a) for a in assignments}
     total = {"bytes": sum(own.values())}

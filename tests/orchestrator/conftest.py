@@ -19,6 +19,7 @@ from orchestrator.service import open_workspace
 from storage.ledger import ClientRecord
 from storage.schema import kept_updates
 from strategies.base import Update
+from strategies.tensors import lora_layers
 
 LABELS = ("cat", "dog", "model", "rank")
 SMALL = {
@@ -38,6 +39,21 @@ WORDS = ("the", "a", "learns", "weaves", "thread", "adapter", "private", "data",
 def workspace(tmp_path):
     """Return an empty workspace under the test's folder."""
     return open_workspace(tmp_path / "home")
+
+
+@pytest.fixture
+def products():
+    """Return a function: every layer's product of all its adapters together, dense."""
+
+    def summed(*adapters):
+        found = {}
+        for adapter in adapters:
+            for name, f in lora_layers(adapter).items() if adapter else ():
+                dense = f.scaling.double() * f.b.double() @ f.a.double()
+                found[name] = found.get(name, 0) + dense
+        return found
+
+    return summed
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from orchestrator.config import BadConfig
 from orchestrator.launch import make_plan as plan_of
 from orchestrator.merging import effective, task_vector
 from strategies.base import beneath
-from strategies.tensors import lora_layers
 
 ADAPTER = {
     "name": "rslora",
@@ -49,22 +48,14 @@ def launched(home, tiny):
     return run
 
 
-def products(*adapters):
-    """Every layer's product of all adapters together, dense."""
-    found = {}
-    for adapter in adapters:
-        for name, f in lora_layers(adapter).items() if adapter else ():
-            dense = f.scaling.double() * f.b.double() @ f.a.double()
-            found[name] = found.get(name, 0) + dense
-    return found
-
-
 def close(left, right):
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [{"name": "flora", "max_rank": 1}, "fedex-lora"])
-def test_clients_start_from_what_the_committed_version_does(home, launched, notes, strategy):
+def test_clients_start_from_what_the_committed_version_does(
+    home, launched, notes, strategy, products
+):
     version, asked = launched(strategy, evaluate={"data": notes("held")}, rounds=3)
 
     bases = {a.base for a in asked if a.round > 1}
@@ -90,7 +81,7 @@ def test_a_version_is_made_again_with_what_lies_beneath_it(home, launched, strat
 
 
 @pytest.mark.parametrize("strategy", ["flora", "fedsvd"])
-def test_a_run_that_continues_lies_on_what_its_start_lay_on(home, launched, strategy):
+def test_a_run_that_continues_lies_on_what_its_start_lay_on(home, launched, strategy, products):
     first, _ = launched()
     second, asked = launched(strategy, name="task-2", start="continue", start_from=first.id)
 
@@ -101,7 +92,7 @@ def test_a_run_that_continues_lies_on_what_its_start_lay_on(home, launched, stra
     close(products(task_vector(home.store, second)), own)
 
 
-def test_what_is_stacked_and_merged_is_the_whole_version(home, launched):
+def test_what_is_stacked_and_merged_is_the_whole_version(home, launched, products):
     first, _ = launched()
     second, asked = launched("fedavg", name="task-2", start="stack", start_from=first.id)
     train = next(a for a in asked if a.action == "train")
@@ -164,7 +155,7 @@ def test_a_memory_of_the_final_adapter_is_refused_where_that_is_not_all(refused)
     assert "regularizer 'o-lora' remembers a task by its final adapter" in why
 
 
-def test_a_start_with_a_product_goes_beneath_and_is_not_another(home, tiny):
+def test_a_start_with_a_product_goes_beneath_and_is_not_another(home, tiny, products):
     adapter = {"name": "lora", "r": 2, "layers": [0], "init": "pissa"}
     version = service.launch(home, tiny(strategy="flora", adapter=adapter), backend=InlineBackend())
     [start] = home.store.version(version).parents

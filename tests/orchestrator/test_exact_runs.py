@@ -14,7 +14,6 @@ from orchestrator import service
 from orchestrator.backends.inline import InlineBackend
 from storage.ledger import ClientRecord
 from strategies.base import beneath
-from strategies.tensors import lora_layers
 
 PATTERNS = {
     "name": "rslora",
@@ -66,22 +65,12 @@ def home(workspace, notes):
     return workspace
 
 
-def products(*adapters):
-    """Every layer's product of all adapters together, dense."""
-    found = {}
-    for adapter in adapters:
-        for name, f in lora_layers(adapter).items() if adapter else ():
-            dense = f.scaling.double() * f.b.double() @ f.a.double()
-            found[name] = found.get(name, 0) + dense
-    return found
-
-
 def plain(tensors):
     """Without DoRA's magnitudes."""
     return {n: t for n, t in tensors.items() if ".lora_" not in n or "magnitude" not in n}
 
 
-def meant(store, version):
+def meant(store, version, products):
     """What a version's updates make of its base, dense: products, and all other tensors' means."""
     leaves = version.recipe["updates"]
     base = store.tensors(leaves[0]["base"])
@@ -119,11 +108,11 @@ def rounds_of(store, version):
         found = store.version(found.parents[0].id)
 
 
-def check(home, version):
+def check(home, version, products):
     """Hold every round of a run against :func:`meant`."""
     store, num = home.store, 0
     for found in rounds_of(store, version):
-        changed, others = meant(store, found)
+        changed, others = meant(store, found, products)
         now = store.tensors(found.id)
         made = products(plain(now), beneath(store.auxiliary(found.id)))
         torch.testing.assert_close(made, changed, rtol=1e-4, atol=1e-5)
@@ -136,10 +125,10 @@ def check(home, version):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_version_is_the_weighted_mean_of_what_the_clients_made(home, tiny, name):
+def test_every_version_is_the_weighted_mean_of_what_the_clients_made(home, tiny, name, products):
     config = tiny(rounds=2, retention="all", **RUNS[name])
     version = service.launch(home, config, backend=InlineBackend())
-    check(home, version)
+    check(home, version, products)
 
 
 @pytest.fixture(scope="session")
@@ -164,16 +153,16 @@ def tiny_gpt2(tiny_encoder, tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ffa-lora", "fedex-lora"])
 def test_on_transposed_layers_a_version_is_the_base_with_the_mean_in_its_weights(
-    home, tiny, tiny_gpt2, strategy
+    home, tiny, tiny_gpt2, strategy, products
 ):
     model = {"id": str(tiny_gpt2), "max_length": 16}
     config = tiny(strategy=strategy, model=model, adapter=CONV1D, rounds=2, retention="all")
     version = service.launch(home, config, backend=InlineBackend())
-    check(home, version)
+    check(home, version, products)
 
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     dense, adapted = (GPT2Model.from_pretrained(tiny_gpt2).eval() for _ in range(2))
-    changed, _ = meant(home.store, home.store.version(version))
+    changed, _ = meant(home.store, home.store.version(version), products)
     tensors = {n: t for n, t in home.store.tensors(version).items() if "head." not in n}
     options = {n: v for n, v in CONV1D.items() if n != "name"}
     adapter = ADAPTERS.get(CONV1D["name"]).build(**options)
@@ -191,10 +180,10 @@ def test_on_transposed_layers_a_version_is_the_base_with_the_mean_in_its_weights
 
 @pytest.mark.parametrize("head", ["train", "freeze", "personal"])
 @pytest.mark.parametrize("strategy", ["flora", "lora-a2"])
-def test_a_head_is_averaged_frozen_or_kept_by_each_client(home, tiny, strategy, head):
+def test_a_head_is_averaged_frozen_or_kept_by_each_client(home, tiny, strategy, head, products):
     config = tiny(strategy=strategy, head=head, rounds=2, retention="all")
     version = service.launch(home, config, backend=InlineBackend())
-    check(home, version)  # where it is trained, the mean
+    check(home, version, products)  # where it is trained, the mean
     [run] = home.ledger.runs()
     sites = Site(home.home / "sites")
     names = {"head.weight", "head.bias"}
