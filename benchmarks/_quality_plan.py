@@ -131,7 +131,7 @@ class Plan:
         tuning_rounds: of a run that tries a learning rate.
         steps: of each client a round.
         batch_size: examples a step.
-        fewer: how many groups there are on the other data sets than the first; None for all.
+        depth: how many of the groups each cell has; empty for all of them everywhere.
         clients: all of which train in every round.
         every: rounds from one evaluation to the next.
         max_length: of a text in tokens.
@@ -146,7 +146,7 @@ class Plan:
     tuning_rounds: int = 4
     steps: int = 8
     batch_size: int = 8
-    fewer: int | None = None
+    depth: tuple[int, ...] = ()
     clients: int = 10
     every: int = 2
     max_length: int = 48
@@ -165,21 +165,23 @@ class Plan:
 
     def methods_in(self, cell: Cell) -> tuple[Method, ...]:
         """Return the methods that a cell is to have in the end."""
-        groups = self.groups if cell.data == self.cells[0].data else self.groups[: self.fewer]
+        groups = self.groups[: self._depth_of(cell)]
         return tuple(method for group in groups for method in group)
+
+    def _depth_of(self, cell: Cell) -> int:
+        return self.depth[self.cells.index(cell)] if self.depth else len(self.groups)
 
     def stages(self) -> Iterator[tuple[Cell, int, tuple[Method, ...]]]:
         """Yield what is run after what: a cell, a seed, and the methods that it has by then.
 
-        Group by group in the first cell, then cell by cell.
+        A group goes through all its cells before the next group begins.
         """
         for count in range(1, len(self.groups) + 1):
             due = tuple(method for group in self.groups[:count] for method in group)
-            for seed in self.seeds:
-                yield self.cells[0], seed, due
-        for cell in self.cells[1:]:
-            for seed in self.seeds:
-                yield cell, seed, self.methods_in(cell)
+            for cell in self.cells:
+                if count <= self._depth_of(cell):
+                    for seed in self.seeds:
+                        yield cell, seed, due
 
     def base(self, cell: Cell, seed: int, data: DataSet) -> dict[str, Any]:
         """Return what the runs of a cell and a seed have in common, as in a run's file."""

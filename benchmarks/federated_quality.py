@@ -72,11 +72,12 @@ ENDED = ("completed", "failed", "cancelled")
 def default_plan(device: str) -> Plan:
     """Return what ten hours of one core are for.
 
-    All methods at every alpha on one set, and the first two groups on the others.
+    All methods on one set at alpha 0.5, two groups there at the other alphas, and the first group,
+    which are the methods that differ in A alone, on the other sets.
     """
     first = [Cell(SETS[0], alpha) for alpha in ALPHAS]
-    others = (Cell(name, ALPHAS[0]) for name in SETS[1:])
-    return Plan(GROUPS, (*first, *others), fewer=2, device=device)
+    others = [Cell(name, ALPHAS[0]) for name in SETS[1:]]
+    return Plan(GROUPS, (*first, *others), depth=(3, 2, 2, 1, 1, 1), device=device)
 
 
 def full_plan(device: str) -> Plan:
