@@ -6,7 +6,10 @@
 BERT of two layers, 32 wide, with LoRA, one step of four examples. *Drift* is what the time of a
 round, and the memory of driver and workers, gain from round 2 to the last: the median slope between
 any two of them (Theil-Sen) times the number of steps, over the median. The processor time of all
-processes is given beside the time on the clock, which on a busy machine says little.
+processes is given beside the time on the clock, which on a busy machine says little. Virtual
+machines change their speed for minutes on end, so a fixed piece of work, the *yardstick*, is timed
+before and after each round, and *at equal speed* is a round's time over that of the yardstick
+around it, times the yardstick's median: a round that is slower by itself still shows.
 
 *registered*: 10,000 nodes in the ledger, 1,000 sampled a round. Planning is what a federation does
 between one round's commit and the first assignment of the next: the history read, the cohort drawn,
@@ -29,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +133,29 @@ def document(model: Path, clients: Mapping[str, Any], **changes: Any) -> dict[st
 # --- watching a run ---------------------------------------------------------------------------
 
 
+def yardstick() -> float:
+    """Return the seconds of processor time that a fixed piece of work takes just now."""
+    taken = []
+    for _ in range(7):
+        start, value = time.thread_time(), 1
+        for n in range(1, 600_000):
+            value = value * n % 1_000_003
+        taken.append(time.thread_time() - start)
+    return statistics.median(taken)
+
+
+def at_equal_speed(values: Sequence[float], yards: Sequence[float]) -> list[float]:
+    """Return rounds' times as they were, had the yardsticks around each been like the median.
+
+    Args:
+        values: ``[rounds]`` seconds.
+        yards: ``[rounds + 1]`` seconds of the yardstick, before the first round and after each.
+    """
+    middle = statistics.median(yards)
+    around = (statistics.mean(pair) for pair in pairwise(yards))
+    return [value * middle / yard for value, yard in zip(values, around, strict=True)]
+
+
 @dataclass
 class Log:
     """Takes note of what each round of a run took."""
@@ -138,6 +165,7 @@ class Log:
     processor: list[float] = field(default_factory=list)
     driver: list[float] = field(default_factory=list)
     worker: list[float] = field(default_factory=list)
+    yards: list[float] = field(default_factory=list)
     peak: Peak | None = None
     _since: tuple[float, float] = (0.0, 0.0)
 
@@ -152,6 +180,7 @@ class Log:
             self.driver.append(self.peak.megabytes)
             self.peak.megabytes = 0.0
         if kind in ("started", "committed"):
+            self.yards.append(yardstick())
             self._since = self._now()
 
     def _now(self) -> tuple[float, float]:
@@ -185,16 +214,19 @@ def rounds(size: Size, folder: Path, model: Path, backend: RayBackend) -> list[F
     workspace.close()
     where = f"{size.clients} clients, {size.rounds} rounds, {size.workers} workers"
     found = []
-    for row, values, unit in (
-        ("seconds", log.seconds, "s/round"),
-        ("processor", log.processor, "s/round"),
-        ("driver-memory", log.driver, "MB"),
-        ("worker-memory", log.worker, "MB"),
+    for row, values, unit, goal in (
+        ("yardstick", log.yards, "s", None),
+        ("seconds", log.seconds, "s/round", None),
+        ("processor", log.processor, "s/round", None),
+        ("seconds-at-equal-speed", at_equal_speed(log.seconds, log.yards), "s/round", DRIFT),
+        ("processor-at-equal-speed", at_equal_speed(log.processor, log.yards), "s/round", DRIFT),
+        ("driver-memory", log.driver, "MB", DRIFT),
+        ("worker-memory", log.worker, "MB", DRIFT),
     ):
         later = values[1:]
         spread = f"{where}; rounds 2 on: {min(later):.4g}..{max(later):.4g}"
         found.append(figure(f"rounds.{row}", statistics.median(later), unit, spread))
-        found.append(figure(f"rounds.{row}-drift", drift(later), "share", where, DRIFT))
+        found.append(figure(f"rounds.{row}-drift", drift(later), "share", where, goal))
     return found
 
 
