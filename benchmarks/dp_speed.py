@@ -29,7 +29,6 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from _figures import Figure, show
@@ -37,12 +36,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
-from clients import gradients
 from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec
 from clients.data import Batch
 from clients.gradients import PrivateGradient, plain_step
-from clients.hooks import hooked
 from clients.noise import NoiseStream, insecure_key
 from clients.task_model import TaskModel
 
@@ -92,12 +89,12 @@ def plain(model: TaskModel, batch: Batch) -> Step:
     return step
 
 
-def private(model: TaskModel, batch: Batch, open_until: ExitStack) -> Step:
-    """Return a step of weft's DP-SGD, whatever engine it chooses."""
+def private(model: TaskModel, batch: Batch, open_until: ExitStack, by: str = "taps") -> Step:
+    """Return a step of weft's DP-SGD, measured by one of its engines."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(params.values(), lr=RATE)
     stream = NoiseStream(insecure_key(0, "clinic"), "digest")
-    engine = PrivateGradient(model, params, CLIP, SIGMA, float(len(batch)), stream)
+    engine = PrivateGradient(model, params, CLIP, SIGMA, float(len(batch)), stream, engine=by)
     open_until.enter_context(engine)
     numbers = count()
 
@@ -147,9 +144,8 @@ def side(name: str, model: TaskModel, batch: Batch, open_until: ExitStack) -> St
         return plain(model, batch)
     if name == "weft":
         return private(model, batch, open_until)
-    if name == "weft-hooks":
-        with patch.object(gradients, "measuring", hooked):
-            return private(model, batch, open_until)
+    if name.startswith("weft-"):
+        return private(model, batch, open_until, name.removeprefix("weft-"))
     return opacus(model, batch, "ghost" if name.endswith("ghost") else "hooks")
 
 

@@ -7,10 +7,10 @@ client's cryptographic stream, a mask counts before the clip, and microbatches b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,10 @@ from clients.assignment import Clipping
 from clients.clipping import Clip, count_noise, gradient_noise, moved
 from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.per_example import measuring
-from clients.samples import Dense, Engine, Gradients, NoPerExampleGradient
+from clients.samples import Batch, Dense, Engine, Gradients, Losses, NoPerExampleGradient
 from strategies.base import Tensors
 
-__all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step", "verify_per_example"]
-
-Batch = TypeVar("Batch")
-Losses = Callable[[Batch], Tensor]
-"""Returns ``[batch]`` losses with their graph: one value an example, not one for the batch."""
+__all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step"]
 
 
 def plain_step(
@@ -79,6 +75,8 @@ class PrivateGradient:
         stream: where the noise comes from.
         mask: 0/1 tensors by name; entries at 0 are left out before clipping and get no noise.
         clipping: how the bound is kept.
+        engine: of :data:`clients.per_example.ENGINES`, one that is known to measure this model's
+            gradients, such as :func:`clients.verification.chosen` returns.
 
     Raises:
         ValueError: if a number is out of range.
@@ -92,6 +90,7 @@ class PrivateGradient:
     stream: NoiseStream
     mask: Tensors = field(default_factory=dict)
     clipping: Clipping = field(default_factory=Clipping)
+    engine: str = "taps"
     _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _engine: Engine | None = field(default=None, init=False, repr=False)
     _checked: bool = field(default=False, init=False, repr=False)
@@ -107,11 +106,11 @@ class PrivateGradient:
         """Prepare the model.
 
         Raises:
-            NoPerExampleGradient: if the model mixes examples, no engine serves a layer, or the
-                model's trainable parameters are not exactly ``params``.
+            NoPerExampleGradient: if the model mixes examples, the engine does not serve a layer, or
+                the model's trainable parameters are not exactly ``params``.
         """
         self._checked = False
-        self._engine = self._open.enter_context(measuring(self.model, self.params))
+        self._engine = self._open.enter_context(measuring(self.model, self.params, self.engine))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,7 +137,7 @@ class PrivateGradient:
         clip = Clip(self.clipping, list(self.params), self.bound)
         votes = 0.0
         for batch in microbatches:
-            samples = self._measured(losses_fn(batch))
+            samples = self._measured(batch, losses_fn)
             norms = torch.stack([sample.norms() for sample in samples.values()])
             factors = clip.factors(norms)
             for row, (name, sample) in zip(factors, samples.items(), strict=True):
@@ -163,75 +162,14 @@ class PrivateGradient:
                 released = released * self.mask[name]
             parameter.grad = released.to(parameter.dtype)
 
-    def _measured(self, losses: Tensor) -> Gradients:
+    def _measured(self, batch: Any, losses_fn: Losses[Any]) -> Gradients:
         """Return the masked gradients of a microbatch's examples, in the order of ``params``."""
         assert self._engine is not None
-        samples = self._engine.gradients(losses, check=not self._checked)
+        samples = self._engine.gradients(batch, losses_fn, check=not self._checked)
         self._checked = True
         for name in samples.keys() & self.mask.keys():
             samples[name] = Dense(samples[name].dense() * self.mask[name])
         return samples
 
 
-def verify_per_example(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    batch: Batch,
-    singles: Sequence[Batch],
-    losses_fn: Losses[Batch],
-) -> None:
-    """Compare the measured per-example gradients with a loop over batches of one.
-
-    Dropout is off meanwhile; ``p.grad`` and the model's modes are as before afterwards. As costly
-    as ``len(singles)`` steps of one example: meant for a start-up check on two or three.
-
-    Args:
-        model: the whole task model.
-        params: all of its trainable parameters.
-        batch: some examples.
-        singles: the same examples in the same order, one a batch.
-        losses_fn: forward pass.
-
-    Raises:
-        NoPerExampleGradient: naming the first parameter whose gradients differ by more than 1e-4
-            of their norm.
-    """
-    before = {name: p.grad for name, p in params.items()}
-    try:
-        with _deterministic(model):
-            with measuring(model, params) as engine:
-                found = engine.gradients(losses_fn(batch), check=False)
-                measured = {name: samples.dense() for name, samples in found.items()}
-            for index, single in enumerate(singles):
-                plain_step(params, [single], losses_fn, 1)
-                for name, p in params.items():
-                    assert p.grad is not None
-                    _compare(name, measured[name][index], p.grad)
-    finally:
-        for name, p in params.items():
-            p.grad = before[name]
-
-
 _VOTES = "the votes on the bound"  # no tensor's name
-
-
-def _compare(name: str, measured: Tensor, reference: Tensor) -> None:
-    error, size = (measured - reference).norm(), reference.norm()
-    if error > 1e-4 * size + 1e-7:
-        raise NoPerExampleGradient(
-            f"{name}: the measured gradient of one example is {float(error / size):.2g} (relative) "
-            "away from its true gradient; this adapter cannot be trained with DP-SGD"
-        )
-
-
-@contextmanager
-def _deterministic(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, but leave trainable layers in train mode: Opacus skips others."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -10,11 +10,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clients.samples import Dense, Gradients, NoPerExampleGradient, missing, refuse_mixed
+from clients.samples import (
+    Dense,
+    Gradients,
+    Losses,
+    NoPerExampleGradient,
+    missing,
+    refuse_mixed,
+)
 
 _HOOK_LEFTOVERS = {
     "activations",
@@ -63,31 +71,37 @@ class Hooks:
 
     params: Mapping[str, nn.Parameter]
 
-    def gradients(self, losses: Tensor, *, check: bool) -> Gradients:
+    def gradients(self, batch: Any, losses_fn: Losses[Any], *, check: bool) -> Gradients:
         """See :class:`clients.samples.Engine`.
 
         With ``check``, they must add up to what autograd gives for the sum of the losses: true in
         any mode, dropout and checkpointing included, and false for a wrong rule or a hidden path.
         """
-        refuse_mixed(losses)
+        try:
+            losses = losses_fn(batch)
+            refuse_mixed(losses)
+            samples = self._samples(losses)
+            if check:
+                for name, p in self.params.items():
+                    _check_sum(name, samples[name], p.grad)
+            return {name: Dense(sample) for name, sample in samples.items()}
+        finally:
+            for p in self.params.values():
+                p.grad = p.grad_sample = None  # type: ignore[attr-defined]  # Opacus' attribute
+
+    def _samples(self, losses: Tensor) -> dict[str, Tensor]:
+        """Return what the hooks measure in the backward pass."""
         try:
             with warnings.catch_warnings():
                 # The first trainable layer's input needs no gradient; its hook does not use one.
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 torch.autograd.backward(losses.sum())
-            samples = {n: _sample(n, p, len(losses)) for n, p in self.params.items()}
-            if check:
-                for name, p in self.params.items():
-                    _check_sum(name, samples[name], p.grad)
-            return {name: Dense(sample) for name, sample in samples.items()}
+            return {n: _sample(n, p, len(losses)) for n, p in self.params.items()}
         except (ValueError, AttributeError, TypeError, IndexError, NotImplementedError) as error:
             raise NoPerExampleGradient(
-                f"per-example gradients failed: {error}. The model must be in train mode, and "
-                "gradient checkpointing must be reentrant"
+                f"per-example gradients failed ({type(error).__name__}): the model must be in "
+                "train mode, and gradient checkpointing must be reentrant"
             ) from error
-        finally:
-            for p in self.params.values():
-                p.grad = p.grad_sample = None  # type: ignore[attr-defined]  # Opacus' attribute
 
 
 def _sample(name: str, parameter: nn.Parameter, batch: int) -> Tensor:
@@ -95,7 +109,7 @@ def _sample(name: str, parameter: nn.Parameter, batch: int) -> Tensor:
     expected = (batch, *parameter.shape)
     found = tuple(sample.shape) if isinstance(sample, Tensor) else None
     if not isinstance(sample, Tensor) or found != expected:
-        error = missing(name, expected, found)
+        error = missing(name, parameter.shape, found)
         raise NoPerExampleGradient(f"{error}, or gradient checkpointing is not reentrant")
     return sample
 

@@ -1,32 +1,54 @@
-"""Which engine measures a model's per-example gradients: taps where they know every layer.
+"""The engines that measure a model's per-example gradients.
 
-It follows from the model's layers alone, so that the same config gives the same bits; whether what
-an engine measures is true is found out where it is used.
+There are four, the fastest first. An adapter declares the first that is exact for it, and its
+contract test proves that; a run begins with it, and goes on to the next where the model in hand (a
+quantised layer, gradient checkpointing) makes that one fail: see :mod:`clients.verification`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
+from clients.alone import alone
 from clients.hooks import hooked
 from clients.samples import Engine, NoPerExampleGradient
-from clients.taps import tappable, tapped
+from clients.taps import tapped
+from clients.vmapped import vmapped
+
+ENGINES: Mapping[
+    str, Callable[[nn.Module, Mapping[str, nn.Parameter]], AbstractContextManager[Engine]]
+] = {"taps": tapped, "hooks": hooked, "vmap": vmapped, "alone": alone}
+"""The engines by name, the fastest first; an adapter declares ``dp-NAME``."""
+
+
+def engines_of(capabilities: Collection[str]) -> list[str]:
+    """Return the engines for an adapter, in the order in which to try them; none without any.
+
+    Args:
+        capabilities: see :attr:`clients.adapters.Adapter.capabilities`.
+    """
+    names = list(ENGINES)
+    declared = [index for index, name in enumerate(names) if f"dp-{name}" in capabilities]
+    return names[min(declared) :] if declared else []
 
 
 @contextmanager
-def measuring(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[Engine]:
+def measuring(
+    model: nn.Module, params: Mapping[str, nn.Parameter], engine: str
+) -> Iterator[Engine]:
     """Measure inside; leave no trace in the model outside.
 
     Args:
         model: the whole task model, in train mode.
         params: all of its trainable parameters.
+        engine: which of :data:`ENGINES`.
 
     Raises:
-        NoPerExampleGradient: if the model mixes examples, no engine serves a layer, or the model's
-            trainable parameters are not exactly ``params``.
+        NoPerExampleGradient: if the model mixes examples, the engine does not serve a layer, or
+            the model's trainable parameters are not exactly ``params``.
     """
     _refuse_undeclared(model, params)
     for name, module in model.named_modules():
@@ -34,8 +56,8 @@ def measuring(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[
             raise NoPerExampleGradient(
                 f"{name} is a batch norm, which mixes the examples of a batch; put it in eval mode"
             )
-    with (tapped if _tappable(model) else hooked)(model, params) as engine:
-        yield engine
+    with ENGINES[engine](model, params) as found:
+        yield found
 
 
 def _refuse_undeclared(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
@@ -49,11 +71,3 @@ def _refuse_undeclared(model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
             f"the model's trainable parameters must be those given; only the model trains {extra}, "
             f"only given {missing}"
         )
-
-
-def _tappable(model: nn.Module) -> bool:
-    return all(tappable(m) for m in model.modules() if _trains(m))
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))

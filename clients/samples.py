@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+
+Batch = TypeVar("Batch")
+Losses: TypeAlias = Callable[[Batch], Tensor]
+"""Returns ``[batch]`` losses with their graph: one value an example, not one for the batch."""
 
 
 class NoPerExampleGradient(RuntimeError):
@@ -107,8 +111,8 @@ class Factored:
 class Engine(Protocol):
     """Measures gradients of the losses of one batch after the other."""
 
-    def gradients(self, losses: Tensor, *, check: bool) -> Gradients:
-        """Return every parameter's gradients of ``losses`` ``[batch]``, which have their graph.
+    def gradients(self, batch: Any, losses_fn: Losses[Any], *, check: bool) -> Gradients:
+        """Return every parameter's gradients of the losses of ``batch``, an example each.
 
         No gradient is left at the parameters. With ``check``, what only costs time to find out
         again is looked at too.
@@ -117,6 +121,25 @@ class Engine(Protocol):
             NoPerExampleGradient: if a parameter has none, or they are not all of its gradient.
         """
         ...
+
+
+def singles(batch: Batch) -> list[Batch]:
+    """Return the examples of a batch, each as a batch of one; views of its memory.
+
+    Args:
+        batch: a tensor ``[batch, ...]``, or a tuple or dataclass of nothing but batches.
+    """
+    if isinstance(batch, Tensor):
+        return list(torch.split(batch, 1))  # type: ignore[arg-type]
+    if isinstance(batch, tuple):
+        return list(zip(*map(singles, batch), strict=True))  # type: ignore[arg-type]
+    if not is_dataclass(batch) or isinstance(batch, type):
+        raise TypeError(
+            f"a batch is tensors, in a tuple or a dataclass, got {type(batch).__name__}"
+        )
+    names = [field.name for field in fields(batch)]
+    parts = zip(*(singles(getattr(batch, name)) for name in names), strict=True)
+    return [replace(batch, **dict(zip(names, values, strict=True))) for values in parts]
 
 
 def outer(g: Tensor, a: Tensor) -> Tensor:
@@ -135,17 +158,26 @@ def refuse_mixed(losses: Tensor) -> None:
     """Refuse losses that are not one per example.
 
     Raises:
-        NoPerExampleGradient: with their shape.
+        NoPerExampleGradient: with the number of their dimensions; sizes tell about the data.
     """
     if losses.dim() != 1:
         raise NoPerExampleGradient(
-            f"losses must be one per example, [batch], got shape {list(losses.shape)}"
+            f"losses must be one per example, [batch], got {losses.dim()} dimensions"
         )
 
 
-def missing(name: str, wanted: Sequence[int], found: Sequence[int] | None) -> NoPerExampleGradient:
-    """Return the error of a parameter whose gradients have another shape, or are not there."""
+def missing(name: str, shape: Sequence[int], found: Sequence[int] | None) -> NoPerExampleGradient:
+    """Return the error of a parameter whose gradients are not one an example, or are not there.
+
+    How many examples there are is private.
+
+    Args:
+        name: the parameter's.
+        shape: the parameter's.
+        found: what there is in place of ``[batch, *shape]``, None for nothing.
+    """
+    problem = "there are none" if found is None else "there is another number or shape of them"
     return NoPerExampleGradient(
-        f"{name}: per-example gradients must be {list(wanted)}, got "
-        f"{list(found) if found else 'none'}; this adapter cannot be trained with DP-SGD"
+        f"{name}: gradients must be one of {list(shape)} an example, and {problem}; this adapter "
+        "cannot be trained with DP-SGD"
     )

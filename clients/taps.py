@@ -11,10 +11,10 @@ Checkpointing of either kind, and lower precision, make no difference to a tap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from clients.samples import (
     Dense,
     Factored,
     Gradients,
+    Losses,
     NoPerExampleGradient,
     Samples,
     missing,
@@ -33,38 +34,78 @@ from clients.samples import (
 )
 
 
+class Tap(Protocol):
+    """Stands in for a layer's forward pass, and collects what its parameters get.
+
+    Attributes:
+        layer: whose.
+        calls: for each parameter, by ``id``, its gradients in one call of the layer after another.
+        forward: computes what the layer computes, and remembers it where a gradient is wanted.
+    """
+
+    calls: dict[int, list[Samples]]
+
+    @property
+    def layer(self) -> nn.Module: ...  # noqa: D102  (above)
+
+    @property
+    def forward(self) -> Callable[..., Tensor]: ...  # noqa: D102  (above)
+
+
 def tappable(layer: nn.Module) -> bool:
     """Return whether taps know this layer; a subclass may compute something else."""
     return type(layer) is nn.Linear
+
+
+def trains(module: nn.Module) -> bool:
+    """Return whether a module itself holds a parameter that trains."""
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 @contextmanager
 def tapped(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[Taps]:
     """Tap every layer of ``model`` that trains inside; leave no trace outside.
 
-    Args:
-        model: whose trainable parameters are all in :func:`tappable` layers.
-        params: all of them.
+    Raises:
+        NoPerExampleGradient: naming a layer that trains and is not a plain linear one.
     """
-    layers = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(False))]
-    engine = Taps(params, [_Tap(layer) for layer in layers if isinstance(layer, nn.Linear)])
-    try:
-        for tap in engine.taps:
-            vars(tap.layer)["forward"] = tap.linear
+    for name, module in model.named_modules():
+        if trains(module) and not tappable(module):
+            raise NoPerExampleGradient(f"{name or 'the model'} trains, and is no linear layer")
+    with tapping(params, linear_taps(model)) as engine:
         yield engine
+
+
+def linear_taps(model: nn.Module) -> list[Tap]:
+    """Return a tap for every plain linear layer of ``model`` that trains."""
+    return [LinearTap(m) for m in model.modules() if isinstance(m, nn.Linear) and trains(m)]
+
+
+@contextmanager
+def tapping(params: Mapping[str, nn.Parameter], taps: list[Tap]) -> Iterator[Taps]:
+    """Put ``taps`` in place of their layers' forward passes; leave no trace outside.
+
+    Args:
+        params: all that trains, by name; of the layers of the taps.
+        taps: of as many layers, none within another.
+    """
+    try:
+        for tap in taps:
+            vars(tap.layer)["forward"] = tap.forward
+        yield Taps(params, taps)
     finally:
-        for tap in engine.taps:
+        for tap in taps:
             vars(tap.layer).pop("forward", None)
 
 
-class _Tap:
-    """Collects what the parameters of one linear layer get, call by call."""
+class LinearTap:
+    """The tap of one linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
         self.calls: dict[int, list[Samples]] = {}
 
-    def linear(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Compute what the layer computes, and remember it where a gradient will be wanted."""
         layer = self.layer
         found: Tensor = _Linear.apply(inputs, layer.weight, layer.bias, self)  # type: ignore[no-untyped-call]
@@ -75,7 +116,7 @@ class _Tap:
         if a.dim() < 2 or a.dim() > 3:
             raise NoPerExampleGradient(
                 "a trained linear layer's inputs must be [batch, features] or [batch, positions, "
-                f"features], got {list(a.shape)}"
+                f"features], got {a.dim()} dimensions"
             )
         if a.dim() == 2:
             a, g = a[:, None], g[:, None]
@@ -94,7 +135,7 @@ class _Linear(torch.autograd.Function):
     """A linear layer whose backward pass tells its tap, and gives its weight no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, tap: _Tap) -> Tensor:
+    def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, tap: LinearTap) -> Tensor:
         ctx.save_for_backward(a, weight)
         ctx.tap = tap
         return functional.linear(a, weight, bias)
@@ -110,7 +151,7 @@ class _Linear(torch.autograd.Function):
 
 @dataclass(slots=True)
 class Taps:
-    """The engine for models that train plain linear layers alone.
+    """The engine of taps, for models in which nothing trains but in their layers.
 
     Attributes:
         params: all that trains, by name.
@@ -118,13 +159,14 @@ class Taps:
     """
 
     params: Mapping[str, nn.Parameter]
-    taps: list[_Tap]
+    taps: list[Tap]
 
-    def gradients(self, losses: Tensor, *, check: bool) -> Gradients:
+    def gradients(self, batch: Any, losses_fn: Losses[Any], *, check: bool) -> Gradients:
         """See :class:`clients.samples.Engine`; there is nothing that ``check`` would add."""
-        refuse_mixed(losses)
         self.forget()
         try:
+            losses = losses_fn(batch)
+            refuse_mixed(losses)
             torch.autograd.backward(losses.sum())
             for name, p in self.params.items():
                 if p.grad is not None:
@@ -137,8 +179,8 @@ class Taps:
             for tap in self.taps:  # two of them may hold one parameter
                 for parameter, calls in tap.calls.items():
                     found.setdefault(parameter, []).extend(calls)
-            batch = len(losses)
-            return {n: _one(n, found.get(id(p), []), p, batch) for n, p in self.params.items()}
+            count = len(losses)
+            return {n: _one(n, found.get(id(p), []), p, count) for n, p in self.params.items()}
         finally:
             self.forget()
 
@@ -153,8 +195,8 @@ class Taps:
 def _one(name: str, calls: list[Samples], parameter: nn.Parameter, batch: int) -> Samples:
     """Return the gradients of all calls of a layer together."""
     if not calls:
-        raise missing(name, (batch, *parameter.shape), None)
+        raise missing(name, parameter.shape, None)
     for call in calls:
         if len(call) != batch:
-            raise missing(name, (batch, *parameter.shape), (len(call), *parameter.shape))
+            raise missing(name, parameter.shape, (len(call), *parameter.shape))
     return calls[0] if len(calls) == 1 else Dense(torch.stack([c.dense() for c in calls]).sum(0))

@@ -25,10 +25,11 @@ from clients.checkpoint import (
     set_optimizer_state,
 )
 from clients.correction import Correction
-from clients.gradients import PrivateGradient, plain_step, verify_per_example
+from clients.gradients import PrivateGradient, plain_step
 from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
 from clients.pace import Stepped, unheard
+from clients.per_example import engines_of
 from clients.pruning import Ranks
 from clients.pruning import kept as kept_ranks
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
@@ -43,6 +44,7 @@ from clients.session import (
     trained_names,
 )
 from clients.site import Site
+from clients.verification import chosen as chosen_engine
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
 from strategies.bounded import shortened
@@ -51,7 +53,6 @@ from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
 
 _BOUND = "privacy/bound"  # among what a client keeps: no tensor's name
-_VERIFIED: set[tuple[str, ...]] = set()
 
 Losses = Callable[[data.Batch], Tensor]
 
@@ -214,6 +215,7 @@ class _Loop:
     chosen: dict[str, Tensor] = field(default_factory=dict)
     num_seen: int = 0
     step: int = 0
+    engine: str = ""
     _checkpoints: Checkpoints | None = None
 
     def __post_init__(self) -> None:
@@ -251,7 +253,7 @@ class _Loop:
         if state is None:
             return
         self.step, self.num_seen = state["step"], state["num_seen"]
-        self.bound = state["bound"]
+        self.bound, self.engine = state["bound"], state["engine"]
         self.loss_sum, self.memory = state["loss_sum"], state["memory"]
         with torch.no_grad():
             for name, parameter in self.params.items():
@@ -266,6 +268,7 @@ class _Loop:
             "step": self.step,
             "num_seen": self.num_seen,
             "bound": self.bound,
+            "engine": self.engine,
             "loss_sum": self.loss_sum,
             "memory": self.memory,
             "params": self.params,
@@ -286,7 +289,7 @@ class _Loop:
         if not self.encoded:
             return {}
         for batch in self._plain_batches():
-            plain_step(self.params, self._microbatches(batch), self._losses, len(batch), self.mask)
+            plain_step(self.params, self._microbatches(batch), self._counted, len(batch), self.mask)
             self._finish_step()
         loss = float(self.loss_sum) / max(self.num_seen, 1)
         return {"loss": loss} if math.isfinite(loss) else {}
@@ -317,8 +320,9 @@ class _Loop:
             stream=stream,
             mask=self.mask,
             clipping=a.privacy.clipping,
+            engine=self.engine or self._chosen_engine(),
         )
-        self._verify_engine()
+        self.engine = engine.engine
         count = len(self.encoded if units is None else units)
         with engine:
             for step in range(self.step, a.steps):
@@ -332,16 +336,21 @@ class _Loop:
                 self._finish_step()
         return (spend_of(a),)
 
-    def _verify_engine(self) -> None:
-        """Compare per-example gradients with a loop over examples, once a process and method."""
-        a = self.assignment
-        method = (a.model.hash, a.adapter.name, repr(a.adapter.options), *sorted(self.params))
-        if method in _VERIFIED or not self.encoded:
-            return
-        few = range(min(2, len(self.encoded)))
-        batch, singles = self._collated(few), [self._collated([i]) for i in few]
-        verify_per_example(self.session.model, self.params, batch, singles, self._losses)
-        _VERIFIED.add(method)
+    def _chosen_engine(self) -> str:
+        """Return what measures per-example gradients here, compared with a loop over examples."""
+        few = range(min(2, self.assignment.microbatch, len(self.encoded)))
+        if not few:
+            return "alone"  # there is nothing to measure, and nobody may learn that
+        engines = engines_of(self.session.adapter.capabilities)
+        batch = self._collated(few)
+        return chosen_engine(self.session.model, self.params, engines, batch, self._losses)
+
+    def _counted(self, batch: data.Batch) -> Tensor:
+        """Return :meth:`_losses`, and add them up."""
+        losses = self._losses(batch)
+        self.loss_sum = self.loss_sum + losses.detach().sum()
+        self.num_seen += len(losses)
+        return losses
 
     def _losses(self, batch: data.Batch) -> Tensor:
         """Return ``[batch]`` losses, per-example terms of regularizers included."""
@@ -351,8 +360,6 @@ class _Loop:
         for name, regularizer in self.regularizers:
             term = regularizer.example_loss(model, batch, logits, recall(self.memory, name))
             losses = losses if term is None else losses + term
-        self.loss_sum = self.loss_sum + losses.detach().sum()
-        self.num_seen += len(losses)
         return losses
 
     def _finish_step(self) -> None:

@@ -12,6 +12,7 @@ from clients import data, models
 from clients.adapters import Adapter
 from clients.assignment import ModelSpec
 from clients.optimizers import OPTIMIZERS
+from clients.per_example import engines_of
 from clients.records import listed
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.cohort import goal, quorum, roster
@@ -116,11 +117,19 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
     """
     config = plan.config
     adapter = adapter_of(plan)
-    for needed, wanted, why in (
-        ("dp-hooks", config.dp_sgd is not None, "has no exact per-example gradients under DP"),
-        ("low-rank", bool(plan.start.stack), "cannot be stacked on another adapter"),
+    for wanted, has, why in (
+        (
+            config.dp_sgd is not None,
+            bool(engines_of(adapter.capabilities)),
+            "declares no engine that gives its exact per-example gradients, as privacy needs",
+        ),
+        (
+            bool(plan.start.stack),
+            "low-rank" in adapter.capabilities,
+            "cannot be stacked on another adapter",
+        ),
     ):
-        if wanted and needed not in adapter.capabilities:
+        if wanted and not has:
             raise BadConfig(f"adapter {plan.adapter.name!r} {why}; use lora or rslora")
     _refuse_init(config, adapter)
     if "unquantised-base" in adapter.capabilities and config.model.quantization != "none":

@@ -29,7 +29,9 @@ class Adapter(Protocol):
 
         ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
         it can be stacked and merged; ``merge``: it can be folded into the base weights;
-        ``dp-hooks``: an engine of :mod:`clients.per_example` gives its exact per-example gradients;
+        ``dp-taps``, ``dp-hooks``, ``dp-vmap`` or ``dp-alone``: the first engine of
+        :mod:`clients.per_example` that gives its exact per-example gradients, whichever of its
+        tensors train; without any it is refused under DP;
         ``causal-only``: it is for ``causal-lm`` alone; ``unquantised-base``: it needs a base model
         that is not quantised, and refuses to be attached to another; ``trains-a``: where it differs
         from LoRA is in how A trains, so that it is nothing new under a frozen A. And of how it

@@ -26,7 +26,7 @@ KASA = Method(
     "LoRA with a diagonal between B and A, over a base without its smallest components.",
     "2412.06071",
     {},
-    frozenset({"low-rank", "merge", "offset", "zero-b"}),  # Opacus has no rule for the diagonal
+    frozenset({"low-rank", "merge", "dp-vmap", "offset", "zero-b"}),
 )
 
 

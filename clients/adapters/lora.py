@@ -31,7 +31,7 @@ METHODS = (
         "LoRA on the direction of each weight row, and a trained magnitude.",
         "2402.09353",
         {"use_dora": True},
-        frozenset({"merge"}),  # Opacus' hooks raise a TypeError on its keyword-only forward
+        frozenset({"merge", "dp-vmap"}),
     ),
 )
 

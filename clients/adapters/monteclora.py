@@ -16,7 +16,8 @@ The forward pass is PEFT's. Its sampler is replaced, with the same distributions
 * PEFT's Dirichlet term has a wrong sign, and is negative where a divergence cannot be; here it is
   torch's. PEFT's ``use_entropy`` is left out: it adds an unweighted constant of the draw.
 
-Opacus' hooks do not see A's gradient, so this does not go with DP.
+With DP the examples of a microbatch share a draw, as they do without; with ``dropout`` besides, an
+example is measured by itself and has its own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MONTECLORA = Method(
     "LoRA trained on Monte-Carlo samples of A, whose posterior is learned too.",
     "2411.04358",
     {},
-    frozenset({"merge", "zero-b", "trains-a", "unquantised-base"}),
+    frozenset({"merge", "dp-vmap", "zero-b", "trains-a", "unquantised-base"}),
 )
 _SMALLEST_VARIANCE = 1e-3
 

@@ -65,7 +65,7 @@ class Method:
     capabilities: frozenset[str]
 
 
-LOW_RANK = frozenset({"low-rank", "merge", "dp-hooks"})
+LOW_RANK = frozenset({"low-rank", "merge", "dp-taps"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ VELORA = Method(
     "LoRA that keeps one number a group of input features for the gradient of A.",
     "2405.17991",
     {},
-    frozenset({"low-rank", "merge", "zero-b", "trains-a", "unquantised-base"}),
+    frozenset({"low-rank", "merge", "dp-alone", "zero-b", "trains-a", "unquantised-base"}),
 )
 
 

@@ -9,17 +9,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from clients import gradients
-from clients.gradients import (
-    NoPerExampleGradient,
-    PrivateGradient,
-    plain_step,
-    verify_per_example,
-)
-from clients.hooks import hooked
+from clients.gradients import NoPerExampleGradient, PrivateGradient, plain_step
 from clients.noise import MARGIN, NoiseStream, grid_of, insecure_key
+from clients.per_example import ENGINES, measuring
 from clients.samples import Dense, Factored
-from clients.taps import tapped
 
 # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -106,7 +99,7 @@ def parts(batch, size):
     return [(tokens[i : i + size], labels[i : i + size]) for i in starts]
 
 
-def engine(model, sigma=0.0, expected=4, mask=None, noise=None):
+def engine(model, sigma=0.0, expected=4, mask=None, noise=None, by="taps"):
     return PrivateGradient(
         model,
         trainable(model),
@@ -115,6 +108,7 @@ def engine(model, sigma=0.0, expected=4, mask=None, noise=None):
         expected_batch_size=expected,
         stream=noise or stream(),
         mask=mask or {},
+        engine=by,
     )
 
 
@@ -158,34 +152,13 @@ MODELS = [
 ]
 
 
-@pytest.fixture(params=[tapped, hooked], ids=["taps", "hooks"])
-def measured_by(request, monkeypatch):
-    """Measure with one engine, whatever would be chosen."""
-    monkeypatch.setattr(gradients, "measuring", request.param)
-    return request.param
-
-
-@pytest.mark.usefixtures("measured_by")
+@pytest.mark.parametrize("by", ENGINES)
 @pytest.mark.parametrize(("kind", "frozen"), MODELS)
-def test_gradients_equal_a_loop_over_single_examples(kind, frozen):
+def test_gradients_equal_a_loop_over_single_examples(kind, frozen, by):
     model, batch = build(kind, frozen), examples(5)
     wanted = reference_gradients(model, batch)
     assert all(w.norm() > 0 for w in wanted.values())
-    assert_close(private_gradients(model, batch), wanted, 1e-5)
-
-
-@pytest.mark.parametrize(("kind", "frozen"), MODELS)
-def test_verification_accepts_lora(kind, frozen):
-    model, batch = build(kind, frozen), examples(3)
-    verify_per_example(model, trainable(model), batch, parts(batch, 1), model.losses)
-    assert model.training
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_verification_is_not_confused_by_dropout():
-    model, batch = build(dropout=0.5), examples(3)
-    verify_per_example(model, trainable(model), batch, parts(batch, 1), model.losses)
-    assert all(module.training for module in model.modules())
+    assert_close(private_gradients(model, batch, by=by), wanted, 1e-5)
 
 
 def test_gradients_do_not_depend_on_the_microbatch():
@@ -299,14 +272,13 @@ def test_reentrant_checkpointing_is_exact():
     assert_close(private_gradients(model, batch), wanted)
 
 
-def test_taps_are_exact_under_the_other_checkpointing_and_hooks_refuse_it(monkeypatch):
+def test_taps_are_exact_under_the_other_checkpointing_and_hooks_refuse_it():
     model, batch = build(Causal, "lora_A"), examples(4)
     wanted = reference_gradients(model, batch)
     model.backbone.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     assert_close(private_gradients(model, batch), wanted, 1e-5)
-    monkeypatch.setattr(gradients, "measuring", hooked)
     with pytest.raises(NoPerExampleGradient, match="reentrant"):
-        private_gradients(model, batch)
+        private_gradients(model, batch, by="hooks")
 
 
 @pytest.mark.parametrize("kind", [Classifier, Causal])
@@ -358,8 +330,8 @@ class Wide(nn.Module):
 def test_a_wide_layer_that_sees_few_positions_is_exact_however_often_it_is_used(uses):
     torch.manual_seed(0)
     model, x = Wide(uses).train(), torch.randn(4, 2, 30)
-    with tapped(model, trainable(model)) as engine_:
-        found = engine_.gradients(model.losses(x), check=True)
+    with measuring(model, trainable(model), "taps") as engine_:
+        found = engine_.gradients(x, model.losses, check=True)
     assert isinstance(found["linear.weight"], Factored if uses == 1 else Dense)
     for index in range(4):
         plain_step(trainable(model), [x[index : index + 1]], model.losses, 1)
@@ -424,7 +396,7 @@ def test_a_parameter_without_per_example_gradients_is_named():
     model = Bare().train()
     with (
         pytest.raises(NoPerExampleGradient, match=r"inner\.weight"),
-        engine(model) as private,
+        engine(model, by="hooks") as private,
     ):
         private.step([torch.ones(2, 3)], model.losses, 0)
 
@@ -440,21 +412,14 @@ class Twice(nn.Module):
         return (self.linear(x) + functional.linear(x, self.linear.weight) ** 2).sum(1)
 
 
-@pytest.mark.usefixtures("measured_by")
-def test_wrong_per_example_gradients_are_refused_in_the_first_step():
+@pytest.mark.parametrize("by", ["taps", "hooks", "vmap"])
+def test_wrong_per_example_gradients_are_refused_in_the_first_step(by):
     model = Twice().train()
     with (
         pytest.raises(NoPerExampleGradient, match="do not add up"),
-        engine(model) as private,
+        engine(model, by=by) as private,
     ):
         private.step([torch.ones(2, 3)], model.losses, 0)
-
-
-def test_verification_refuses_wrong_per_example_gradients(monkeypatch):
-    monkeypatch.setattr(gradients, "measuring", hooked)
-    model, x = Twice().train(), torch.ones(2, 3)
-    with pytest.raises(NoPerExampleGradient, match="away from its true gradient"):
-        verify_per_example(model, trainable(model), x, [x[:1], x[1:]], model.losses)
 
 
 def test_a_model_that_mixes_examples_is_refused():
@@ -472,11 +437,10 @@ def test_a_trainable_parameter_that_is_not_declared_is_refused():
         private.__enter__()
 
 
-def test_hooks_refuse_a_model_in_eval_mode(monkeypatch):
-    monkeypatch.setattr(gradients, "measuring", hooked)
+def test_hooks_refuse_a_model_in_eval_mode():
     model, batch = build().eval(), examples(2)
     with pytest.raises(NoPerExampleGradient, match="train mode"):
-        private_gradients(model, batch)
+        private_gradients(model, batch, by="hooks")
 
 
 def test_an_example_whose_gradient_overflows_counts_as_zero():

@@ -187,6 +187,15 @@ def test_a_strategy_of_plain_factors_is_refused_with_blocks(register, refused, s
     assert f"strategy {strategy!r} needs plain factors B and A, and adapter 'bdlora' has" in why
 
 
+def test_an_adapter_that_declares_no_engine_is_refused_under_privacy(
+    register, refused, monkeypatch
+):
+    register()
+    monkeypatch.setattr("orchestrator.refusals.engines_of", lambda capabilities: [])
+
+    assert "adapter 'lora' declares no engine that gives its exact" in refused(privacy=DP)
+
+
 def test_an_adapter_for_models_that_generate_is_refused_for_classification(register, refused):
     register()
 
