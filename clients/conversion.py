@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients import models
+from clients import models, shifts
 from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec, PluginChoice
 from clients.export import PEFT_PREFIX
@@ -118,6 +118,8 @@ def convert(
     """
     if any(name.endswith(".invocation") for name in tensors):
         raise _refused(choice.name, "it acts from its invocation tokens on, and LoRA on all tokens")
+    if changed := sorted(name for name in tensors if shifts.SHIFT in name):
+        raise _refused(choice.name, f"it has {changed[0]}, the change of a whole parameter")
     base = _base(spec, choice.name)
     untouched = weight_digests(base)
     adapter = ADAPTERS.get(choice.name).build(**choice.options)

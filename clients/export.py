@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from clients import placement
+from clients import placement, shifts
 from clients.assignment import ModelSpec
 from clients.card import front_matter, model_card
-from clients.models import skeleton
+from clients.models import load, skeleton
 from clients.task_model import pooling
 from clients.weights import MINILM, hub_revision, locate
 from strategies.base import Tensors
@@ -97,9 +97,44 @@ def peft_files(tensors: Tensors, spec: ModelSpec) -> tuple[dict[str, Tensor], di
         NotExportable: if they are not an adapter of PEFT's LoRA family for this base model.
         clients.models.ModelNotFound: if the base model is not here.
     """
-    layers = _layers(tensors)
+    factors, changes = shifts.split(tensors)
+    layers = _layers(factors)
     linear = placement.linear_layers(skeleton(spec, whole=True))
-    return _peft_tensors(layers), _peft_config(layers, spec, hub_revision(spec), linear).to_dict()
+    config = _peft_config(layers, spec, hub_revision(spec), linear)
+    named = _peft_tensors(layers)
+    if changes:
+        backbone = load(spec).backbone
+        config.bias, config.modules_to_save = _trained_whole(backbone, changes, layers)
+        named |= _peft_parameters(shifts.sums(backbone, changes), layers)
+    return named, config.to_dict()
+
+
+def _trained_whole(
+    backbone: nn.Module, changes: Tensors, adapted: Collection[str]
+) -> tuple[str, list[str] | None]:
+    """Return PEFT's ``bias`` and ``modules_to_save`` for these changes of whole parameters."""
+    parts: dict[str, set[str]] = {}
+    for name in changes:
+        layer, _, part = name.rpartition(shifts.SHIFT)
+        parts.setdefault(layer, set()).add(part)
+    whole = [
+        layer
+        for layer, found in parts.items()
+        if found == {n for n, _ in backbone.get_submodule(layer).named_parameters(recurse=False)}
+    ]
+    biased = parts.keys() - set(whole)
+    bias = "all" if biased - set(adapted) else "lora_only" if biased else "none"
+    return bias, sorted(whole) or None
+
+
+def _peft_parameters(changed: Tensors, adapted: Collection[str]) -> dict[str, Tensor]:
+    """Return whole parameters by PEFT's names; those of an adapted layer are within its wrapper."""
+    found = {}
+    for name, tensor in changed.items():
+        layer, _, part = name.rpartition(".")
+        inner = ".base_layer" if layer in adapted else ""
+        found[f"{PEFT_PREFIX}{layer}{inner}.{part}"] = tensor
+    return _plain(found)
 
 
 def export_kept(

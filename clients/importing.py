@@ -22,7 +22,15 @@ from torch import Tensor
 from clients import models, placement
 from clients.assignment import ModelSpec, PluginChoice
 from clients.export import CONFIG, FACTS, HEAD, PEFT_PREFIX, WEIGHTS
-from clients.peft_layers import Foreign, NotImportable, choice_of, layers_of, sizes
+from clients.peft_layers import (
+    Foreign,
+    NotImportable,
+    changes_of,
+    choice_of,
+    is_factor,
+    layers_of,
+    sizes,
+)
 
 __all__ = ["Imported", "NotImportable", "read_peft"]
 
@@ -232,7 +240,10 @@ def _native(
     _refuse_unknown_settings(config)
     head, spec, seen = _head(files, config, _known(facts), spec, tensors)
     skeleton = models.skeleton(spec)
-    layers = layers_of(tensors, placement.linear_layers(skeleton), skeleton.base_model_prefix)
+    factors = {name: tensor for name, tensor in tensors.items() if is_factor(name)}
+    others = {name: tensor for name, tensor in tensors.items() if name not in factors}
+    layers = layers_of(factors, placement.linear_layers(skeleton), skeleton.base_model_prefix)
+    changes, more = changes_of(others, layers, config, spec)
     ranks, alphas = sizes(layers, config)
     power = 0.5 if config.get("use_rslora") else 1.0
     named: dict[str, Tensor] = {}
@@ -241,8 +252,8 @@ def _native(
         named[f"{layer}.scaling"] = torch.tensor(alphas[layer] / ranks[layer] ** power)
         if tokens := config.get("alora_invocation_tokens"):
             named[f"{layer}.invocation"] = torch.tensor(tokens, dtype=torch.int64)
-    choice = choice_of(config, layers, ranks, alphas)
-    return Imported(named | head, choice, spec, seen, files.digests, facts=_known(facts))
+    choice = choice_of(config, layers, ranks, alphas, more)
+    return Imported(named | changes | head, choice, spec, seen, files.digests, facts=_known(facts))
 
 
 def _refuse_unknown_settings(config: Mapping[str, Any]) -> None:
@@ -251,8 +262,6 @@ def _refuse_unknown_settings(config: Mapping[str, Any]) -> None:
     for setting, why in _ELSEWHERE.items():
         if config.get(setting):
             raise Foreign(f"{setting} is set: {why}")
-    if config.get("bias", "none") != "none":
-        raise Foreign(f"bias is {config['bias']!r}: it trains the base model's own biases")
     started = str(config.get("init_lora_weights", True)).lower()
     if started.startswith(_ON_THE_BASE_ITSELF):
         raise Foreign(f"init_lora_weights is {started!r}: PEFT changes the base weights for it")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from clients import placement
+from clients import models, placement, shifts
 from clients.adapters import ADAPTERS
-from clients.assignment import PluginChoice
+from clients.assignment import ModelSpec, PluginChoice
 from clients.export import CONFIG, PEFT_PREFIX
 
 _PART = re.compile(r"(?P<layer>.+)\.(?P<part>lora_[AB]\.weight|lora_magnitude_vector)")
@@ -26,20 +28,29 @@ class Foreign(Exception):
     """Why an adapter stays as PEFT wrote it."""
 
 
+def is_factor(name: str) -> bool:
+    """Return whether a tensor of PEFT's files is a part of an adapted linear layer."""
+    return _PART.fullmatch(name.removeprefix(PEFT_PREFIX)) is not None
+
+
 def layers_of(
     tensors: Mapping[str, Tensor], linear: Mapping[str, Any], prefix: str
 ) -> dict[str, dict[str, Tensor]]:
     """Return each layer's tensors by part, layers sorted by weft's names.
 
+    Args:
+        tensors: factors of linear layers, see :func:`is_factor`.
+        linear: the base model's linear layers.
+        prefix: what a classifier's names have before its body's.
+
     Raises:
-        Foreign: if something else than linear layers is adapted, or trained whole.
         NotImportable: if a layer is not in the base model, not complete, or of another shape.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _PART.fullmatch(name.removeprefix(PEFT_PREFIX))
         if found is None:
-            raise Foreign(f"it holds {name}, which is no factor of a linear layer")
+            raise NotImportable(f"{name} is no factor of a linear layer")
         layer = found["layer"]
         if layer not in linear:  # a classifier's body lies deeper than the body alone
             layer = layer.removeprefix(f"{prefix}.")
@@ -54,6 +65,55 @@ def layers_of(
             raise NotImportable(f"{layer} lacks its {' and '.join(sorted(lacking))}")
         _name_blocks(layer, parts, placement.shape(linear[layer]))
     return dict(sorted(layers.items()))
+
+
+def changes_of(
+    tensors: Mapping[str, Tensor],
+    adapted: Collection[str],
+    config: Mapping[str, Any],
+    spec: ModelSpec,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return parameters that were trained whole, as changes of the base's, and the options of it.
+
+    Args:
+        tensors: by PEFT's names, without factors.
+        adapted: the layers that have factors.
+        config: PEFT's.
+        spec: the base model, whose weights are read if there are such parameters.
+
+    Raises:
+        Foreign: if one is no parameter of the base model, or weft does not train it.
+        clients.models.ModelNotFound: if the base model is not here.
+    """
+    bias = config.get("bias", "none")
+    if not tensors and bias == "none":
+        return {}, {}
+    backbone = models.load(replace(spec, labels=())).backbone
+    base, changes = dict(backbone.named_parameters()), {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        own = own if own in base else own.removeprefix(f"{backbone.base_model_prefix}.")
+        if own not in base or base[own].shape != tensor.shape:
+            raise Foreign(f"it holds {name}, which is no factor and no parameter of the base model")
+        layer, _, part = own.rpartition(".")
+        changes[layer + shifts.SHIFT + part] = tensor.float() - base[own].detach().float().cpu()
+    layers = dict.fromkeys(name.partition(shifts.SHIFT)[0] for name in changes)
+    whole = [re.escape(layer) for layer in layers if _is_whole(backbone, layer, changes)]
+    try:
+        places = shifts.places(backbone, adapted, bias, whole)
+    except ValueError as error:
+        raise Foreign(str(error)) from None
+    found = {p.layer + shifts.SHIFT + p.part: getattr(p.module, p.part) for p in places}
+    if unexpected := sorted(changes.keys() - found.keys()):
+        raise Foreign(f"it holds {unexpected[0]}, which its bias ({bias}) does not ask for")
+    zeros = {name: torch.zeros(parameter.shape) for name, parameter in found.items()}
+    return {**zeros, **changes}, {"bias": bias, "modules_to_save": whole}
+
+
+def _is_whole(backbone: nn.Module, layer: str, changes: Mapping[str, Tensor]) -> bool:
+    own = backbone.get_submodule(layer).named_parameters(recurse=False)
+    parts = [part for part, _ in own]
+    return parts != ["bias"] and all(layer + shifts.SHIFT + part in changes for part in parts)
 
 
 def _name_blocks(layer: str, parts: dict[str, Tensor], shape: tuple[int, int]) -> None:
@@ -121,8 +181,9 @@ def choice_of(
     layers: Mapping[str, Mapping[str, Tensor]],
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
+    more: Mapping[str, Any],
 ) -> PluginChoice:
-    """Return the method with the options that training would have given it.
+    """Return the method with the options that training would have given it; ``more`` of them.
 
     Raises:
         NotImportable: if they go together in no method.
@@ -134,6 +195,7 @@ def choice_of(
         "target_modules": [re.escape(layer) for layer in layers],
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
+        **more,
     }
     side_a = [n for n, parts in layers.items() if "lora_A.blocks" in parts]
     name = "rslora" if config.get("use_rslora") else "lora"

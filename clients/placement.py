@@ -61,7 +61,7 @@ def targets(
     left_out = by_pattern("exclude_modules", dict.fromkeys(excluded, True), chosen, False)
     if chosen and all(left_out.values()):
         raise BadOptions(
-            f"exclude_modules leaves no layer to adapt (there were: {', '.join(_endings(chosen))})"
+            f"exclude_modules leaves no layer to adapt (there were: {', '.join(endings(chosen))})"
         )
     return {name: linear[name] for name in chosen if not left_out[name]}
 
@@ -80,7 +80,7 @@ def by_pattern(
         if not found:
             raise BadOptions(
                 f"{option}: no adapted layer is called {pattern!r} "
-                f"(adapted layers: {', '.join(_endings(values))})"
+                f"(adapted layers: {', '.join(endings(values))})"
             )
         values.update(dict.fromkeys(found, value))
     return values
@@ -114,7 +114,7 @@ def _default_targets(backbone: nn.Module, linear: Iterable[str]) -> list[str]:
     if architecture not in KNOWN:
         raise BadOptions(
             f"target_modules 'auto' knows nothing about the architecture {architecture!r}; set "
-            f"target_modules to 'all-linear' or some of: {', '.join(_endings(linear))}"
+            f"target_modules to 'all-linear' or some of: {', '.join(endings(linear))}"
         )
     return list(KNOWN[architecture])
 
@@ -124,11 +124,11 @@ def _named(patterns: Iterable[str], linear: Mapping[str, nn.Module]) -> list[str
     for pattern in patterns:
         found = {name for name in linear if matches(pattern, name)}
         if not found:
-            close = difflib.get_close_matches(pattern, _endings(linear), n=1)
+            close = difflib.get_close_matches(pattern, endings(linear), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise BadOptions(
                 f"target_modules: no linear layer of the base model is called {pattern!r}{hint} "
-                f"(linear layers: {', '.join(_endings(linear))})"
+                f"(linear layers: {', '.join(endings(linear))})"
             )
         chosen |= found
     return [name for name in linear if name in chosen]
@@ -151,7 +151,8 @@ def matches(pattern: str, name: str) -> bool:
         raise BadOptions(f"{pattern!r} is not a regular expression ({error})") from None
 
 
-def _endings(names: Iterable[str]) -> list[str]:
+def endings(names: Iterable[str]) -> list[str]:
+    """Return the last parts of the names' paths, sorted, each once."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 

@@ -63,8 +63,9 @@ ALL_TRAINED = r"(?!.*\.scaling$).*"
 """What is trained where nothing but the scalings is frozen; see
 :class:`strategies.base.Broadcast`."""
 
-A_AND_HEAD, B_AND_HEAD = (rf".*\.lora_{factor}\..*|head\..*" for factor in "AB")
-"""What is trained where the other factor is frozen; likewise."""
+A_AND_HEAD, B_AND_HEAD = (rf".*\.lora_{factor}\..*|.*\.shift\..*|head\..*" for factor in "AB")
+"""What is trained where the other factor is frozen; likewise. A shift is the change of a whole
+parameter of the base model, such as a bias, and like a head no factor."""
 
 
 def lora_layers(tensors: Tensors) -> dict[str, Factors]:

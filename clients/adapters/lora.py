@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from clients import lora_layers
+from clients import lora_layers, placement, shifts
 from clients.adapters.peft import LOW_RANK, TRAINED, Method, PeftLora, plugin
 from clients.base_factors import first_factors
 from clients.initialisations import DRAWN, InitInputs, InitOption, checked_options, init_of
+from strategies.base import Tensors
 from strategies.plugins import BadOptions, Plugin
 
 METHODS = (
@@ -49,10 +50,18 @@ class Lora(PeftLora):
         init_options: of the initialisation, by PEFT's names: ``rho``, ``tau`` and ``whiten`` of
             eva, ``corda_method`` of corda, ``direction``, ``scale`` and ``stable_gamma`` of
             lora_ga.
+        bias: which biases of the base model train too: ``none``, ``lora_only`` (those of the
+            adapted layers) or ``all``.
+        modules_to_save: names, as in ``target_modules``, of modules whose parameters all train too,
+            such as ``LayerNorm``. Of these and of biases the *change* is part of the adapter, see
+            :mod:`clients.shifts`; it is no product, so such an adapter is neither stacked nor
+            merged.
     """
 
     init: str = "kaiming"
     init_options: Mapping[str, Any] = field(default_factory=dict)
+    bias: Literal["none", "lora_only", "all"] = "none"
+    modules_to_save: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         PeftLora.__post_init__(self)
@@ -63,21 +72,63 @@ class Lora(PeftLora):
                     f"the rank of {where} must be even and >= 2 for init 'orthogonal', got {rank}"
                 )
         drawn_or_zero = self.init in DRAWN or "zero-b" in init_of(self.init).traits
-        if "low-rank" not in self.method.capabilities and not drawn_or_zero:
+        if "low-rank" not in self.capabilities and not drawn_or_zero:
             raise BadOptions(
                 f"init {self.init!r} starts with a product B A, and the delta of "
-                f"{self.method.name} is more than that; use lora or rslora, or init 'kaiming'"
+                f"{self.method.name} (as set) is more than that; use lora or rslora without bias "
+                "and modules_to_save, or init 'kaiming'"
             )
 
     @property
     def capabilities(self) -> frozenset[str]:
         """What is true of the method and of how it starts."""
-        return self.method.capabilities | init_of(self.init).traits
+        own = self.method.capabilities | init_of(self.init).traits
+        return own - LOW_RANK | {"merge"} if self._shifts else own
+
+    @property
+    def _shifts(self) -> bool:
+        return self.bias != "none" or bool(self.modules_to_save)
 
     @property
     def drawn(self) -> bool | str:
         """How PEFT draws the tensors that attaching begins with."""
         return self.init if self.init in ("gaussian", "orthogonal") else True
+
+    def attach(self, backbone: nn.Module, underlay: Tensors) -> nn.Module:
+        """Put a trainable adapter into ``backbone``; see :meth:`PeftLora.attach`.
+
+        Raises:
+            BadOptions: also if ``bias`` or ``modules_to_save`` do not fit.
+        """
+        if not self._shifts:
+            return PeftLora.attach(self, backbone, underlay)
+        adapted = placement.targets(
+            backbone, self.target_modules, self.layers, self.exclude_modules
+        )
+        wanted = shifts.places(backbone, adapted, self.bias, self.modules_to_save)
+        model = PeftLora.attach(self, backbone, underlay)
+        shifts.attach(wanted)
+        return model
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Take everything out of ``model`` again, which is then as it was, bit for bit."""
+        shifts.detach(model)
+        return PeftLora.detach(self, model)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the live parameters behind :meth:`read`, by the same names."""
+        return {**PeftLora.parameters(self, model), **shifts.parameters(model)}
+
+    def write(self, model: nn.Module, tensors: Tensors) -> None:
+        """Put ``tensors`` into the adapter; see :meth:`PeftLora.write`.
+
+        Raises:
+            AdapterMismatch: if one is missing, unexpected, or does not fit; nothing is written.
+        """
+        factors, changes = shifts.split(tensors)
+        shifts.check(model, changes)
+        PeftLora.write(self, model, factors)
+        shifts.write(model, changes)
 
     def initialise(self, model: nn.Module, inputs: InitInputs) -> dict[str, Tensor]:
         """Give the freshly attached adapter its first tensors; return what is taken from the base.

@@ -9,8 +9,6 @@ weights (:mod:`clients.initialisations`, KaSA) lies underneath as an offset.
 Of PEFT 0.21's ``LoraConfig``, left out are Arrow, a router over adapters that are finished,
 QA-LoRA, for GPTQ weights, which weft does not load, and these settings:
 
-* ``bias`` trains the base model's own biases, but the base model is shared and never changed.
-* ``modules_to_save`` trains copies of whole layers, which are no adapter; a head is weft's own.
 * ``trainable_token_indices`` trains rows of an embedding, which is not a linear layer.
 * ``layer_replication`` repeats layers of the base model, which makes it another base model.
 * ``target_parameters`` adapts bare parameters, which are no layers that hooks and names go by.

@@ -90,6 +90,11 @@ CASES = {
         {"r": 4, "target_modules": ["query", r"output\.dense"], "rank_pattern": {"query": 2}},
     ),
     "all linear": ("lora", {"r": 2, "target_modules": "all-linear"}),
+    "the adapted layers' biases": ("lora", {"r": 2, "bias": "lora_only"}),
+    "all biases and two layers whole": (
+        "dora",
+        {"r": 2, "bias": "all", "modules_to_save": ["embeddings.LayerNorm", "key"]},
+    ),
 }
 
 

@@ -32,6 +32,14 @@ CONV1D = {
     "alpha_pattern": {"attn.c_proj": 5.0},
 }
 DORA = {"name": "dora", "r": 32, "layers": [0], "target_modules": ["query"]}
+WHOLE = {
+    "name": "lora",
+    "r": 2,
+    "layers": [0],
+    "target_modules": ["query", "value"],
+    "bias": "lora_only",
+    "modules_to_save": ["LayerNorm"],
+}
 DP = {"noise_multiplier": 0.5, "max_grad_norm": 1.0, "insecure_seed": 3}
 LOWER = [{"names": ["b"], "r": 1}]
 RUNS = {
@@ -39,6 +47,7 @@ RUNS = {
     "flora, patterns": {"strategy": "flora", "adapter": PATTERNS},
     "fedex-lora, patterns": {"strategy": "fedex-lora", "adapter": PATTERNS},
     "lora-a2, patterns": {"strategy": {"name": "lora-a2", "budget": 1}, "adapter": PATTERNS},
+    "ffa-lora, biases and norms": {"strategy": "ffa-lora", "adapter": WHOLE},
     "flexlora, DoRA": {"strategy": "flexlora", "adapter": DORA},
     "flora, DP and ranks": {
         "strategy": "flora",
