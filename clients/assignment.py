@@ -128,6 +128,8 @@ class Privacy:
         unit: whose presence is hidden: ``example``, or the column that says whose an example is.
         insecure_seed: replaces the secret key, for tests; marks the version as not private.
         clipping: how that bound is kept.
+        per_unit: how many of a unit's examples a step that takes it trains on at most, >= 1; they
+            are clipped as one.
     """
 
     noise_multiplier: float
@@ -136,6 +138,7 @@ class Privacy:
     unit: str = "example"
     insecure_seed: int | None = None
     clipping: Clipping = Clipping()
+    per_unit: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from clients.clipping import Clip, count_noise, gradient_noise, moved
 from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.per_example import measuring
 from clients.samples import Batch, Dense, Engine, Gradients, Losses, NoPerExampleGradient
+from clients.units import OfUnits, of_units
 from strategies.base import Tensors
 
 __all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step"]
@@ -117,14 +118,20 @@ class PrivateGradient:
         self._engine = None
         self._open.close()
 
-    def step(self, microbatches: Iterable[Batch], losses_fn: Losses[Batch], step: int) -> None:
+    def step(
+        self,
+        microbatches: Iterable[Batch | OfUnits[Batch]],
+        losses_fn: Losses[Batch],
+        step: int,
+    ) -> None:
         """Fill ``p.grad`` with ``(sum of clipped gradients + noise) / expected_batch_size``.
 
         The split into microbatches does not matter; none at all (an empty Poisson sample) gives
         noise alone. Nothing else about the examples is returned or kept.
 
         Args:
-            microbatches: the sampled examples in parts, none of them empty.
+            microbatches: the sampled examples in parts, none of them empty. In a part that is of
+                units, each unit's examples are clipped as one, by their mean gradient.
             losses_fn: forward pass.
             step: number of the step in this assignment, each used once: it selects the noise.
 
@@ -136,8 +143,8 @@ class PrivateGradient:
         sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.params.items()}
         clip = Clip(self.clipping, list(self.params), self.bound)
         votes = 0.0
-        for batch in microbatches:
-            samples = self._measured(batch, losses_fn)
+        for part in microbatches:
+            samples = self._measured(part, losses_fn)
             norms = torch.stack([sample.norms() for sample in samples.values()])
             factors = clip.factors(norms)
             for row, (name, sample) in zip(factors, samples.items(), strict=True):
@@ -162,13 +169,16 @@ class PrivateGradient:
                 released = released * self.mask[name]
             parameter.grad = released.to(parameter.dtype)
 
-    def _measured(self, batch: Any, losses_fn: Losses[Any]) -> Gradients:
-        """Return the masked gradients of a microbatch's examples, in the order of ``params``."""
+    def _measured(self, part: Any, losses_fn: Losses[Any]) -> Gradients:
+        """Return the masked gradients of whatever is clipped as one, in the order of ``params``."""
         assert self._engine is not None
+        batch = part.batch if isinstance(part, OfUnits) else part
         samples = self._engine.gradients(batch, losses_fn, check=not self._checked)
         self._checked = True
         for name in samples.keys() & self.mask.keys():
             samples[name] = Dense(samples[name].dense() * self.mask[name])
+        if isinstance(part, OfUnits):
+            samples = {name: of_units(sample, part.sizes) for name, sample in samples.items()}
         return samples
 
 

@@ -118,15 +118,17 @@ class NoiseStream:
         words = self._words(["poisson", step, num_examples, rate], num_examples)
         return torch.from_numpy(np.flatnonzero(_unit_interval(words) < rate).astype(np.int64))
 
-    def pick(self, step: int, sizes: Sequence[int]) -> list[int]:
-        """Return one of the numbers below each of ``sizes``, drawn evenly.
+    def pick(self, step: int, sizes: Sequence[int], most: int = 1) -> list[list[int]]:
+        """Return for each of ``sizes`` some different numbers below it, every set as likely.
 
         Args:
             step: the optimizer step, >= 0.
             sizes: each >= 1.
+            most: how many numbers, >= 1; all of them where there are no more.
         """
-        uniforms = _unit_interval(self._words(["pick", step, len(sizes)], len(sizes)))
-        return [int(u * size) for u, size in zip(uniforms.tolist(), sizes, strict=True)]
+        words = self._words(["pick", step, len(sizes), most], len(sizes) * most)
+        uniforms = _unit_interval(words).reshape(len(sizes), most).tolist()
+        return [_different(row, size) for row, size in zip(uniforms, sizes, strict=True)]
 
     def _words(self, purpose: list[object], count: int) -> npt.NDArray[np.uint64]:
         """Return ``count`` random words of 64 bits for one purpose."""
@@ -167,6 +169,17 @@ def discretised(total: Tensor, noise: Tensor, grid: float) -> Tensor:
         grid: a power of two.
     """
     return ((total / grid).round() + (noise / grid).round()) * grid
+
+
+def _different(uniforms: Sequence[float], size: int) -> list[int]:
+    """Return different numbers below ``size``: the first places of a Fisher-Yates shuffle."""
+    shuffled: dict[int, int] = {}
+    found = []
+    for place, uniform in enumerate(uniforms[:size]):
+        other = place + int(uniform * (size - place))
+        found.append(shuffled.get(other, other))
+        shuffled[other] = shuffled.get(place, place)
+    return found
 
 
 def _unit_interval(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:

@@ -44,6 +44,7 @@ from clients.session import (
     trained_names,
 )
 from clients.site import Site
+from clients.units import OfUnits, packed
 from clients.verification import chosen as chosen_engine
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
@@ -299,7 +300,7 @@ class _Loop:
     ) -> tuple[PrivacySpend, ...]:
         """Train with DP-SGD; return what was spent. Nothing measured on the data is kept.
 
-        A step takes each unit with the sample rate, and of each that it takes one example, drawn
+        A step takes each unit with the sample rate, and of each that it takes a few examples, drawn
         anew in each step: what a unit adds to a step is one clipped gradient, however many examples
         it has, and all of them are seen in time.
 
@@ -327,11 +328,15 @@ class _Loop:
         with engine:
             for step in range(self.step, a.steps):
                 taken = stream.poisson_sample(step, count, a.privacy.sample_rate).tolist()
-                if units is not None:
-                    drawn = [units[index] for index in taken]
-                    picked = stream.pick(step, [len(one) for one in drawn])
-                    taken = [one[index] for one, index in zip(drawn, picked, strict=True)]
-                engine.step(self._microbatches(taken), self._losses, step)
+                if units is None:
+                    engine.step(self._microbatches(taken), self._losses, step)
+                else:
+                    whole = [units[index] for index in taken]
+                    picked = stream.pick(step, [len(one) for one in whole], a.privacy.per_unit)
+                    drawn = [
+                        [one[i] for i in some] for one, some in zip(whole, picked, strict=True)
+                    ]
+                    engine.step(self._of_units(drawn), self._losses, step)
                 self.bound = engine.bound
                 self._finish_step()
         return (spend_of(a),)
@@ -440,6 +445,14 @@ class _Loop:
         for chosen in data.by_length(self.encoded, indices, self.assignment.microbatch):
             self.stepped(self.step, self._num_steps())
             yield self._collated(chosen)
+
+    def _of_units(self, drawn: Sequence[Sequence[int]]) -> Iterator[OfUnits[data.Batch]]:
+        """Yield a batch of units in parts, each unit whole."""
+        lengths = [len(encoded.input_ids) for encoded in self.encoded]
+        for part in packed(drawn, lengths, self.assignment.microbatch):
+            self.stepped(self.step, self._num_steps())
+            chosen = [index for unit in part for index in unit]
+            yield OfUnits(self._collated(chosen), [len(unit) for unit in part])
 
     def _collated(self, indices: Sequence[int]) -> data.Batch:
         pad = data.padding_id(self.session.base.tokenizer)

@@ -111,7 +111,8 @@ def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> 
 
     An offset is a second copy of the adapter, frozen underneath.
     """
-    batch = min(config.microbatch, config.batch_size)
+    examples = config.batch_size * (config.dp_sgd.per_unit if config.dp_sgd else 1)
+    batch = min(config.microbatch, examples)
     copies = 4 + (batch if config.dp_sgd else 0) + offset
     layers_hidden = sizes["base_parameters"] // 12  # a block has about 12 hidden² parameters
     width = max(1, math.isqrt(layers_hidden))

@@ -247,6 +247,11 @@ def _privacy_problems(c: RunConfig) -> Iterable[str]:
             "epochs: under privacy a round has a fixed number of steps, because passes over the "
             "data would reveal its exact size; give steps"
         )
+    if c.dp_sgd and c.dp_sgd.per_unit > c.microbatch:
+        yield (
+            f"privacy.per_unit: {c.dp_sgd.per_unit} examples that are clipped as one must fit into "
+            f"a microbatch, which holds {c.microbatch}; raise microbatch, or lower per_unit"
+        )
     if c.privacy and c.accept_unbounded is not None:
         yield "accept_unbounded: it is for a run without privacy; leave one of them out"
 

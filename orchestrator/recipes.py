@@ -183,6 +183,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
             "accountant": privacy.accountant,
             "insecure_seed": privacy.insecure_seed,
             **_clipping(privacy.clipping),
+            **({"per_unit": privacy.per_unit} if privacy.per_unit > 1 else {}),
         },
         "private": privacy is not None and privacy.insecure_seed is None,
         **({"unbounded": config.accept_unbounded} if config.accept_unbounded else {}),

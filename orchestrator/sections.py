@@ -65,6 +65,7 @@ class PrivacyConfig(Strict):
     clipping: Annotated[ClippingConfig, BeforeValidator(_by_name)] = ClippingConfig()
     max_participations: int | None = Field(default=None, ge=1)
     unit: str = Field(default="example", min_length=1, max_length=128)
+    per_unit: int = Field(default=1, ge=1)
     level: Literal["example", "client"] = "example"
     clip: float | None = Field(default=None, gt=0)
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
@@ -86,6 +87,11 @@ class PrivacyConfig(Strict):
             raise ValueError(
                 "max_grad_norm, unit and clipping are of examples; at level: client the unit is "
                 "the client and clip bounds its change, so leave them out"
+            )
+        if self.per_unit > 1 and not self.unit_column:
+            raise ValueError(
+                f"per_unit: {self.per_unit} examples of one unit in a step need a unit that has "
+                "several; set unit to the column that says whose an example is, or leave it out"
             )
         if self.level == "example" and self.unit == "client":
             raise ValueError(

@@ -84,6 +84,7 @@ def calibrated(
         unit=config.unit,
         insecure_seed=config.insecure_seed,
         clipping=Clipping(**config.clipping.model_dump()),
+        per_unit=config.per_unit,
     )
 
 

@@ -141,7 +141,7 @@ def test_a_pick_is_even_secret_and_another_in_every_step():
     stream = NoiseStream(KEY, "digest")
     counts = torch.zeros(3)
     for step in range(300):
-        [picked, only] = stream.pick(step, [3, 1])
+        [[picked], [only]] = stream.pick(step, [3, 1])
         counts[picked] += 1
         assert only == 0
 
@@ -150,6 +150,18 @@ def test_a_pick_is_even_secret_and_another_in_every_step():
     assert stream.pick(5, [1000] * 9) != stream.pick(6, [1000] * 9)
     assert stream.pick(5, [1000] * 9) != NoiseStream(new_key(), "digest").pick(5, [1000] * 9)
     assert stream.pick(0, []) == []
+
+
+def test_several_picks_of_one_are_different_and_every_set_is_as_likely():
+    stream = NoiseStream(KEY, "digest")
+    counts: dict[frozenset[int], int] = {}
+    for step in range(600):
+        few, both, one = stream.pick(step, [4, 2, 1], 2)
+        counts[frozenset(few)] = counts.get(frozenset(few), 0) + 1
+        assert (len(few), sorted(both), one) == (2, [0, 1], [0])
+
+    assert len(counts) == 6  # pairs of four
+    assert all(abs(count - 100) < 46 for count in counts.values())  # five standard deviations
 
 
 def test_added_as_they_are_normals_give_away_what_they_were_added_to():

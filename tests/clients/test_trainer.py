@@ -476,6 +476,37 @@ def test_repeating_a_person_s_record_changes_nothing(of_patients):
         torch.testing.assert_close(repeated[name], change, atol=1e-6, rtol=1e-4)
 
 
+def test_several_records_of_a_person_are_clipped_as_one_whatever_a_forward_pass_holds(of_patients):
+    assignment = of_patients(*["ada"] * 5, "bob")
+    privacy = replace(assignment.privacy, per_unit=4)
+
+    found = [
+        moved(a, train(a))
+        for a in (
+            replace(assignment, privacy=privacy, microbatch=64, client="one"),
+            replace(assignment, privacy=replace(privacy, per_unit=9), microbatch=5, client="two"),
+        )
+    ]
+
+    # two persons at 0.1 each, over an expected batch of two; five records would bring it to 0.3
+    assert all(0.01 < length(change) <= 0.1 * (1 + 1e-4) for change in found)
+
+
+def test_all_records_of_a_person_in_a_step_are_their_mean(of_patients):
+    """With a bound that nothing reaches, a step is a plain one on each person's mean loss."""
+    rows = ("ada", "ada", "ada", "bob")
+    loose = replace(WHOLE, unit="patient", per_unit=3, max_grad_norm=1e3, insecure_seed=1)
+    # noise of a billionth of the bound is 1e-6 of the change
+    private = of_patients(*rows, privacy=loose, text="cat")
+
+    plain = of_patients("ada", "bob", text="cat", privacy=None)
+    plain = replace(plain, data=replace(plain.data, unit=""), client="plain", batch_size=2)
+
+    wanted = moved(plain, train(plain))
+    for name, change in moved(private, train(private)).items():
+        torch.testing.assert_close(change, wanted[name], atol=1e-5, rtol=1e-3)
+
+
 def test_a_record_that_does_not_say_whose_it_is_stops_a_run_per_person(of_patients):
     assignment = of_patients("ada", "bob")
 

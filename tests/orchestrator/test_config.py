@@ -179,6 +179,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
             {"privacy": {"epsilon": 1, "clipping": {"share": 0.1}}},
             "privacy.clipping: share is an option of mode quantile, got mode flat; leave it out",
         ),
+        (
+            {"privacy": {"epsilon": 1, "per_unit": 3}},
+            "privacy: per_unit: 3 examples of one unit in a step need a unit that has several",
+        ),
+        (
+            {"privacy": {"epsilon": 1, "unit": "person", "per_unit": 9}, "microbatch": 8},
+            "privacy.per_unit: 9 examples that are clipped as one must fit into a microbatch, ",
+        ),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(document, changes, message):

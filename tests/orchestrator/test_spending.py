@@ -65,6 +65,15 @@ def test_every_way_of_clipping_is_calibrated_to_the_same_noise_and_reaches_the_c
     assert replace(found, clipping=Clipping()) == calibrated(RDP, sample_rate=0.1, steps=50)
 
 
+def test_how_many_records_of_a_unit_a_step_takes_costs_nothing():
+    config = PrivacyConfig.model_validate(RDP.model_dump() | {"unit": "person", "per_unit": 4})
+
+    found = calibrated(config, sample_rate=0.1, steps=50)
+
+    assert found.per_unit == 4
+    assert replace(found, unit="example", per_unit=1) == calibrated(RDP, sample_rate=0.1, steps=50)
+
+
 def test_a_noise_multiplier_that_is_given_is_used_as_it_is():
     config = PrivacyConfig(noise_multiplier=0.7, max_grad_norm=3, insecure_seed=4)
 
