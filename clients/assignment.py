@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from strategies.spends import ClientLevel
 
 if TYPE_CHECKING:  # torch takes seconds, and a config needs the specs alone
     from strategies.base import Broadcast, Tensors
+
+
+Task: TypeAlias = Literal["classification", "token-classification", "causal-lm"]
+"""What a model is for, and so which head it has and what a record must hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,9 @@ class ModelSpec:
         id: Hugging Face id, local folder, or ``builtin:NAME``.
         revision: Git revision on the Hub, or None.
         hash: sha256 of the weights, as :func:`clients.models.base_hash` gives it; checked on load.
-        kind: ``classification`` or ``causal-lm``.
-        labels: the declared label set, in index order; empty for ``causal-lm``.
+        kind: ``classification``, ``token-classification`` or ``causal-lm``.
+        labels: the declared label set, in index order; of ``token-classification`` the tags; empty
+            for ``causal-lm``.
         pooling: ``mean``, ``cls``, ``last`` or ``auto`` (classification).
         max_length: tokens kept of an example, >= 1.
         quantization: ``none``, ``nf4`` or ``int8``.
@@ -38,7 +43,7 @@ class ModelSpec:
     """
 
     id: str
-    kind: Literal["classification", "causal-lm"]
+    kind: Task
     revision: str | None = None
     hash: str = ""
     labels: tuple[str, ...] = ()

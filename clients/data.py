@@ -7,7 +7,7 @@ examples become tensors in :mod:`clients.tokens`; one data set is split in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from clients.sources import (
     parse_uri,
     source_state,
 )
+from clients.tags import IGNORED
 from clients.tokens import Batch, Encoded, by_length, collate, encode, padding_id
 
 __all__ = [
@@ -201,7 +202,10 @@ def _parts(
         labels = [example.label or 0 for example, _ in found]
         parts = splitting.dirichlet(labels, split.total, split.alpha, split.seed)
     else:
-        raise BadSelection("a dirichlet partition needs labels, and causal-lm has none; use iid")
+        have = "has none" if model.kind == "causal-lm" else "has one for each word"
+        raise BadSelection(
+            f"a dirichlet partition needs a label for each record, and {model.kind} {have}; use iid"
+        )
     return {f"part-{i}": part for i, part in enumerate(parts)}
 
 
@@ -219,6 +223,18 @@ def _selected(spec: DataSpec, model: ModelSpec) -> list[tuple[Example, str]]:
     for record in validated(spec, model, column):
         if record.example is None:
             raise BadRecord(f"{record.place}: {record.problem}")
-        if not wanted or record.example.label in wanted:
-            found.append((record.example, record.value))
+        chosen = _of_labels(record.example, wanted)
+        if chosen is not None:
+            found.append((chosen, record.value))
     return found
+
+
+def _of_labels(example: Example, wanted: Set[int]) -> Example | None:
+    """Return what of an example has the wanted labels, all where none is named; None if nothing.
+
+    Words with other tags stay as what is around the others, and are neither learned nor scored.
+    """
+    if not wanted or example.label in wanted:
+        return example
+    tags = tuple(tag if tag in wanted else IGNORED for tag in example.tags)
+    return replace(example, tags=tags) if wanted & set(tags) else None

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from clients import data
+from clients.alignment import aligned
 from clients.assignment import Assignment
+from clients.entities import entity_scores
 from clients.pace import Stepped, unheard
 from clients.session import Session, allowed_labels, move, opened
 from clients.site import Site
+from clients.tags import IGNORED, OUTSIDE, is_bio
 
 
 class NothingToScore(ValueError):
@@ -28,9 +31,11 @@ class Evaluation:
         client: whose data it was.
         round: the round of the model; 0 for a stored version.
         num_examples: how many examples were scored.
-        metrics: classification: ``accuracy``, ``macro_f1``, ``loss``; causal-lm: ``loss`` (nats a
-            target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8).
-        label_accuracy: accuracy per label (classification).
+        metrics: classification: ``accuracy``, ``macro_f1``, ``loss``; token-classification: those
+            of words, and where the tags mark entities ``entity_f1``, ``entity_precision`` and
+            ``entity_recall``; causal-lm: ``loss`` (nats a target token), ``perplexity``,
+            ``bits_per_byte`` (of the target text, UTF-8).
+        label_accuracy: accuracy per label, or per tag of words.
     """
 
     client: str
@@ -61,6 +66,8 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
             tensors |= site.state(assignment.run, assignment.client, assignment.round)
         session.write(tensors)
         session.model.eval()
+        if assignment.model.kind == "token-classification":
+            return _tagging(assignment, session, examples, stepped)
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
         score = _classification if assignment.model.kind == "classification" else _continuation
         return score(assignment, session, encoded, stepped)
@@ -85,21 +92,11 @@ def _classification(
     truth = torch.empty(len(encoded), dtype=torch.long)
     loss = 0.0
     for chunk, batch in _batches(assignment, session, encoded, stepped):
-        logits = session.model(batch)
-        if allowed is not None:
-            barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-            barred[allowed] = False
-            logits = logits.masked_fill(barred, float("-inf"))
+        logits = session.model.barred(session.model(batch), allowed)
         predicted[chunk] = logits.argmax(dim=1).cpu()
         truth[chunk] = batch.labels.cpu()
         loss += float(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
-    right = predicted == truth
-    present = sorted(set(truth.tolist()))
-    names = assignment.model.labels
-    metrics = {
-        "accuracy": float(right.double().mean()),
-        "macro_f1": sum(_f1(predicted, truth, label) for label in present) / len(present),
-    }
+    metrics, label_accuracy = _by_label(predicted, truth, assignment.model.labels)
     if math.isfinite(loss):  # infinite where a label outside the softmax occurs
         metrics["loss"] = loss / len(encoded)
     return Evaluation(
@@ -107,8 +104,73 @@ def _classification(
         round=assignment.round,
         num_examples=len(encoded),
         metrics=metrics,
-        label_accuracy={names[i]: float(right[truth == i].double().mean()) for i in present},
+        label_accuracy=label_accuracy,
     )
+
+
+def _tagging(
+    assignment: Assignment, session: Session, examples: Sequence[data.Example], stepped: Stepped
+) -> Evaluation:
+    """Score words. One that the model does not see counts as outside of everything."""
+    names, model = assignment.model.labels, session.model
+    allowed = allowed_labels(assignment)
+    texts = aligned(examples, session.base.tokenizer, assignment.model.max_length)
+    encoded = [
+        data.Encoded(torch.tensor(text.input_ids), torch.tensor(text.targets(example.tags)))
+        for text, example in zip(texts, examples, strict=True)
+    ]
+    unseen = names.index(OUTSIDE) if OUTSIDE in names else IGNORED
+    said: list[list[int]] = [[]] * len(encoded)
+    loss = 0.0
+    for chunk, batch in _batches(assignment, session, encoded, stepped):
+        logits = model(batch)
+        loss += float(model.example_losses(logits, batch, allowed).sum())
+        best = model.barred(logits, allowed).argmax(dim=-1).cpu()
+        for row, i in zip(best.tolist(), chunk, strict=True):
+            said[i] = [unseen if place is None else row[place] for place in texts[i].places]
+    truth = [tag for example in examples for tag in example.tags]
+    scored = torch.tensor(truth) != IGNORED
+    if not scored.any():
+        raise NothingToScore(f"{assignment.data.uri} holds no word of the asked labels")
+    metrics, label_accuracy = _by_label(
+        torch.tensor([tag for row in said for tag in row])[scored],
+        torch.tensor(truth)[scored],
+        names,
+    )
+    if math.isfinite(loss):
+        metrics["loss"] = loss / len(encoded)
+    if is_bio(names):
+        metrics |= entity_scores(
+            (_named(example.tags, example.tags, names) for example in examples),
+            (_named(row, e.tags, names) for row, e in zip(said, examples, strict=True)),
+        )
+    return Evaluation(
+        client=assignment.client,
+        round=assignment.round,
+        num_examples=len(encoded),
+        metrics=metrics,
+        label_accuracy=label_accuracy,
+    )
+
+
+def _named(tags: Sequence[int], truth: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Return the names of ``tags``, empty where the true one is not scored: that ends an entity."""
+    return [
+        "" if IGNORED in (tag, true) else names[tag] for tag, true in zip(tags, truth, strict=True)
+    ]
+
+
+def _by_label(
+    predicted: Tensor, truth: Tensor, names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return ``accuracy`` and ``macro_f1``, and the accuracy per label that occurs."""
+    right = predicted == truth
+    present = sorted(set(truth.tolist()))
+    metrics = {
+        "accuracy": float(right.double().mean()),
+        "macro_f1": sum(_f1(predicted, truth, label) for label in present) / len(present),
+    }
+    return metrics, {names[i]: float(right[truth == i].double().mean()) for i in present}
 
 
 def _f1(predicted: Tensor, truth: Tensor, label: int) -> float:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 class Example:
     """One validated record; its text is left out of ``repr``, and so out of logs.
 
-    Classification has ``text``, maybe ``text_pair``, and ``label``; causal-lm has ``text``, or
-    ``prompt`` and ``completion``.
+    Classification has ``text``, maybe ``text_pair``, and ``label``; token-classification ``text``,
+    ``words`` and ``tags``; causal-lm has ``text``, or ``prompt`` and ``completion``.
 
     Attributes:
         text: what is classified, or learned as a whole.
@@ -22,6 +22,8 @@ class Example:
         label: index into the model's label set.
         prompt: what the model is given.
         completion: what it learns to answer.
+        words: where each word of the text begins and ends, in characters.
+        tags: of the words, indices into the model's label set; -100 is neither learned nor scored.
         unit: whose it is, where that was asked for; no part of what it says.
     """
 
@@ -30,6 +32,8 @@ class Example:
     label: int | None = None
     prompt: str | None = field(default=None, repr=False)
     completion: str | None = field(default=None, repr=False)
+    words: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    tags: tuple[int, ...] = field(default=(), repr=False)
     unit: str | None = field(default=None, repr=False, compare=False)
 
 
@@ -39,7 +43,11 @@ def record_digest(example: Example, key: bytes | None) -> bytes:
     With a ``key`` it is an HMAC-SHA256, which tells nothing to who lacks the key. Without, anyone
     who has the record can confirm that it is there: for public data only.
     """
-    record = [example.text, example.text_pair, example.label, example.prompt, example.completion]
+    record: list[object] = [
+        *(example.text, example.text_pair, example.label, example.prompt, example.completion)
+    ]
+    if example.words:
+        record += [example.words, example.tags]
     message = b"weft:record:1:" + json.dumps(record).encode()
     if key is None:
         return hashlib.sha256(message).digest()

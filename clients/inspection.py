@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clients.assignment import DataSpec, ModelSpec
+from clients.assignment import DataSpec, ModelSpec, Task
 from clients.examples import Example
 from clients.records import validated
+from clients.tags import scheme_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class BadLabels(ValueError):
+    """This label set is none of the task's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ class DataReport:
         total: records, bad ones too.
         num_bad: records that a run would refuse.
         problems: of the first 20 of them, where and what.
-        labels: number of good examples by label, in index order; empty without labels.
+        labels: number of good examples by label, or of their words by tag, in index order; empty
+            without labels.
         num_duplicates: good examples that repeat an earlier one.
         lengths: None without a tokenizer or without a good example.
     """
@@ -96,26 +102,39 @@ def check(
 
 
 def inspect(
-    spec: DataSpec, labels: Sequence[str], model: str | None, max_length: int
+    spec: DataSpec,
+    labels: Sequence[str],
+    model: str | None,
+    max_length: int,
+    task: Task = "classification",
 ) -> DataReport:
     """Return what is in a data set and what is wrong with it.
 
     Args:
         spec: the data set.
-        labels: the label set; empty to take labels as they are written.
+        labels: the label set; empty to take labels as they are written (classification).
         model: base model whose tokenizer counts lengths, or None.
         max_length: tokens kept of an example.
+        task: what the records are for.
 
     Raises:
         BadDataURI, DataNotFound, MissingExtra, BadSelection: as :func:`check`.
+        BadLabels: if the label set is none of the task's.
     """
-    form = ModelSpec(model or "", "classification", labels=tuple(labels), max_length=max_length)
+    if task == "token-classification":
+        if not labels:
+            raise BadLabels(
+                "token-classification needs the declared tags; give --labels O,B-NAME,I-NAME,…"
+            )
+        if problem := scheme_problem(labels):
+            raise BadLabels(problem)
+    form = ModelSpec(model or "", task, labels=tuple(labels), max_length=max_length)
     tokenizer = None
     if model is not None:
         from clients import models  # seconds, for a count that nobody asked for
 
         tokenizer = models.tokenizer(form)
-    return check(spec, form if labels else None, tokenizer)
+    return check(spec, form if labels or task == "causal-lm" else None, tokenizer)
 
 
 def _label_counts(
@@ -123,7 +142,9 @@ def _label_counts(
 ) -> dict[str, int]:
     if model is None:
         return dict(sorted(Counter(label for label in written if label).items()))
-    counts = Counter(example.label for example in good)
+    counts = Counter(e.label for e in good if e.label is not None)
+    for example in good:
+        counts.update(example.tags)
     return {name: counts[index] for index, name in enumerate(model.labels)}
 
 

@@ -48,8 +48,8 @@ class Base:
     """A base model, loaded and frozen.
 
     Attributes:
-        backbone: a transformers model: the body alone for classification, with its language head
-            for ``causal-lm``. No parameter requires a gradient; its dropout is off.
+        backbone: a transformers model: with its language head for ``causal-lm``, else the body
+            alone. No parameter requires a gradient; its dropout is off.
         tokenizer: its tokenizer, with a padding token wherever it has an end token.
         spec: what was asked for.
     """
@@ -87,7 +87,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> Base:
             f"{spec.hash[:12]}…; use the model, revision, quantization and compute_dtype that "
             "the adapter was trained with"
         )
-    key = (folder, found, spec.kind, spec.gradient_checkpointing, device)
+    key = (folder, found, _auto_class(spec), spec.gradient_checkpointing, device)
     if _resident is None or _resident[0] != key:
         if _resident is not None:
             _resident = None
@@ -112,7 +112,8 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
         options["quantization_config"] = _quantization(spec, device)
         options["device_map"] = {"": device}
     elif device == "cpu":
-        key = f"{base_hash(spec)}-{spec.kind}"
+        body = "causal-lm" if spec.kind == "causal-lm" else "classification"
+        key = f"{base_hash(spec)}-{body}"
         with _quiet():
             folder = mapped.mappable(
                 folder, options["dtype"], key, lambda: _pretrained(spec, folder, options)
@@ -203,7 +204,7 @@ def _auto_class(spec: ModelSpec) -> Any:
 
 def _class_options(spec: ModelSpec, config: Any) -> dict[str, Any]:
     # weft pools by itself; BERT's pooler would be dead weight, and random where it is not saved.
-    if spec.kind == "classification" and type(config) in MODEL_MAPPING:
+    if spec.kind != "causal-lm" and type(config) in MODEL_MAPPING:
         parameters = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
         return {"add_pooling_layer": False} if "add_pooling_layer" in parameters else {}
     return {}

@@ -14,8 +14,9 @@ from typing import Any
 from clients.assignment import DataSpec, ModelSpec
 from clients.examples import Example
 from clients.sources import Source, open_source
+from clients.tags import BadTags, is_bio, joined, refuse_broken, spans_to_tags
 
-COLUMNS = ("text", "text_pair", "label", "prompt", "completion")
+COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "tokens", "tags", "spans")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what a tokenizer cannot take
@@ -106,30 +107,75 @@ class _Columns:
             return Example(prompt=self.text("prompt"), completion=self.text("completion"))
         if generative:
             return Example(self.text("text"))
+        if model is not None and model.kind == "token-classification":
+            return self.tagged(model.labels)
+        if model is None and self.has("tokens") and not self.has("text"):
+            text, words = joined(self.tokens())
+            return Example(text, words=words)
         return Example(
             text=self.text("text"),
             text_pair=self.text("text_pair") if self.has("text_pair") else None,
             label=None if model is None else self.label(model.labels),
         )
 
+    def tagged(self, labels: tuple[str, ...]) -> Example:
+        """Return the example of a record with tokens and tags, or with text and spans."""
+        try:
+            if self.has("spans") and not self.has("tokens"):
+                text = self.text("text")
+                words, names = spans_to_tags(text, self.list_of("spans"), labels)
+                tags = tuple(self.index(name, labels) for name in names)
+                return Example(text, words=words, tags=tags)
+            text, words = joined(self.tokens())
+            values = self.list_of("tags")
+            if len(values) != len(words):
+                raise _Problem(
+                    f"has {len(words)} tokens and {len(values)} tags; one each is needed"
+                )
+            tags = tuple(self.index(value, labels) for value in values)
+            if is_bio(labels):
+                refuse_broken([labels[tag] for tag in tags])
+        except BadTags as error:
+            raise _Problem(str(error)) from None
+        return Example(text, words=words, tags=tags)
+
+    def tokens(self) -> list[str]:
+        values = self.list_of("tokens")
+        if not values:
+            raise _Problem(f"the field {self.names.get('tokens', 'tokens')!r} is empty")
+        return [self.checked_text(value, f"token {i}") for i, value in enumerate(values, start=1)]
+
+    def list_of(self, column: str) -> list[Any]:
+        value, name = self.get(column), self.names.get(column, column)
+        if not isinstance(value, list):
+            kind = type(value).__name__ if value is not None else "null"
+            hint = "" if self.source.typed else "; CSV has no lists, use jsonl or parquet"
+            raise _Problem(f"the field {name!r} must be a list, got {kind}{hint}")
+        return value
+
     def written_label(self) -> str:
         value = self.get("label") if self.has("label") else None
         return "" if value is None else _shown(value, str(value))
 
     def text(self, column: str) -> str:
-        value, name = self.get(column), self.names.get(column, column)
+        return self.checked_text(self.get(column), f"the field {self.names.get(column, column)!r}")
+
+    def checked_text(self, value: Any, what: str) -> str:
         if value is None or value == "":
-            raise _Problem(f"the field {name!r} is empty")
+            raise _Problem(f"{what} is empty")
         if not isinstance(value, str):
-            raise _Problem(f"the field {name!r} must be text, got {type(value).__name__}")
+            raise _Problem(f"{what} must be text, got {type(value).__name__}")
         if not value.strip():
-            raise _Problem(f"the field {name!r} is empty")
+            raise _Problem(f"{what} is empty")
         if _SURROGATE.search(value):
-            raise _Problem(f"the field {name!r} is not UTF-8")
+            raise _Problem(f"{what} is not UTF-8")
         return value
 
     def label(self, labels: tuple[str, ...]) -> int:
-        value = self.get("label")
+        return self.index(self.get("label"), labels)
+
+    def index(self, value: Any, labels: tuple[str, ...]) -> int:
+        """Return the index of a label that is given by its name or its index."""
         if isinstance(value, str) and value in labels:
             return labels.index(value)
         # In CSV everything is text: what is no name may be an index.

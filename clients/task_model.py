@@ -51,6 +51,8 @@ def pooling(spec: ModelSpec, config: Any) -> str:
 class TaskModel(nn.Module):
     """A base model with its adapter, and for classification a linear head over the label set.
 
+    Token-classification has the same head, at every token instead of on the pooled text.
+
     The head is float32: weights from N(0, 0.02²), drawn from torch's global generator (seed it
     before), and a zero bias.
 
@@ -71,16 +73,19 @@ class TaskModel(nn.Module):
             return
         if len(set(spec.labels)) != len(spec.labels) or len(spec.labels) < 2:
             raise ValueError(
-                f"classification needs two or more different labels, got {list(spec.labels)}"
+                f"{spec.kind} needs two or more different labels, got {list(spec.labels)}"
             )
         config: Any = backbone.config
-        self._pooling = pooling(spec, config)
+        self._pooling = "none" if spec.kind == "token-classification" else pooling(spec, config)
         self.head = nn.Linear(config.get_text_config().hidden_size, len(spec.labels))
         nn.init.normal_(self.head.weight, std=_HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return float32 logits: ``[batch, labels]``, or ``[batch, length, vocabulary]``."""
+        """Return float32 logits: ``[batch, labels]``, or of each token.
+
+        These are ``[batch, length, labels]``, for causal-lm ``[batch, length, vocabulary]``.
+        """
         if self.head is not None:
             scores: Tensor = self.head(self.features(batch))
             return scores
@@ -89,12 +94,14 @@ class TaskModel(nn.Module):
         return logits
 
     def features(self, batch: Batch) -> Tensor:
-        """Return what the head sees (classification): float32 ``[batch, hidden]``."""
+        """Return what the head sees, float32: ``[batch, hidden]``, of tags for each token."""
         outputs = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return self._pool(outputs.last_hidden_state.float(), batch.attention_mask)
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[batch, hidden]`` of ``hidden``: ``[batch, length, hidden]``."""
+        """Return ``[batch, hidden]`` of ``hidden``: ``[batch, length, hidden]``; tags need all."""
+        if self._pooling == "none":
+            return hidden
         if self._pooling == "cls":
             return hidden[:, 0]
         if self._pooling == "mean":
@@ -107,9 +114,9 @@ class TaskModel(nn.Module):
     def example_losses(self, logits: Tensor, batch: Batch, allowed: Tensor | None = None) -> Tensor:
         """Return the cross entropy of each example, ``[batch]``.
 
-        For ``causal-lm`` it is the mean over an example's target tokens (those whose label is not
-        -100), each predicted from what precedes it; 0 where there is none. A mean per example,
-        not per batch, is what makes per-example gradients well defined.
+        For tags and ``causal-lm`` it is the mean over an example's target tokens (those whose label
+        is not -100), of ``causal-lm`` each predicted from what precedes it; 0 where there is none.
+        A mean per example, not per batch, is what makes per-example gradients well defined.
 
         Args:
             logits: what :meth:`forward` returned for ``batch``.
@@ -118,16 +125,29 @@ class TaskModel(nn.Module):
                 all; an example whose label is not among them has infinite loss.
         """
         if self.head is not None:
-            if allowed is not None:
-                barred = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-                barred[allowed.to(logits.device)] = False
-                logits = logits.masked_fill(barred, float("-inf"))
-            return functional.cross_entropy(logits, batch.labels, reduction="none")
-        targets = batch.labels[:, 1:]
+            logits = self.barred(logits, allowed)
+            if self._spec.kind == "classification":
+                return functional.cross_entropy(logits, batch.labels, reduction="none")
+            targets = batch.labels
+        else:
+            logits, targets = logits[:, :-1], batch.labels[:, 1:]
         losses = functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), targets, ignore_index=-100, reduction="none"
+            logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
         )
         return losses.sum(1) / (targets != -100).sum(1).clamp(min=1)
+
+    def barred(self, logits: Tensor, allowed: Tensor | None) -> Tensor:
+        """Return logits that are -inf for all labels but ``allowed``; as they are where it is None.
+
+        Args:
+            logits: ``[..., labels]``.
+            allowed: label indices.
+        """
+        if allowed is None:
+            return logits
+        barred = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        barred[allowed.to(logits.device)] = False
+        return logits.masked_fill(barred, float("-inf"))
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Return the live parameters of the head; empty for ``causal-lm``."""

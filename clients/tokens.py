@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from clients.alignment import aligned
 from clients.assignment import ModelSpec
 from clients.examples import Example
+from clients.tags import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the target that a loss skips
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +25,9 @@ class Encoded:
 
     Attributes:
         input_ids: ``[length]`` int64, 1 <= length <= ``max_length``.
-        labels: the class index (0-d), or for causal-lm ``[length]`` with -100 where nothing is
-            learned; not shifted, as in transformers.
+        labels: the class index (0-d), or ``[length]`` with -100 where nothing is learned: for
+            token-classification a tag at each word's first token, for causal-lm not shifted, as in
+            transformers.
     """
 
     input_ids: Tensor = field(repr=False)
@@ -85,6 +86,7 @@ def encode(
     """Return ``examples`` in tokens, in order, each at most ``model.max_length`` long.
 
     Classification takes the tokenizer's special tokens, and shortens the longer text of a pair.
+    Token-classification takes them too; words beyond the end are not learned.
 
     Causal-lm learns the whole of a plain text, and of a prompt and completion the completion alone
     (the chat template's turns where the tokenizer has one, else the two texts as they are, one
@@ -96,6 +98,11 @@ def encode(
     if model.kind == "classification":
         return _encode_texts(examples, tokenizer, model.max_length)
     limit = model.max_length
+    if model.kind == "token-classification":
+        return [
+            Encoded(torch.tensor(one.input_ids), torch.tensor(one.targets(example.tags)))
+            for one, example in zip(aligned(examples, tokenizer, limit), examples, strict=True)
+        ]
     return [_joined(*parts, limit) for parts in _prompts_and_targets(examples, tokenizer)]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_lineage import diff, lineage
@@ -262,10 +263,11 @@ def _print_matrix(as_json: bool) -> None:
 
 
 @data_app.command("check")
-def data_check(
+def data_check(  # noqa: PLR0913  (one option each)
     uri: str,
     fields: Fields = "",
     labels: Annotated[str, typer.Option(help="The label set: a,b,c.")] = "",
+    task: Annotated[Task, typer.Option(help="What the records are for.")] = "classification",
     model: Annotated[str | None, typer.Option(help="Count tokens with its tokenizer.")] = None,
     max_length: Annotated[int, typer.Option(min=1)] = 128,
     as_json: JsonFlag = False,
@@ -279,7 +281,7 @@ def data_check(
 
     spec = DataSpec(uri, pairs(fields.split(",") if fields else [], "--fields"))
     names = tuple(labels.split(",")) if labels else ()
-    found = inspect(spec, names, model, max_length)
+    found = inspect(spec, names, model, max_length, task)
     if as_json:
         print_json(asdict(found))
     else:

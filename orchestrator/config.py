@@ -12,9 +12,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from clients.adapters import ADAPTERS
-from clients.assignment import ModelSpec, PluginChoice
+from clients.assignment import ModelSpec, PluginChoice, Task
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
+from clients.tags import is_bio, scheme_problem
 from orchestrator.faults import Faults, from_list
 from orchestrator.faults import problems as fault_problems
 from orchestrator.loggers import LOGGERS
@@ -110,7 +111,7 @@ class RunConfig(Rounds):
 
     name: str = Field(pattern=NAME)
     model: Annotated[Model, BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v)]
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Task = "classification"
     labels: tuple[str, ...] = ()
     task_labels: tuple[str, ...] = ()
     adapter: PluginField = Choice(name="lora")
@@ -174,7 +175,15 @@ class RunConfig(Rounds):
     @property
     def judge(self) -> Stop:
         """Which metric makes a version the best."""
-        return self.stop or Stop(metric=METRICS[self.task][0])
+        return self.stop or Stop(metric=self.metrics[0])
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures; entities only where the tags mark some."""
+        found = METRICS[self.task]
+        if self.task == "token-classification" and not is_bio(self.labels):
+            return tuple(name for name in found if not name.startswith("entity_"))
+        return found
 
     def checked_plugins(self) -> dict[str, Any]:
         """Return every plug-in choice, parsed.
@@ -223,8 +232,8 @@ def _problems(config: RunConfig) -> Iterable[str]:
     for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
         if wanted and c.evaluate is None:
             yield f"{key}: there is nothing to judge versions by; give evaluate, held-back data"
-    if c.judge.metric not in METRICS[c.task]:
-        allowed = ", ".join(METRICS[c.task])
+    if c.judge.metric not in c.metrics:
+        allowed = ", ".join(c.metrics)
         yield f"stop.metric: {c.task} is not scored by {c.judge.metric!r} ({allowed})"
     if c.head == "personal" and c.evaluate is not None:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
@@ -264,10 +273,19 @@ def _fault_problems(c: RunConfig) -> Iterable[str]:
 
 def _label_problems(config: RunConfig) -> Iterable[str]:
     c = config
-    if c.task == "classification" and len(c.labels) < 2:
-        yield "labels: classification needs the declared label set, at least two labels"
+    if c.task != "causal-lm" and len(c.labels) < 2:
+        yield f"labels: {c.task} needs the declared label set, at least two labels"
     if c.task == "causal-lm" and (c.labels or c.task_labels):
         yield "labels: causal-lm has no labels; leave labels and task_labels out"
+    if c.task == "token-classification":
+        problem = scheme_problem(c.labels, c.task_labels)
+        if problem is not None:
+            yield problem
+        if c.model.pooling != "auto":
+            yield (
+                f"model.pooling: {c.task} has a vector for each token and pools none, got "
+                f"{c.model.pooling!r}; leave it out"
+            )
     if _repeats(c.labels):
         yield "labels: the label set names a label twice"
     unknown = [label for label in c.task_labels if label not in c.labels]

@@ -102,6 +102,10 @@ class Retention(Strict):
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "loss"),
+    "token-classification": (
+        *("entity_f1", "entity_precision", "entity_recall"),
+        *("accuracy", "macro_f1", "loss"),
+    ),
     "causal-lm": ("loss", "perplexity", "bits_per_byte"),
 }
 """What an evaluation measures, by the kind of model; the first is what a best version has best."""

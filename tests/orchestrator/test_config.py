@@ -95,6 +95,10 @@ def test_late_updates_weigh_something_only_where_they_are_kept(document):
 
 def test_a_version_is_judged_by_accuracy_or_loss_unless_it_is_said(document):
     assert parse_config(document()).judge.metric == "accuracy"
+    entities = parse_config(document(task="token-classification", labels=["O", "B-X", "I-X"]))
+    assert (entities.judge.metric, entities.judge.highest) == ("entity_f1", True)
+    words = parse_config(document(task="token-classification"))
+    assert words.judge.metric == "accuracy"
     language = parse_config(document(task="causal-lm", labels=None))
     assert (language.judge.metric, language.judge.highest) == ("loss", False)
 
@@ -148,6 +152,34 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
     [
         ({"labels": ["one"]}, "labels: classification needs the declared label set, at least two"),
         ({"task": "causal-lm"}, "labels: causal-lm has no labels"),
+        (
+            {"task": "token-classification", "labels": ["O"]},
+            "labels: token-classification needs the declared label set, at least two",
+        ),
+        (
+            {"task": "token-classification", "labels": ["O", "I-WHO"]},
+            "labels: 'I-WHO' marks entities, whose tags are 'O', 'B-NAME' and 'I-NAME' (BIO), and",
+        ),
+        (
+            {
+                "task": "token-classification",
+                "labels": ["O", "B-WHO", "I-WHO", "B-X"],
+                "task_labels": ["O", "B-WHO"],
+            },
+            "task_labels: without 'I-WHO' entities cannot be told from what is around them",
+        ),
+        (
+            {"task": "token-classification", "model": {"id": "m", "pooling": "cls"}},
+            "model.pooling: token-classification has a vector for each token and pools none, got",
+        ),
+        (
+            {
+                "task": "token-classification",
+                "stop": {"metric": "entity_f1"},
+                "evaluate": {"data": "d"},
+            },
+            "stop.metric: token-classification is not scored by 'entity_f1' (accuracy, macro_f1,",
+        ),
         ({"labels": ["a", "b", "a"]}, "labels: the label set names a label twice"),
         ({"task_labels": ["bird"]}, "task_labels: 'bird' is not in labels (cat, dog, model, rank)"),
         ({"steps": 3, "epochs": 1}, "give steps or epochs, not both"),
@@ -199,7 +231,10 @@ def test_what_makes_no_sense_together_is_refused(document, changes, message):
         ({"name": "Task 1"}, "name: must be 1 to 64 lower-case letters, digits, '.', '_' and '-'"),
         ({"model": None}, "model: is required"),
         ({"rounds": 0}, "rounds: input should be greater than or equal to 1, got 0"),
-        ({"task": "regression"}, "task: input should be 'classification' or 'causal-lm', got 'reg"),
+        (
+            {"task": "regression"},
+            "task: input should be 'classification', 'token-classification' or 'causal-",
+        ),
         ({"privacy": {}}, "privacy: give either epsilon or noise_multiplier"),
         ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: give either epsilon or"),
         ({"privacy": {"epsilon": float("inf")}}, "privacy.epsilon: input should be a finite num"),
