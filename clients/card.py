@@ -49,6 +49,36 @@ with torch.no_grad():
     logits = pooled @ head["head.weight"].T + head["head.bias"]
 print([labels[i] for i in logits.argmax(-1)])
 """
+_TAG = """\
+import json
+from pathlib import Path
+{imports}
+labels = json.loads(Path(folder, "weft.json").read_text(encoding="utf-8"))["labels"]
+
+text = "a first text with some words"
+batch = tokenizer(
+    text, truncation=True, max_length={max_length}, return_offsets_mapping=True,
+    return_tensors="pt",
+)
+with torch.no_grad():
+    {logits}
+# a word has the tag of the first of its pieces
+for (start, end), tag in zip(batch["offset_mapping"][0].tolist(), logits[0].argmax(-1).tolist()):
+    if start < end:
+        print(text[start:end], labels[tag])
+"""
+_TAG_LOGITS = """\
+logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits"""
+_TAG_HEAD = """\
+hidden = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state.float()
+    logits = hidden @ head["head.weight"].T + head["head.bias"]"""
+_TAG_IMPORT = """\
+
+from safetensors.torch import load_file
+
+head = load_file(f"{folder}/head.safetensors")"""
 _GENERATE = """\
 batch = tokenizer(["Once upon a time"], return_tensors="pt")
 with torch.no_grad():
@@ -71,26 +101,49 @@ _QUANTIZED = {
 _DTYPE = {"float32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
-def model_card(spec: ModelSpec, facts: Mapping[str, Any], card: str) -> str:
+_AUTO = {
+    "classification": "AutoModel",
+    "token-classification": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+}
+_PIPELINE = {
+    "classification": "text-classification",
+    "token-classification": "token-classification",
+    "causal-lm": "text-generation",
+}
+
+
+def model_card(
+    spec: ModelSpec, facts: Mapping[str, Any], card: str, head_inside: bool = False
+) -> str:
     """Return the README of an adapter that weft trains: ``card``, and code that runs as it is.
 
     Args:
         spec: the base model and the task.
         facts: what ``weft.json`` says.
         card: what there is to say of the adapter, in Markdown.
+        head_inside: whether the head over tags is among PEFT's tensors.
     """
     dtype = _DTYPE[spec.compute_dtype]
     quantized = _QUANTIZED[spec.quantization].format(dtype=dtype)
     options = f",\n    dtype={dtype}" + (
         f",\n    quantization_config={quantized}" if quantized else ""
     )
+    if head_inside:
+        options += f",\n    num_labels={len(spec.labels)}"
     code = _LOAD.format(
-        auto="AutoModelForCausalLM" if spec.kind == "causal-lm" else "AutoModel",
+        auto="AutoModelForTokenClassification" if head_inside else _AUTO[spec.kind],
         imports=", BitsAndBytesConfig" if quantized else "",
         options=options,
     )
     if spec.kind == "causal-lm":
         code += "\n" + _GENERATE
+    elif spec.kind == "token-classification":
+        code += "\n" + _TAG.format(
+            imports="" if head_inside else _TAG_IMPORT,
+            logits=_TAG_LOGITS if head_inside else _TAG_HEAD,
+            max_length=spec.max_length,
+        )
     else:
         code += "\n" + _CLASSIFY.format(
             pooling=_POOLING[facts["pooling"]], max_length=spec.max_length
@@ -106,7 +159,7 @@ def front_matter(facts: Mapping[str, Any], kind: str, method: str = "lora") -> s
 
     Args:
         facts: what ``weft.json`` says.
-        kind: ``classification`` or ``causal-lm``.
+        kind: the task.
         method: PEFT's name of it, in lower case.
     """
     base = facts["base"]["id"]
@@ -114,7 +167,7 @@ def front_matter(facts: Mapping[str, Any], kind: str, method: str = "lora") -> s
     lines = [
         "library_name: peft",
         *([f"base_model: {base}", "base_model_relation: adapter"] if on_hub else []),
-        f"pipeline_tag: {'text-generation' if kind == 'causal-lm' else 'text-classification'}",
+        f"pipeline_tag: {_PIPELINE[kind]}",
         f"tags: [weft, {method}]",
     ]
     return "---\n" + "\n".join(lines) + "\n---\n\n"

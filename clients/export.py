@@ -19,6 +19,7 @@ from clients import placement, shifts
 from clients.assignment import ModelSpec
 from clients.card import front_matter, model_card
 from clients.models import load, skeleton
+from clients.tagger import Tagger, tagger_of
 from clients.task_model import pooling
 from clients.weights import MINILM, hub_revision, locate
 from strategies.base import Tensors
@@ -34,7 +35,11 @@ _TRAINING_ONLY = ".lora_monteclora_sampler."  # MonteCLoRA is used by its mean, 
 PEFT_PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEAD, FACTS = "head.safetensors", "weft.json"
-TASK_TYPE = {"classification": "FEATURE_EXTRACTION", "causal-lm": "CAUSAL_LM"}
+TASK_TYPE = {
+    "classification": "FEATURE_EXTRACTION",
+    "token-classification": "FEATURE_EXTRACTION",  # TOKEN_CLS where transformers has weft's head
+    "causal-lm": "CAUSAL_LM",
+}
 
 
 class NotExportable(ValueError):
@@ -48,7 +53,8 @@ def export_peft(
 
     The folder computes what weft's own model computes: every layer keeps its own rank and scaling.
     Beside PEFT's two files it holds the tokenizer, ``weft.json``, for classification the head
-    (``head.safetensors``), and a ``README.md`` with the code that loads it.
+    (``head.safetensors``), and a ``README.md`` with the code that loads it. The head over tags is
+    among PEFT's tensors where ``AutoModelForTokenClassification`` has the same.
 
     Args:
         folder: where to; empty (:func:`clients.folders.whole_folder` makes it appear at once).
@@ -68,50 +74,71 @@ def export_peft(
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
     _check_head(head, spec)
     adapter = {name: tensor for name, tensor in tensors.items() if name not in head}
-    named, config = peft_files(adapter, spec)
+    tagger = tagger_of(spec) if spec.kind == "token-classification" else None
+    named, config = peft_files(adapter, spec, tagger)
+    if tagger is not None:
+        named |= _plain({f"{PEFT_PREFIX}{tagger.head}{n[4:]}": t for n, t in head.items()})
     save_file(named, folder / WEIGHTS, {"format": "pt"})
     write_json(folder / CONFIG, config)
-    if head:
+    if head and tagger is None:
         save_file(_plain(head), folder / HEAD, {"format": "pt"})
     facts = {
         "kind": spec.kind,
         "labels": list(spec.labels),
-        "pooling": pooling(spec, skeleton(spec, whole=True).config) if head else None,
+        "pooling": _pooling(spec),
         "max_length": spec.max_length,
         **base_facts(folder, spec),
         **extra,
     }
     write_json(folder / FACTS, facts)
-    (folder / "README.md").write_text(model_card(spec, facts, card), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(spec, facts, card, tagger is not None), encoding="utf-8"
+    )
     return facts
 
 
-def peft_files(tensors: Tensors, spec: ModelSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pooling(spec: ModelSpec) -> str | None:
+    if spec.kind != "classification":
+        return None
+    return pooling(spec, skeleton(spec, whole=True).config)
+
+
+def peft_files(
+    tensors: Tensors, spec: ModelSpec, tagger: Tagger | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an adapter as PEFT's two files have it: tensors by PEFT's names, and the config.
 
     Args:
         tensors: by weft's names, without a head.
         spec: the base model.
+        tagger: transformers' class around it that is adapted, or None for the body alone.
 
     Raises:
         NotExportable: if they are not an adapter of PEFT's LoRA family for this base model.
         clients.models.ModelNotFound: if the base model is not here.
     """
     factors, changes = shifts.split(tensors)
-    layers = _layers(factors)
-    linear = placement.linear_layers(skeleton(spec, whole=True))
-    config = _peft_config(layers, spec, hub_revision(spec), linear)
+    plain = _layers(factors)
+    prefix = "" if tagger is None else tagger.prefix
+    layers = {f"{prefix}{name}": parts for name, parts in plain.items()}
+    whole = skeleton(spec, whole=True) if tagger is None else tagger.model
+    config = _peft_config(layers, spec, placement.linear_layers(whole))
+    saved: list[str] = []
+    if tagger is not None:
+        config.task_type, saved = "TOKEN_CLS", [tagger.head]
     named = _peft_tensors(layers)
     if changes:
         backbone = load(spec).backbone
-        config.bias, config.modules_to_save = _trained_whole(backbone, changes, layers)
-        named |= _peft_parameters(shifts.sums(backbone, changes), layers)
+        config.bias, modules = _trained_whole(backbone, changes, plain)
+        saved += [f"{prefix}{name}" for name in modules]
+        named |= _peft_parameters(shifts.sums(backbone, changes), plain, prefix)
+    config.modules_to_save = saved or None
     return named, config.to_dict()
 
 
 def _trained_whole(
     backbone: nn.Module, changes: Tensors, adapted: Collection[str]
-) -> tuple[str, list[str] | None]:
+) -> tuple[str, list[str]]:
     """Return PEFT's ``bias`` and ``modules_to_save`` for these changes of whole parameters."""
     parts: dict[str, set[str]] = {}
     for name in changes:
@@ -124,16 +151,16 @@ def _trained_whole(
     ]
     biased = parts.keys() - set(whole)
     bias = "all" if biased - set(adapted) else "lora_only" if biased else "none"
-    return bias, sorted(whole) or None
+    return bias, sorted(whole)
 
 
-def _peft_parameters(changed: Tensors, adapted: Collection[str]) -> dict[str, Tensor]:
+def _peft_parameters(changed: Tensors, adapted: Collection[str], prefix: str) -> dict[str, Tensor]:
     """Return whole parameters by PEFT's names; those of an adapted layer are within its wrapper."""
     found = {}
     for name, tensor in changed.items():
         layer, _, part = name.rpartition(".")
         inner = ".base_layer" if layer in adapted else ""
-        found[f"{PEFT_PREFIX}{layer}{inner}.{part}"] = tensor
+        found[f"{PEFT_PREFIX}{prefix}{layer}{inner}.{part}"] = tensor
     return _plain(found)
 
 
@@ -209,7 +236,7 @@ def public_id(spec: ModelSpec) -> str:
 
 
 def _check_head(head: Tensors, spec: ModelSpec) -> None:
-    expected = ["head.bias", "head.weight"] if spec.kind == "classification" else []
+    expected = [] if spec.kind == "causal-lm" else ["head.bias", "head.weight"]
     if sorted(head) != expected:
         raise NotExportable(
             f"a {spec.kind} adapter has the head {expected or 'none'}, this one has "
@@ -260,10 +287,7 @@ def _plain(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _peft_config(
-    layers: Mapping[str, Tensors],
-    spec: ModelSpec,
-    base_revision: str | None,
-    linear: Mapping[str, nn.Module],
+    layers: Mapping[str, Tensors], spec: ModelSpec, linear: Mapping[str, nn.Module]
 ) -> LoraConfig:
     """Return PEFT's config: the most common rank and alpha, and where a layer differs.
 
@@ -280,7 +304,7 @@ def _peft_config(
     return LoraConfig(
         task_type=TASK_TYPE[spec.kind],
         base_model_name_or_path=public_id(spec),
-        revision=base_revision,
+        revision=hub_revision(spec),
         inference_mode=True,
         r=rank,
         lora_alpha=alpha,

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from clients import models, placement
-from clients.assignment import ModelSpec, PluginChoice
+from clients.assignment import ModelSpec, PluginChoice, Task
 from clients.export import CONFIG, FACTS, HEAD, PEFT_PREFIX, WEIGHTS
 from clients.peft_layers import (
     Foreign,
@@ -31,10 +31,15 @@ from clients.peft_layers import (
     layers_of,
     sizes,
 )
+from clients.tagger import tagger_of
 
 __all__ = ["Imported", "NotImportable", "read_peft"]
 
-_KINDS = {"CAUSAL_LM": "causal-lm", "FEATURE_EXTRACTION": "classification"}
+_KINDS: Mapping[str, Task] = {
+    "CAUSAL_LM": "causal-lm",
+    "TOKEN_CLS": "token-classification",
+    "FEATURE_EXTRACTION": "classification",
+}
 _SCORE = f"{PEFT_PREFIX}score.weight"
 _ON_THE_BASE_ITSELF = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _ELSEWHERE = {
@@ -186,7 +191,7 @@ def _base(config: Mapping[str, Any], facts: Mapping[str, Any], base: str | None)
     revision = config.get("revision") if base is None else None
     spec = ModelSpec(
         id=place,
-        kind="causal-lm" if config.get("task_type") == "CAUSAL_LM" else "classification",
+        kind=_kind(config, _known(facts)),
         revision=revision if isinstance(revision, str) else None,
         quantization=said.get("quantization", "none"),
         compute_dtype=said.get("compute_dtype", "float32"),
@@ -201,6 +206,13 @@ def _base(config: Mapping[str, Any], facts: Mapping[str, Any], base: str | None)
             "one with --base"
         )
     return spec
+
+
+def _kind(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Task:
+    """Return the task; PEFT's type is the same for both kinds of heads that weft keeps apart."""
+    found = _KINDS.get(str(config.get("task_type")), "classification")
+    tags = found == "classification" and facts.get("kind") == "token-classification"
+    return "token-classification" if tags else found
 
 
 def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,15 +298,39 @@ def _head(
             )
         head = {"head.weight": weight, "head.bias": torch.zeros(len(weight))}
         return head, replace(spec, pooling="last"), spec.labels
-    if task not in _KINDS:
+    if task == "TOKEN_CLS":
+        return _tags_head(facts, spec, tensors)
+    if not isinstance(task, str) or task not in _KINDS:
         raise Foreign(f"its task type is {task}, whose model has a head that weft has not")
     if _KINDS[task] == "causal-lm":
         return {}, replace(spec, labels=()), ()
     if not facts.get("labels") or not (files.path / HEAD).is_file():
         raise Foreign(f"it has no head ({FACTS} and {HEAD}, as weft exports them)")
-    labels = tuple(str(label) for label in facts["labels"])
+    labels = _labels(facts)
     head = {name: t.float() for name, t in files.tensors(HEAD).items()}
     if sorted(head) != ["head.bias", "head.weight"] or len(head["head.weight"]) != len(labels):
         raise NotImportable(f"{HEAD} is not the head of the {len(labels)} labels in {FACTS}")
-    seen = tuple(str(label) for label in facts.get("seen_labels", labels))
-    return head, replace(spec, labels=labels), seen
+    return head, replace(spec, labels=labels), _labels(facts, "seen_labels") or labels
+
+
+def _tags_head(
+    facts: Mapping[str, Any], spec: ModelSpec, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], ModelSpec, tuple[str, ...]]:
+    """Return what :func:`_head` does, of an adapter whose head over tags PEFT saved with it."""
+    labels = spec.labels or _labels(facts)
+    spec = replace(spec, labels=labels)
+    tagger = tagger_of(spec)
+    places = {n: f"{PEFT_PREFIX}{tagger.head}.{n}" for n in ("weight", "bias")} if tagger else {}
+    if not places or not set(places.values()) <= tensors.keys():
+        raise Foreign("its head over tags is not one linear layer on the base model's last states")
+    head = {f"head.{name}": tensors.pop(place).float() for name, place in places.items()}
+    if len(head["head.weight"]) != len(labels):
+        raise NotImportable(
+            f"the tagger has {len(head['head.weight'])} tags, and {len(labels)} are given; name "
+            "all of them in order with --labels O,B-NAME,…"
+        )
+    return head, spec, _labels(facts, "seen_labels") or labels
+
+
+def _labels(facts: Mapping[str, Any], key: str = "labels") -> tuple[str, ...]:
+    return tuple(str(label) for label in facts.get(key, ()))

@@ -114,7 +114,7 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
     elif device == "cpu":
         body = "causal-lm" if spec.kind == "causal-lm" else "classification"
         key = f"{base_hash(spec)}-{body}"
-        with _quiet():
+        with quiet():
             folder = mapped.mappable(
                 folder, options["dtype"], key, lambda: _pretrained(spec, folder, options)
             )
@@ -139,7 +139,7 @@ def _return_scales(layer: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _pretrained(spec: ModelSpec, folder: Path, options: dict[str, Any]) -> Any:
-    with _quiet():
+    with quiet():
         try:
             model, info = _auto_class(spec).from_pretrained(folder, **options)
         except ImportError as error:
@@ -240,7 +240,7 @@ def _quantization(spec: ModelSpec, device: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' loading report; what matters of it is checked after."""
     level, bar = (
         transformers_logging.get_verbosity(),
@@ -343,7 +343,7 @@ def skeleton(spec: ModelSpec, *, whole: bool = False) -> Any:
         UnsupportedBase: if it does not suit ``spec.kind``.
     """
     config = _config(spec, locate(spec.id, spec.revision))
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         options = {} if whole else _class_options(spec, config)
         return _auto_class(spec).from_config(config, **options)
 
@@ -354,7 +354,7 @@ def shapes(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelNotFound, UnsupportedBase, strategies.plugins.BadOptions: as :func:`estimate`.
     """
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         model = TaskModel(adapter.attach(skeleton(spec), {}), spec)
         live = {**adapter.parameters(model.backbone), **model.head_parameters()}
     found = {name: tuple(parameter.shape) for name, parameter in live.items()}

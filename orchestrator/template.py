@@ -10,7 +10,7 @@ TEMPLATE = """\
 
 name: task-1                        # the adapter's name in the store
 model: builtin:minilm               # a Hugging Face id, a local folder, or builtin:minilm
-task: classification                # or token-classification (labels are tags), or causal-lm (no labels)
+task: classification                # token-classification, or causal-lm (without labels)
 labels: [int, float, bool, str, array, callable, sequence, mapping]   # the declared label set
 # task_labels: [int, float]         # the labels that this run learns, if not all
 
