@@ -117,6 +117,12 @@ def plan(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None: 
         )
         line = f"  a round {one.one_round}; in all {one.whole}"
         out.print(line, highlight=False, markup=False)
+        values = {name: f"{value:.2f}" for name, value in one.by_accountant.items()}
+        line = (
+            f"  in all by accountant: prv {values['prv']} and rdp {values['rdp']}, upper bounds; "
+            f"gdp {values['gdp']}, an approximation that may be too low and judges nothing"
+        )
+        out.print(line, style="dim", highlight=False, markup=False)
     for effect in found.budgets:
         out.print(
             f"budget of {effect.population}: ε = {effect.before:.2f} of {effect.limit:g} is spent, "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
+from clients.accounting import Accountant, approximate_epsilon, epsilon
 from orchestrator.budgets import Budgets, Limit, most_rounds, spend_over
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
 from orchestrator.plan import Participant, Plan
 from orchestrator.workspace import Workspace
+from strategies.spends import PrivacySpend
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Prospect:
         rounds: in which it takes part, at most.
         one_round: the ε of one of them.
         whole: the ε of all of them, of this run alone.
+        by_accountant: the same by ``prv`` and ``rdp``, upper bounds, and by ``gdp``, which is an
+            approximation and may be too low: nothing is judged by it.
     """
 
     client: str
@@ -56,6 +60,7 @@ class Prospect:
     rounds: int
     one_round: Epsilon
     whole: Epsilon
+    by_accountant: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,13 @@ def _prospect(who: Participant, plan: Plan) -> Prospect:
         rounds,
         one,
         whole,
+        _by_accountant(spends[1], privacy.delta),
     )
+
+
+def _by_accountant(spend: PrivacySpend, delta: float) -> dict[str, float]:
+    bounds = {name: epsilon([spend], delta, name) for name in get_args(Accountant)}
+    return {**bounds, "gdp": approximate_epsilon([spend], delta)}
 
 
 def _effect(limit: Limit, people: Sequence[Participant], plan: Plan) -> Effect:

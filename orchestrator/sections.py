@@ -51,6 +51,16 @@ class ClippingConfig(Strict):
         return self
 
 
+def _bound(value: Any) -> Any:
+    """Refuse an accountant that bounds nothing."""
+    if value == "gdp":
+        raise ValueError(
+            "gdp is an approximation that can say less than was spent; give prv or rdp, which are "
+            "upper bounds, and see it beside them with weft privacy plan"
+        )
+    return value
+
+
 class PrivacyConfig(Strict):
     """Differential privacy: give ``epsilon``, or the ``noise_multiplier`` itself.
 
@@ -69,7 +79,7 @@ class PrivacyConfig(Strict):
     level: Literal["example", "client"] = "example"
     clip: float | None = Field(default=None, gt=0)
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
-    accountant: Literal["prv", "rdp"] = "prv"
+    accountant: Annotated[Literal["prv", "rdp"], BeforeValidator(_bound)] = "prv"
     insecure_seed: int | None = None
     over_budget: Literal["refuse", "shorten"] | None = None
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy import integrate, optimize, stats
 
-from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
+from clients.accounting import (
+    BudgetSpent,
+    IncomposableSpends,
+    approximate_epsilon,
+    epsilon,
+    noise_for,
+)
 from strategies.spends import PrivacySpend
 
 DELTA = 1e-5
+PEER = Path(__file__).with_name("dp_accounting.json").read_text().splitlines()
 BOTH = pytest.mark.parametrize("accountant", ["prv", "rdp"])
 
 
@@ -74,6 +85,46 @@ def test_epsilon_agrees_with_opacus(kind, accountant):
     peer.history = list(history)
     found = epsilon([spend(*event) for event in history], DELTA, accountant)
     assert found == pytest.approx(peer.get_epsilon(DELTA), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [json.loads(line) for line in PEER],
+    ids=lambda one: repr(one["spends"]).replace(" ", ""),
+)
+def test_epsilon_agrees_with_google_s_accountants(peer):
+    """With what ``benchmarks/accountants.py`` wrote down that dp-accounting said."""
+    spends, delta = [spend(*event) for event in peer["spends"]], peer["delta"]
+    exact = peer["pld"]  # an upper bound too, and a very near one
+
+    assert exact <= epsilon(spends, delta) <= 1.01 * exact + 0.001
+    assert exact <= epsilon(spends, delta, "rdp") <= 1.03 * peer["rdp"]
+
+
+def test_the_central_limit_s_epsilon_is_exact_without_sampling():
+    spends = [spend(5.0, 1.0, 3), spend(8.0, 1.0, 6)]
+    together = 1 / math.sqrt(3 / 25 + 6 / 64)
+    assert approximate_epsilon(spends, DELTA) == pytest.approx(gaussian_epsilon(together, 1, DELTA))
+
+
+def test_the_central_limit_s_epsilon_is_too_low_for_few_steps_and_right_for_many():
+    few, many = spend(0.6, 0.01, 200), spend(20.0, 0.05, 10**5)
+    assert approximate_epsilon([few], DELTA) < 0.6 * epsilon([few], DELTA)
+    assert approximate_epsilon([many], DELTA) == pytest.approx(epsilon([many], DELTA), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("event", "value"),
+    [((1e3, 0.01, 1), 0.0), ((0.01, 0.5, 10), math.inf), ((0.1, 1, 9), math.inf)],
+)
+def test_the_central_limit_s_epsilon_has_its_ends(event, value):
+    assert approximate_epsilon([spend(*event)], DELTA) == value
+    assert approximate_epsilon([], DELTA) == 0.0
+
+
+def test_the_central_limit_judges_nothing():
+    with pytest.raises(ValueError, match="accountant must be prv or rdp, got 'gdp'"):
+        epsilon([spend(0.6, 0.01, 200)], DELTA, "gdp")
 
 
 def test_the_numerical_accountant_is_tighter():
@@ -223,3 +274,47 @@ def test_a_plan_out_of_range_is_refused(wrong, message):
     plan = {"epsilon": 1.0, "delta": DELTA, "sample_rate": 0.1, "steps": 1}
     with pytest.raises(ValueError, match=f"{message} must be"):
         noise_for(**{**plan, **wrong})
+
+
+plans = st.fixed_dictionaries(
+    {
+        "epsilon": st.floats(0.2, 16),
+        "delta": st.floats(-7, -3).map(lambda power: 10**power),
+        "sample_rate": st.floats(-3, 0).map(lambda power: 10**power),
+        "steps": st.floats(0, 3).map(lambda power: int(10**power)),
+        "history": st.lists(
+            st.builds(spend, st.floats(2, 9), st.floats(0.01, 0.2), st.integers(1, 30)), max_size=1
+        ),
+        "accountant": st.sampled_from(["prv", "rdp"]),
+    }
+)
+
+
+def check_calibration(plan):
+    """Check that calibrated noise keeps to the budget, and that a hair less of it would not."""
+    try:
+        noise = noise_for(**plan)
+    except BudgetSpent:
+        assume(False)
+    target, by = plan["epsilon"], plan["accountant"]
+
+    def used(noise):
+        new = spend(noise, plan["sample_rate"], plan["steps"])
+        return epsilon([*plan["history"], new], plan["delta"], by)
+
+    assert used(noise) <= target
+    assert used(noise) >= 0.99 * target or noise == 0.01 or used(0.998 * noise - 1e-4) > target
+
+
+@settings(max_examples=8, deadline=None)
+@given(plans)
+def test_calibrated_noise_spends_the_budget_and_no_more(plan):
+    check_calibration(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=1000, deadline=None)
+@given(plans)
+def test_calibrated_noise_spends_the_budget_and_no_more_in_a_thousand_settings(plan):
+    check_calibration(plan)
