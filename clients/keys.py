@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from clients.files import sync, write_durably
 
 KEY_BYTES = 32
+_DOOMED = ".doomed-"
 
 
 def new_key() -> bytes:
@@ -44,8 +46,26 @@ def run_folder(site: Path, run: str, client: str) -> Path:
 
 
 def destroy_key(site: Path, run: str, client: str) -> None:
-    """Delete the key of (run, client) for good, if the site in folder ``site`` has one."""
-    (run_folder(site, run, client) / "key").unlink(missing_ok=True)
+    """Overwrite and delete the key of (run, client), if the site in folder ``site`` has one.
+
+    Durable when it returns. After a crash on the way the key is what it was or is not there, and
+    what is left of it has another name, which the next call finds. What a file system or a disk
+    keeps of overwritten bytes is beyond this.
+    """
+    folder = run_folder(site, run, client)
+    with suppress(FileNotFoundError):
+        # first out of the way: half a key, or what it was overwritten with, must not be one
+        (folder / "key").rename(folder / f"{_DOOMED}{uuid.uuid4().hex}")
+        sync(folder)
+    doomed = list(folder.glob(f"{_DOOMED}*"))
+    for path in doomed:
+        with path.open("r+b") as file:  # at random, for whoever may be reading it
+            file.write(os.urandom(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+    if doomed:
+        sync(folder)
 
 
 def has_key(site: Path, run: str, client: str) -> bool:

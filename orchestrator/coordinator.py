@@ -17,6 +17,7 @@ from typing import Any
 from clients.worker import perform
 from orchestrator.backends.base import Backend, Perform
 from orchestrator.backends.inline import InlineBackend
+from orchestrator.closing import begin_closing, finish_closing
 from orchestrator.config import RunConfig
 from orchestrator.faulty import FaultyPerform, faulted
 from orchestrator.federation import Cancelled, Federation, Observe, Paused, RoundFailed
@@ -138,6 +139,7 @@ def drive(workspace: Workspace, record: RunRecord, observe: Observe, driving: Dr
     ledger = workspace.ledger
     with Lease(ledger.queue, record.id, record.token, driving.lease_s):
         try:
+            finish_closing(workspace.home, ledger)  # what a driver that died has left to do
             _check_claims(ledger, record.id, driving.max_claims)
             if not driving.accept_drift:
                 _check_drift(workspace, record)
@@ -329,7 +331,9 @@ def _record_end(workspace: Workspace, record: RunRecord, error: BaseException) -
         ledger.record(run, "paused", {}, token=token, status="paused")
     elif isinstance(error, Cancelled):
         drop_after_close(workspace.store, run, home, record.config)
+        begin_closing(home, run, record.config)
         ledger.record(run, "cancelled", {}, token=token, status="cancelled")
+        finish_closing(home, ledger)
     else:
         reason = str(error) or type(error).__name__
         ledger.record(run, "failed", {"reason": reason}, token=token, status="failed", error=reason)

@@ -19,6 +19,7 @@ from orchestrator.availability import absent
 from orchestrator.backends.base import Backend, Failure, Result
 from orchestrator.beginning import begin
 from orchestrator.central import Central, central_of
+from orchestrator.closing import begin_closing, finish_closing
 from orchestrator.cohort import Roster, cohort_of, goal, quorum, roster
 from orchestrator.collecting import Collector, RoundFailed
 from orchestrator.committed import Commits, Committed, consolidated
@@ -261,7 +262,9 @@ class Federation:
         drop_after_close(self.store, self.plan.run, self.home, document)
         name = self.store.name(self.plan.config.name, version)
         facts = {"version": version, "name": name}
+        begin_closing(self.home, self.plan.run, document)
         self._log("completed", facts, status="completed", version=version)
+        finish_closing(self.home, self.ledger)
         return version
 
     def _forget(self, round_: int) -> None:

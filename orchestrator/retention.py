@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clients.keys import destroy_key
 from orchestrator.policy import Retention
 from storage.store import AdapterStore
 from storage.updates import Leaf
@@ -72,16 +71,15 @@ def drop_after_round(
 
 
 def drop_after_close(store: AdapterStore, run: str, home: Path, config: Mapping[str, Any]) -> None:
-    """Delete what is not kept once a run is closed, completed or cancelled: updates, and its key.
+    """Delete the updates that are not kept once a run is closed, completed or cancelled.
 
     Args:
         store: where updates are kept.
         run: the run's id.
-        home: where its folder and the coordinator's keys are.
+        home: where its folder is.
         config: the run's, JSON; one of before there was a retention has the default.
     """
     _empty(folder_of(home, run))
-    destroy_key(coordinator_keys(home), run, COORDINATOR)
     if Retention.model_validate(config.get("retention", {})).keep in ("none", "until-closed"):
         store.updates.drop(run)
 

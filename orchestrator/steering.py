@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from clients.seeds import seed_for
+from orchestrator.closing import begin_closing, finish_closing
 from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.plan import Plan
 from orchestrator.retention import drop_after_close
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger, RunChanged, RunFields, RunRecord
-from storage.records import FINAL
 
 Decision: TypeAlias = tuple[str, dict[str, Any], RunFields] | None
 """An event's kind, facts and changes; None where the run stands as it should."""
@@ -42,13 +42,18 @@ def pause(workspace: Workspace, ref: str) -> RunRecord:
 def cancel(workspace: Workspace, ref: str) -> RunRecord:
     """Cancel a run, for good: at once while it waits, at its next event while it is driven.
 
+    One that failed is cancelled too: it will not be resumed, and its keys are destroyed.
+
     Raises:
         UnknownRun: if there is no such run.
-        RunRefused: if it has ended.
+        RunRefused: if it is completed.
     """
-    record = _steer(workspace, ref, _cancel)
+    before = workspace.ledger.run(ref)
+    begin_closing(workspace.home, before.id, before.config)
+    record = _steer(workspace, before.id, _cancel)
     if record.status == "cancelled":
         drop_after_close(workspace.store, record.id, workspace.home, record.config)
+    finish_closing(workspace.home, workspace.ledger)
     return record
 
 
@@ -104,6 +109,7 @@ def extend(workspace: Workspace, ref: str, rounds: str) -> RunRecord:
             fields["status"] = "queued"
         return "extended", facts, fields
 
+    finish_closing(workspace.home, workspace.ledger)  # its keys go before it can go on
     return _steer(workspace, ref, decide)
 
 
@@ -158,8 +164,8 @@ def _cancel(record: RunRecord, driven: bool) -> Decision:
         return None
     if driven:
         return "wanted", _by(wanted="cancel"), {"wanted": "cancel"}
-    if record.status in FINAL:
-        raise RunRefused(f"run {record.id} is {record.status} already; there is nothing to cancel")
+    if record.status == "completed":
+        raise RunRefused(f"run {record.id} is completed already; there is nothing to cancel")
     return "cancelled", _by(), {"status": "cancelled"}
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 
 from clients.files import write_durably
 from clients.keys import has_key
+from orchestrator.closing import finish_closing
 from orchestrator.retention import COORDINATOR, coordinator_keys
 from orchestrator.workspace import Workspace, open_workspace, place_of
 from storage import backup, garbage, restoring, schema
@@ -28,7 +29,7 @@ from storage.places import DRAFT_S
 from storage.restoring import Restored
 
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}")
-_FOLDERS = ("bases", "central", "runs", "sites")
+_FOLDERS = ("bases", "central", "closing", "runs", "sites")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,8 @@ def gc(
 ) -> tuple[Collection, tuple[Path, ...]]:
     """Find, or ``delete``, what nothing reaches; see :func:`storage.garbage.collect`.
 
+    With ``delete`` the keys go, too, of runs whose driver died when it had closed them.
+
     Returns:
         What was found among the blobs, and the drafts of dead writers in the home.
     """
@@ -137,6 +140,7 @@ def gc(
     found = garbage.collect(workspace.engine, workspace.blobs, delete_them=delete, grace_s=grace_s)
     if delete:
         _remove(drafts)
+        finish_closing(workspace.home, workspace.ledger)
     return found, drafts
 
 

@@ -64,7 +64,6 @@ def test_a_run_whose_driver_died_stops_at_once_and_the_driver_may_not_come_back(
         (service.pause, "completed", "is completed; only one that goes on can be paused"),
         (service.pause, "failed", "is failed; only one"),
         (service.cancel, "completed", "is completed already"),
-        (service.cancel, "failed", "is failed already"),
         (service.requeue, "completed", r"for more rounds: weft runs extend r --rounds \+10"),
         (service.requeue, "cancelled", "weft runs clone r"),
     ],
@@ -74,6 +73,13 @@ def test_what_has_ended_stays_as_it_is(workspace, run, ask, status, message):
     with pytest.raises(RunRefused, match=message):
         ask(workspace, run)
     assert workspace.ledger.run(run).status == status
+
+
+def test_a_run_that_failed_can_be_cancelled_and_is_not_resumed(workspace, run):
+    stands(workspace, run, "failed")
+    assert service.cancel(workspace, run).status == "cancelled"
+    with pytest.raises(RunRefused, match="is cancelled"):
+        service.requeue(workspace, run)
 
 
 @pytest.mark.parametrize("status", ["paused", "failed"])
