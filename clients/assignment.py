@@ -122,6 +122,21 @@ class Clipping:
 
 
 @dataclass(frozen=True, slots=True)
+class Report:
+    """What a client under DP-SGD tells of a round besides its update; see :mod:`clients.report`.
+
+    Attributes:
+        loss: what an example's loss is cut off at, > 0.
+        count: whether the number of examples is told, too.
+        steps: how many steps of training it costs as much as, >= 1.
+    """
+
+    loss: float
+    count: bool = False
+    steps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Privacy:
     """DP-SGD of one client.
 
@@ -135,6 +150,7 @@ class Privacy:
         clipping: how that bound is kept.
         per_unit: how many of a unit's examples a step that takes it trains on at most, >= 1; they
             are clipped as one.
+        report: what is told of a round besides its update, or None for nothing.
     """
 
     noise_multiplier: float
@@ -144,6 +160,7 @@ class Privacy:
     insecure_seed: int | None = None
     clipping: Clipping = Clipping()
     per_unit: int = 1
+    report: Report | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from clients.per_example import engines_of
 from clients.pruning import Ranks
 from clients.pruning import kept as kept_ranks
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
+from clients.report import noised
 from clients.selection import Selection
 from clients.session import (
     Session,
@@ -109,9 +110,10 @@ def train(
             metrics = loop.run_plain()
         else:
             key = site.run_key(assignment.run, assignment.client, privacy.insecure_seed)
-            spends = loop.run_private(
-                NoiseStream(key, digest), data.units(examples) if assignment.data.unit else None
-            )
+            stream = NoiseStream(key, digest)
+            units = data.units(examples) if assignment.data.unit else None
+            spends = loop.run_private(stream, units)
+            metrics = loop.report(stream, units)
         trained = session.read()
     now = ranks.after(trained)
     lower = cut(trained, now)
@@ -168,7 +170,7 @@ def spend_of(assignment: Assignment) -> PrivacySpend:
         parameters={
             "noise_multiplier": privacy.noise_multiplier,
             "sample_rate": privacy.sample_rate,
-            "steps": float(assignment.steps),
+            "steps": float(assignment.steps + (privacy.report.steps if privacy.report else 0)),
         },
     )
 
@@ -298,7 +300,7 @@ class _Loop:
     def run_private(
         self, stream: NoiseStream, units: Sequence[Sequence[int]] | None
     ) -> tuple[PrivacySpend, ...]:
-        """Train with DP-SGD; return what was spent. Nothing measured on the data is kept.
+        """Train with DP-SGD; return what a round spends. Nothing measured on the data is kept.
 
         A step takes each unit with the sample rate, and of each that it takes a few examples, drawn
         anew in each step: what a unit adds to a step is one clipped gradient, however many examples
@@ -324,18 +326,12 @@ class _Loop:
             engine=self.engine or self._chosen_engine(),
         )
         self.engine = engine.engine
-        count = len(self.encoded if units is None else units)
         with engine:
             for step in range(self.step, a.steps):
-                taken = stream.poisson_sample(step, count, a.privacy.sample_rate).tolist()
+                drawn = self._drawn(stream, step, units, a.privacy.per_unit)
                 if units is None:
-                    engine.step(self._microbatches(taken), self._losses, step)
+                    engine.step(self._microbatches([i for (i,) in drawn]), self._losses, step)
                 else:
-                    whole = [units[index] for index in taken]
-                    picked = stream.pick(step, [len(one) for one in whole], a.privacy.per_unit)
-                    drawn = [
-                        [one[i] for i in some] for one, some in zip(whole, picked, strict=True)
-                    ]
                     engine.step(self._of_units(drawn), self._losses, step)
                 self.bound = engine.bound
                 self._finish_step()
@@ -356,6 +352,46 @@ class _Loop:
         self.loss_sum = self.loss_sum + losses.detach().sum()
         self.num_seen += len(losses)
         return losses
+
+    def report(
+        self, stream: NoiseStream, units: Sequence[Sequence[int]] | None
+    ) -> dict[str, float]:
+        """Return what may be told of the data, as the trained model sees them: in noise.
+
+        Args:
+            stream: of the client's secret.
+            units: as for :meth:`run_private`, which comes before this.
+        """
+        a = self.assignment
+        assert a.privacy is not None
+        if a.privacy.report is None:
+            return {}
+        self.session.model.eval()
+
+        @torch.no_grad()
+        def losses(step: int) -> Tensor:
+            drawn = self._drawn(stream, step, units, 1)
+            parts = self._microbatches([i for (i,) in drawn])
+            return torch.cat([torch.zeros(0), *(self._losses(part).cpu() for part in parts)])
+
+        assert a.steps is not None
+        return noised(a.privacy, stream, a.steps, min(a.batch_size, a.num_examples), losses)
+
+    def _drawn(
+        self,
+        stream: NoiseStream,
+        step: int,
+        units: Sequence[Sequence[int]] | None,
+        per_unit: int,
+    ) -> list[list[int]]:
+        """Return a step's Poisson sample: of each unit in it at most so many examples."""
+        assert self.assignment.privacy is not None
+        rate = self.assignment.privacy.sample_rate
+        if units is None:
+            return [[int(i)] for i in stream.poisson_sample(step, len(self.encoded), rate)]
+        whole = [units[int(i)] for i in stream.poisson_sample(step, len(units), rate)]
+        picked = stream.pick(step, [len(one) for one in whole], per_unit)
+        return [[one[i] for i in some] for one, some in zip(whole, picked, strict=True)]
 
     def _losses(self, batch: data.Batch) -> Tensor:
         """Return ``[batch]`` losses, per-example terms of regularizers included."""

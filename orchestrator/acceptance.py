@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.files import write_durably
+from clients.report import names
 from clients.session import returned_names
 from clients.trainer import spend_of
 from clients.uplink import decoded
@@ -186,8 +187,12 @@ def _odd_privacy(update: Update, assignment: Assignment) -> str | None:
         return "under client-level DP an update says nothing but its tensors, and this one does"
     if update.spends != ((spend_of(assignment),) if assignment.privacy else ()):
         return "the update's privacy spend is not what the assignment asked for"
-    if assignment.privacy and (update.metrics or update.num_examples != assignment.num_examples):
-        return "under DP an update carries the declared size and no metrics, and this one differs"
+    if assignment.privacy is None:
+        return None
+    told = names(assignment.privacy.report)
+    if update.metrics.keys() != told or update.num_examples != assignment.num_examples:
+        carried = f"of metrics {', '.join(sorted(told))} alone" if told else "no metrics"
+        return f"under DP an update carries the declared size and {carried}, and this one differs"
     return None
 
 

@@ -145,9 +145,15 @@ def spend_over(who: Participant, plan: Plan, rounds: int) -> PrivacySpend:
     parameters = {
         "noise_multiplier": who.privacy.noise_multiplier,
         "sample_rate": who.privacy.sample_rate,
-        "steps": (plan.config.local_steps or 1) * rounds,
+        "steps": _steps_a_round(plan) * rounds,
     }
     return PrivacySpend("gaussian", who.privacy.unit, "add-remove", parameters)
+
+
+def _steps_a_round(plan: Plan) -> int:
+    """Return as how many steps of DP-SGD a round counts."""
+    assert plan.config.privacy is not None
+    return plan.config.privacy.steps_a_round(plan.config.local_steps or 1)
 
 
 def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Privacy:
@@ -164,7 +170,7 @@ def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Pri
         calibrated,
         config.privacy,
         sample_rate=min(1.0, config.batch_size / who.num_examples),
-        steps=(config.local_steps or 1) * most_rounds(plan),
+        steps=_steps_a_round(plan) * most_rounds(plan),
     )
     found = asked()
     for limit in limits:

@@ -193,17 +193,20 @@ def runs_list(
 @runs_app.command("show")
 def runs_show(ref: str, as_json: JsonFlag = False) -> None:
     """Show one run: by id, unique prefix, or name (its newest)."""
-    from orchestrator import report, views
+    from orchestrator import report, views, watching
     from orchestrator.quarantine import quarantined_in
 
     ledger = workspace_here().ledger
     record = ledger.run(ref)
-    barred = quarantined_in(ledger, record.id)
+    barred, losses = quarantined_in(ledger, record.id), watching.losses(ledger, record.id)
     if as_json:
-        plan = ledger.plan(record.id)
-        print_json({**views.run_json(record), "plan": plan, "quarantined": barred})
+        facts = {"plan": ledger.plan(record.id), "quarantined": barred, "train_loss": losses}
+        print_json({**views.run_json(record), **facts})
         return
     out.print(report.runs_table([record]))
+    if losses:
+        last = ", ".join(f"{loss:.3f}" for loss in list(losses.values())[-5:])
+        out.print(f"train_loss of the last rounds: {last}", highlight=False)
     if barred:
         out.print(f"quarantined: {', '.join(barred)}", style="yellow", markup=False)
     out.print_json(json.dumps(record.config))

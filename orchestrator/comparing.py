@@ -273,10 +273,10 @@ def _scores(plan: Plan, record: RunRecord, history: History) -> Mapping[str, flo
     """Return what the evaluation of a run's final version found; nothing while there is none."""
     if record.status != "completed":
         return {}
-    if plan.config.select == "best":
-        final = best(history.scores, plan.config.judge)
-    else:
-        final = next((s for s in history.scores if s.round == record.round), None)
+    round_, judge = record.round, plan.config.judge
+    if plan.config.select == "best" and (top := best(history.scored(judge.metric), judge)):
+        round_ = top.round
+    final = next((s for s in history.scores if s.round == round_), None)
     return {} if final is None else final.metrics
 
 

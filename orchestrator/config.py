@@ -20,7 +20,7 @@ from orchestrator.faults import Faults, from_list
 from orchestrator.faults import problems as fault_problems
 from orchestrator.loggers import LOGGERS
 from orchestrator.observers.webhook import Notify
-from orchestrator.policy import METRICS, Rounds, Stop, Strict
+from orchestrator.policy import METRICS, TRAIN_LOSS, Rounds, Stop, Strict
 from orchestrator.sections import (
     BackendConfig,
     EvaluateConfig,
@@ -230,10 +230,10 @@ def _problems(config: RunConfig) -> Iterable[str]:
     if c.start != "fresh" and c.start_from is None:
         yield f"start: {c.start} needs start_from, the version to start from"
     for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
-        if wanted and c.evaluate is None:
+        if wanted and c.evaluate is None and c.judge.metric != TRAIN_LOSS:
             yield f"{key}: there is nothing to judge versions by; give evaluate, held-back data"
-    if c.judge.metric not in c.metrics:
-        allowed = ", ".join(c.metrics)
+    if c.judge.metric not in (*c.metrics, TRAIN_LOSS):
+        allowed = ", ".join((*c.metrics, TRAIN_LOSS))
         yield f"stop.metric: {c.task} is not scored by {c.judge.metric!r} ({allowed})"
     if c.head == "personal" and c.evaluate is not None:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
@@ -251,6 +251,12 @@ def _problems(config: RunConfig) -> Iterable[str]:
 def _privacy_problems(c: RunConfig) -> Iterable[str]:
     if c.client_level:
         yield from c.one_sum_problems()
+    if c.judge.metric == TRAIN_LOSS and c.privacy and c.privacy.report is None:
+        yield (
+            "stop.metric: train_loss is what clients' data say, and under privacy no loss leaves "
+            "them but in noise that costs: set privacy.report.loss (at level: example), or judge "
+            "by evaluate, held-back data"
+        )
     if c.dp_sgd and c.epochs is not None:
         yield (
             "epochs: under privacy a round has a fixed number of steps, because passes over the "

@@ -35,6 +35,7 @@ from orchestrator.plan import (
     plan_init,
     plan_round,
 )
+from orchestrator.policy import TRAIN_LOSS
 from orchestrator.recipes import final_recipe, round_recipe
 from orchestrator.relating import relate_again
 from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
@@ -245,17 +246,21 @@ class Federation:
     def _stops(self) -> bool:
         """Return whether versions get no better, by ``stop``."""
         history, stop = self._history(), self.plan.config.stop
-        if history.stopped is None and stop is not None and exhausted(history.scores, stop):
-            reason = f"{stop.metric} did not improve in {stop.patience} evaluations"
+        if stop is None or history.stopped is not None:
+            return history.stopped is not None
+        if exhausted(history.scored(stop.metric), stop):
+            times = "rounds" if stop.metric == TRAIN_LOSS else "evaluations"
+            reason = f"{stop.metric} did not improve in {stop.patience} {times}"
             self._log("stopped", {"round": history.round, "reason": reason})
             return True
-        return history.stopped is not None
+        return False
 
     def _finish(self, done: Committed) -> str:
         """Name the run's result and return its id."""
         result = done
         if self.plan.config.select == "best":
-            top = best(self._history().scores, self.plan.config.judge)
+            judge = self.plan.config.judge
+            top = best(self._history().scored(judge.metric), judge)
             result = self._commits.of(top.version) if top else done
         version = self._settled(result)
         document = self.plan.config.model_dump(mode="json")

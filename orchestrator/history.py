@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
+from orchestrator.policy import TRAIN_LOSS
 from storage.records import Event
 
 Key: TypeAlias = tuple[str, int]
@@ -117,6 +119,8 @@ class History:
         held: by client: what its newest accepted update was trained from.
         faults: of the clients whose last answer was none.
         scores: oldest first.
+        losses: of the updates that are taken and not aggregated yet, where clients tell them.
+        told: what the clients of each round told on average, oldest first.
         judged: the last round that was evaluated, or whose evaluation failed.
         stopped: why the run stops early, or None.
     """
@@ -131,8 +135,14 @@ class History:
     held: Mapping[str, Asked] = field(default_factory=dict)
     faults: Mapping[str, Faults] = field(default_factory=dict)
     scores: tuple[Score, ...] = ()
+    losses: Mapping[Key, float] = field(default_factory=dict)
+    told: tuple[Score, ...] = ()
     judged: int = 0
     stopped: str | None = None
+
+    def scored(self, metric: str) -> tuple[Score, ...]:
+        """Return the scores that have a metric, or may have: of evaluations, or of rounds."""
+        return self.told if metric == TRAIN_LOSS else self.scores
 
     @staticmethod
     def at_commit(event: Event) -> History:
@@ -196,6 +206,7 @@ def _accepted(h: History, data: Mapping[str, Any]) -> History:
         pending=_without(h.pending, [one.client]),
         taken={**h.taken, one.key: one},
         held={**h.held, one.client: asked} if newer else h.held,
+        losses={**h.losses, one.key: data["loss"]} if "loss" in data else h.losses,
         faults=_without(h.faults, [one.client]),
     )
 
@@ -224,7 +235,13 @@ def _below_quorum(h: History, data: Mapping[str, Any]) -> History:
 
 
 def _committed(h: History, data: Mapping[str, Any]) -> History:
-    return replace(h, round=data["round"], version=data["version"], open=None, taken={})
+    closed = (h.open and h.open.closed) or ()
+    losses = [h.losses[one.key] for one in closed if one.key in h.losses]
+    told = h.told
+    if losses:
+        told = (*told, Score(data["round"], data["version"], {TRAIN_LOSS: fmean(losses)}))
+    now = replace(h, round=data["round"], version=data["version"], open=None, taken={})
+    return replace(now, losses={}, told=told)
 
 
 def _evaluated(h: History, data: Mapping[str, Any]) -> History:

@@ -69,7 +69,7 @@ class Asynchronous(Staleness):
 
 
 class Stop(Strict):
-    """When a metric of ``evaluate`` has not improved for so many evaluations, the run ends."""
+    """When a metric has not improved for so many evaluations, or rounds, the run ends."""
 
     metric: str = Field(min_length=1)
     patience: int = Field(default=3, ge=1)
@@ -99,7 +99,9 @@ class Retention(Strict):
         return self
 
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+TRAIN_LOSS = "train_loss"
+"""The mean of what a round's clients tell of their loss: what of a run needs no held-back data."""
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", TRAIN_LOSS})
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "loss"),
     "token-classification": (

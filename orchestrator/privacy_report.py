@@ -30,7 +30,7 @@ _SEES = (
     (
         "the coordinator, and whoever can read its store",
         "every single client's update, who took part when, declared sizes, all versions",
-        "records, keys, noise without the update it is in, losses and exact counts of a private "
+        "records, keys, noise without the update it is in, exact losses and counts of a private "
         "run",
     ),
     (

@@ -118,10 +118,9 @@ class RunProgress:
             self._console.print(line, highlight=False)
 
     def _loss(self) -> str:
-        if self._plan is not None and self._plan.config.privacy is not None:
-            return "hidden by DP"
         if not self._losses:
-            return "-"
+            hidden = self._plan is not None and self._plan.config.privacy is not None
+            return "hidden by DP" if hidden else "-"
         return f"{sum(self._losses.values()) / len(self._losses):.3f}"
 
     def _spent_text(self) -> str:

@@ -184,6 +184,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
             "insecure_seed": privacy.insecure_seed,
             **_clipping(privacy.clipping),
             **({"per_unit": privacy.per_unit} if privacy.per_unit > 1 else {}),
+            **({"report": privacy.report.model_dump(mode="json")} if privacy.report else {}),
         },
         "private": privacy is not None and privacy.insecure_seed is None,
         **({"unbounded": config.accept_unbounded} if config.accept_unbounded else {}),

@@ -51,6 +51,14 @@ class ClippingConfig(Strict):
         return self
 
 
+class ReportConfig(Strict):
+    """What clients tell of a round besides their updates, in noise that costs as a step does."""
+
+    loss: float = Field(gt=0)
+    count: bool = False
+    steps: int = Field(default=1, ge=1)
+
+
 def _bound(value: Any) -> Any:
     """Refuse an accountant that bounds nothing."""
     if value == "gdp":
@@ -73,6 +81,7 @@ class PrivacyConfig(Strict):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     clipping: Annotated[ClippingConfig, BeforeValidator(_by_name)] = ClippingConfig()
+    report: ReportConfig | None = None
     max_participations: int | None = Field(default=None, ge=1)
     unit: str = Field(default="example", min_length=1, max_length=128)
     per_unit: int = Field(default=1, ge=1)
@@ -92,11 +101,11 @@ class PrivacyConfig(Strict):
                 "clip is the norm of a client's whole change at level: client, which needs it; at "
                 "level: example it is max_grad_norm"
             )
-        of_examples = (self.max_grad_norm, self.unit, self.clipping.mode)
-        if self.level == "client" and of_examples != (1.0, "example", "flat"):
+        of_examples = (self.max_grad_norm, self.unit, self.clipping.mode, self.report)
+        if self.level == "client" and of_examples != (1.0, "example", "flat", None):
             raise ValueError(
-                "max_grad_norm, unit and clipping are of examples; at level: client the unit is "
-                "the client and clip bounds its change, so leave them out"
+                "max_grad_norm, unit, clipping and report are of examples; at level: client the "
+                "unit is the client and clip bounds its change, so leave them out"
             )
         if self.per_unit > 1 and not self.unit_column:
             raise ValueError(
@@ -111,6 +120,10 @@ class PrivacyConfig(Strict):
         if self.clip_quantile is not None and self.level != "client":
             raise ValueError("clip_quantile moves the clip of level: client; leave it out")
         return self
+
+    def steps_a_round(self, training: int) -> int:
+        """Return as how many steps a round counts that has so many of training."""
+        return training + (self.report.steps if self.report else 0)
 
     @property
     def unit_column(self) -> str:

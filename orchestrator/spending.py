@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
-from clients.assignment import Assignment, Clipping, Privacy
+from clients.assignment import Assignment, Clipping, Privacy, Report
 from clients.downlink import DIGEST_BYTES
 from clients.trainer import spend_of
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
@@ -85,6 +85,7 @@ def calibrated(
         insecure_seed=config.insecure_seed,
         clipping=Clipping(**config.clipping.model_dump()),
         per_unit=config.per_unit,
+        report=Report(**config.report.model_dump()) if config.report else None,
     )
 
 

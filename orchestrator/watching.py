@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from orchestrator.history import History
+from orchestrator.policy import TRAIN_LOSS
 from orchestrator.workspace import Workspace
-from storage.ledger import Event, RunRecord
+from storage.ledger import Event, Ledger, RunRecord
 from storage.records import FINAL
 
 _PAGE = 1000
@@ -44,6 +46,15 @@ def log(
         if ended:
             return
         time.sleep(poll_s)
+
+
+def losses(ledger: Ledger, run: str) -> dict[int, float]:
+    """Return what the clients of each round said of their loss, on average; in DP's noise, if any.
+
+    Of a run whose clients tell nothing of it: nothing.
+    """
+    told = History().after_all(ledger.events(run)).told
+    return {one.round: one.metrics[TRAIN_LOSS] for one in told}
 
 
 def wait(

@@ -10,13 +10,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
-from clients import gradients
 from clients.assignment import Clipping
 from clients.gradients import PrivateGradient
-from clients.hooks import hooked
 from clients.noise import NoiseStream, insecure_key
+from clients.per_example import ENGINES
 from clients.samples import Dense, Factored
-from clients.taps import tapped
 from clients.units import OfUnits, of_units, packed
 
 CLIP = 0.05
@@ -71,19 +69,18 @@ def of_each(model, batch, sizes):
         yield torch.autograd.grad(loss, list(trained(model).values()))
 
 
-def private(model, parts, clipping=Clipping()):  # noqa: B008  (frozen)
+def private(model, parts, clipping=Clipping(), engine="taps"):  # noqa: B008  (frozen)
     stream = NoiseStream(insecure_key(0, "clinic-1"), "digest")
-    engine = PrivateGradient(
-        model, trained(model), CLIP, 0.0, 1.0, stream=stream, clipping=clipping
+    step = PrivateGradient(
+        model, trained(model), CLIP, 0.0, 1.0, stream, clipping=clipping, engine=engine
     )
-    with engine:
-        engine.step(parts, model.losses, 0)
+    with step:
+        step.step(parts, model.losses, 0)
     return {name: p.grad.clone() for name, p in trained(model).items()}
 
 
-@pytest.mark.parametrize("measured_by", [tapped, hooked])
-def test_a_step_equals_a_loop_over_units_with_plain_autograd(model, measured_by, monkeypatch):
-    monkeypatch.setattr(gradients, "measuring", measured_by)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_equals_a_loop_over_units_with_plain_autograd(model, engine):
     batch = examples(sum(SIZES))
     wanted = {name: torch.zeros_like(p) for name, p in trained(model).items()}
     for found in of_each(model, batch, SIZES):
@@ -92,7 +89,7 @@ def test_a_step_equals_a_loop_over_units_with_plain_autograd(model, measured_by,
         for name, gradient in zip(wanted, found, strict=True):
             wanted[name] += gradient * CLIP / norm
 
-    got = private(model, [OfUnits(batch, SIZES)])
+    got = private(model, [OfUnits(batch, SIZES)], engine=engine)
 
     for name, gradient in wanted.items():
         assert gradient.norm() > 0

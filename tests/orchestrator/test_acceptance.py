@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.assignment import PluginChoice, Privacy
+from clients.assignment import PluginChoice, Privacy, Report
 from clients.trainer import spend_of
 from clients.uplink import encoded
 from clients.wire import digest, pack
@@ -142,6 +142,15 @@ def test_a_spend_that_is_not_the_one_on_the_ledger_is_refused(asked, spends):
     assignment = asked(PRIVACY)
 
     assert "privacy spend" in refusal(answer(assignment, spends=spends), assignment)
+
+
+@pytest.mark.parametrize("metrics", [{}, {"loss": 1.0}, {"loss": 1.0, "examples": 9, "f1": 1.0}])
+def test_an_update_tells_what_its_report_says_and_nothing_else(asked, metrics):
+    assignment = asked(replace(PRIVACY, report=Report(4.0, count=True)))
+    right = answer(assignment, metrics={"loss": 1.0, "examples": 9.0})
+
+    assert refusal(right, assignment) is None
+    assert "of metrics examples, loss alone" in refusal(replace(right, metrics=metrics), assignment)
 
 
 def test_a_spend_without_privacy_is_refused(asked):

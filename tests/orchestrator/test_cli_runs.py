@@ -21,6 +21,19 @@ def queued(ok, run_yaml):
     return ok("run", run_yaml(rounds=1), "--detach").strip()
 
 
+def test_what_clients_tell_in_noise_is_shown(ok, read, run_yaml):
+    privacy = {"noise_multiplier": 2.0, "delta": 1e-3, "report": {"loss": 4.0}}
+
+    said = ok("run", run_yaml(privacy=privacy))
+
+    assert "hidden by DP" not in said
+    told = read("runs", "show", "task-1")["train_loss"]
+    assert list(told) == ["1", "2"]
+    assert all(0 <= loss <= 4 for loss in told.values())
+    shown = ", ".join(f"{loss:.3f}" for loss in told.values())
+    assert f"train_loss of the last rounds: {shown}\n" in ok("runs", "show", "task-1")
+
+
 def test_a_whole_life_of_a_queued_run(ok, weft, read, run_yaml, tmp_path):
     code, out, err = weft("run", run_yaml(), "--detach", "--priority", 3, "--label", "gpu=a100")
     run = out.strip()

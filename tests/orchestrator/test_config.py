@@ -204,7 +204,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
         ({"select": "best"}, "select: best: there is nothing to judge versions by; give evaluate"),
         (
             {"stop": {"metric": "perplexity"}, "evaluate": {"data": "d"}},
-            "stop.metric: classification is not scored by 'perplexity' (accuracy, macro_f1, loss)",
+            "stop.metric: classification is not scored by 'perplexity' (accuracy, macro_f1, loss,",
         ),
         ({"clients": {"names": ["a", "a"]}}, "clients.names: a client is named twice"),
         (
@@ -236,6 +236,19 @@ def test_what_makes_no_sense_together_is_refused(document, changes, message):
             "task: input should be 'classification', 'token-classification' or 'causal-",
         ),
         ({"privacy": {}}, "privacy: give either epsilon or noise_multiplier"),
+        (
+            {"privacy": {"epsilon": 1}, "stop": {"metric": "train_loss"}},
+            "stop.metric: train_loss is what clients' data say, and under privacy no loss leaves",
+        ),
+        (
+            {
+                "privacy": {"epsilon": 1, "level": "client", "clip": 1, "report": {"loss": 4}},
+                "stop": {"metric": "train_loss"},
+            },
+            "privacy: max_grad_norm, unit, clipping and report are of examples; at level: client",
+        ),
+        ({"privacy": {"epsilon": 1, "report": {"count": True}}}, "privacy.report.loss: is requ"),
+        ({"privacy": {"epsilon": 1, "report": {"loss": 0}}}, "privacy.report.loss: input should"),
         ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: give either epsilon or"),
         ({"privacy": {"epsilon": float("inf")}}, "privacy.epsilon: input should be a finite num"),
         ({"privacy": {"epsilon": 1, "max_grad_norm": float("nan")}}, "privacy.max_grad_norm: inp"),

@@ -45,6 +45,15 @@ def test_a_plan_shows_every_accountant_and_that_one_of_them_bounds_nothing(read,
     )
 
 
+def test_a_plan_counts_what_clients_tell(read, run_yaml):
+    plain, telling = (
+        read("privacy", "plan", run_yaml(privacy=privacy, rounds=3))["clients"][0]
+        for privacy in (FIXED, {**FIXED, "report": {"loss": 4, "steps": 3}})
+    )
+    assert telling["steps"] == plain["steps"] + 3
+    assert telling["whole"]["epsilon"] > plain["whole"]["epsilon"]
+
+
 def test_a_run_judged_by_an_approximation_is_refused(refused, run_yaml):
     path = run_yaml(privacy={**FIXED, "accountant": "gdp"})
     assert "gdp is an approximation that can say less" in refused("privacy", "plan", path)

@@ -126,6 +126,18 @@ def test_scores_belong_to_the_version_that_was_committed_last():
     assert history.judged == 1
 
 
+def test_what_clients_tell_is_averaged_over_what_a_round_aggregates():
+    told = [accepted(client) for client in "abc"]
+    for (_, data), loss in zip(told, (1.0, 2.0, 9.0), strict=True):
+        data["loss"] = loss
+    found = folded(START, ROUND, ASSIGNED, *told, closed("a", "b", spare=["c"]), COMMITTED)
+
+    assert found.told == (Score(1, V1, {"train_loss": 1.5}),)
+    assert found.scored("train_loss") == found.told
+    assert found.scored("accuracy") == ()
+    assert found.losses == {}
+
+
 def test_a_failed_evaluation_is_not_made_again():
     failed = ("evaluation failed", {"round": 1, "reason": "oh"})
 

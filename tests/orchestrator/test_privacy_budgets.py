@@ -149,6 +149,15 @@ def test_a_run_planned_over_its_budget_is_refused(register, plan):
     )
 
 
+def test_what_clients_tell_counts_against_their_budget_when_a_run_is_planned(register, plan):
+    register("ward", ROWS, epsilon=spent(3) * 1.01, delta=1e-3)
+    telling = DP | {"report": {"loss": 4.0, "steps": 2}}  # as many as a round has of training
+
+    assert plan("ward", rounds=1, privacy=telling)
+    with pytest.raises(BudgetSpent, match="There is room for 1 rounds"):
+        plan("ward", rounds=2, privacy=telling)
+
+
 def test_two_clients_that_share_records_spend_together(register, plan):
     register("ward", ROWS, epsilon=spent(3) * 1.01, delta=1e-3)
     register("twin", ROWS)

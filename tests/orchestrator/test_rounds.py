@@ -402,6 +402,29 @@ def test_a_run_stops_when_its_metric_does_and_names_the_best(federation, imagine
     assert last.run() != version
 
 
+def test_a_run_stops_when_what_its_clients_tell_does(federation, imagined):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0, 5: 0.5}
+    backend = imagined()
+    answer = backend.answer
+
+    def telling(asked):
+        update = answer(asked)
+        if asked.action != "train":
+            return update
+        return replace(update, metrics={"loss": losses[asked.round] + 0.1 * ord(asked.client)})
+
+    backend.answer = telling
+    stop = {"metric": "train_loss", "patience": 2}
+    run = federation(backend=backend, rounds=6, stop=stop, select="best")
+    version = run.run()
+
+    committed = {e["round"]: e["version"] for e in events(run, "committed")}
+    assert list(committed) == [1, 2, 3, 4]
+    assert version == committed[2]
+    [stopped] = events(run, "stopped")
+    assert stopped["reason"] == "train_loss did not improve in 2 rounds"
+
+
 def test_a_run_that_was_killed_before_an_evaluation_makes_it_up(federation, imagined):
     scores = {r: {"accuracy": 0.5} for r in range(1, 7)}
     settings = {"rounds": 6, "evaluate": HELD_BACK, "stop": {"metric": "accuracy", "patience": 2}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clients.accounting import BudgetSpent, epsilon
-from clients.assignment import Clipping, Privacy
+from clients.assignment import Clipping, Privacy, Report
 from orchestrator import spending
 from orchestrator.epsilons import epsilon_by
 from orchestrator.plan import RoundInputs, plan_round
@@ -72,6 +72,24 @@ def test_how_many_records_of_a_unit_a_step_takes_costs_nothing():
 
     assert found.per_unit == 4
     assert replace(found, unit="example", per_unit=1) == calibrated(RDP, sample_rate=0.1, steps=50)
+
+
+def test_noise_is_calibrated_for_what_clients_tell_besides_their_updates():
+    plain = calibrated(RDP, sample_rate=0.1, steps=50)
+    config = PrivacyConfig.model_validate({**RDP.model_dump(), "report": {"loss": 4, "steps": 5}})
+    telling = calibrated(config, sample_rate=0.1, steps=5 * config.steps_a_round(10))
+
+    assert telling.report == Report(4.0, steps=5)
+    assert telling.noise_multiplier > plain.noise_multiplier
+    assert epsilon([spend(telling.noise_multiplier, steps=75)], 1e-5, "rdp") <= 2.0
+
+
+def test_what_a_round_costs_is_on_the_ledger_with_its_report(workspace, round_of):
+    plan, assignments = round_of(noise=replace(NOISE, report=Report(4.0, steps=2)))
+
+    reserve(assignments, people(plan), workspace.ledger, lambda k, d: None)
+
+    assert [row.parameters["steps"] for row in workspace.ledger.spends("people-a")] == [12.0]
 
 
 def test_a_noise_multiplier_that_is_given_is_used_as_it_is():

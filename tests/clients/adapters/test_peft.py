@@ -232,7 +232,9 @@ def test_what_weft_does_not_start_from_is_refused_with_the_reason(init, reason):
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga", "loftq"])
 def test_a_start_from_a_product_is_refused_where_the_delta_is_more_than_one(init):
-    with pytest.raises(BadOptions, match=r"the delta of dora \(as set\) is more than that; use lora"):
+    with pytest.raises(
+        BadOptions, match=r"the delta of dora \(as set\) is more than that; use lora"
+    ):
         ADAPTERS.get("dora").build(init=init)
 
 
