@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.assignment import Clipping
+from clients.assignment import Assignment, Clipping
 from clients.clipping import Clip, count_noise, gradient_noise, moved
 from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.per_example import measuring
@@ -23,7 +23,7 @@ from clients.samples import Batch, Dense, Engine, Gradients, Losses, NoPerExampl
 from clients.units import OfUnits, of_units
 from strategies.base import Tensors
 
-__all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step"]
+__all__ = ["NoPerExampleGradient", "PrivateGradient", "plain_step", "private_gradient"]
 
 
 def plain_step(
@@ -180,6 +180,39 @@ class PrivateGradient:
         if isinstance(part, OfUnits):
             samples = {name: of_units(sample, part.sizes) for name, sample in samples.items()}
         return samples
+
+
+def private_gradient(
+    assignment: Assignment,
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    mask: Tensors,
+    stream: NoiseStream,
+    engine: str = "taps",
+) -> PrivateGradient:
+    """Return what makes the gradients of a private assignment's steps; what an audit attacks too.
+
+    Args:
+        assignment: with privacy.
+        model: the whole task model.
+        params: all that it trains.
+        mask: 0/1 by name.
+        stream: of the client's secret.
+        engine: see :class:`PrivateGradient`.
+    """
+    assert assignment.privacy is not None
+    return PrivateGradient(
+        model,
+        params,
+        bound=assignment.privacy.max_grad_norm,
+        noise_multiplier=assignment.privacy.noise_multiplier,
+        # a client declared smaller than a batch is sampled whole, at rate 1
+        expected_batch_size=min(assignment.batch_size, assignment.num_examples),
+        stream=stream,
+        mask=mask,
+        clipping=assignment.privacy.clipping,
+        engine=engine,
+    )
 
 
 _VOTES = "the votes on the bound"  # no tensor's name

@@ -25,7 +25,7 @@ from clients.checkpoint import (
     set_optimizer_state,
 )
 from clients.correction import Correction
-from clients.gradients import PrivateGradient, plain_step
+from clients.gradients import plain_step, private_gradient
 from clients.noise import NoiseStream
 from clients.optimizers import OPTIMIZERS
 from clients.pace import Stepped, unheard
@@ -313,19 +313,11 @@ class _Loop:
         a = self.assignment
         assert a.privacy is not None
         assert a.steps is not None
-        engine = PrivateGradient(
-            self.session.model,
-            self.params,
-            bound=self.bound,
-            noise_multiplier=a.privacy.noise_multiplier,
-            # a client declared smaller than a batch is sampled whole, at rate 1
-            expected_batch_size=min(a.batch_size, a.num_examples),
-            stream=stream,
-            mask=self.mask,
-            clipping=a.privacy.clipping,
-            engine=self.engine or self._chosen_engine(),
+        measured_by = self.engine or self._chosen_engine()
+        engine = private_gradient(
+            a, self.session.model, self.params, self.mask, stream, measured_by
         )
-        self.engine = engine.engine
+        engine.bound, self.engine = self.bound, measured_by
         with engine:
             for step in range(self.step, a.steps):
                 drawn = self._drawn(stream, step, units, a.privacy.per_unit)

@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from clients.assignment import Assignment
 from clients.initialisations import OFFSET
 from clients.regularizers import recall
 from clients.seeds import seed_for
 from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
 from orchestrator.library import adapters
+from orchestrator.merging import beneath as lying_beneath
 from orchestrator.merging import split_head, stacked
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, RoundInputs, plan_init
 from orchestrator.recipes import offset_recipe, start_recipe
 from storage.store import AdapterStore
 from strategies.base import BENEATH, ServerState, Setting, Strategy, Tensors, Update, beneath
@@ -58,6 +60,33 @@ def begin(
         metrics=state.metrics,
     )
     return Committed(0, version, state, memory, offset)
+
+
+def rehearse(
+    plan: Plan,
+    store: AdapterStore,
+    strategy: Strategy,
+    make: Callable[[Assignment], Update],
+    site: str,
+) -> Committed:
+    """Return the version that round 1 starts from, with nothing committed.
+
+    Args:
+        plan: the run's plan.
+        store: where the versions are that the run starts from.
+        strategy: the run's strategy.
+        make: does the assignment that makes the adapter's first tensors.
+        site: folder of the clients' private state meanwhile.
+    """
+
+    def first(memory: Tensors) -> Update:
+        below = lying_beneath(store, plan.start.stack, None)
+        return make(plan_init(plan, RoundInputs(0, "", below, memory, site)))
+
+    def identified(tensors: Tensors, *, metrics: object = None, **rest: Any) -> str:
+        return store.identify(tensors, **rest)  # metrics are in no id
+
+    return begin(plan, store, strategy, first, identified)
 
 
 def _over(state: ServerState, lying: Tensors) -> ServerState:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from orchestrator.terminal import JsonFlag, Set, out, print_json, workspace_here
 
 if TYPE_CHECKING:
+    from orchestrator.auditing import Audit
     from orchestrator.statements import Statement
     from storage.records import Policy
 
@@ -155,6 +156,74 @@ def budget(
     limit = "none" if epsilon is None else f"ε {epsilon:g} (δ {delta:g})"
     kept = ledger.policies()[population]
     out.print(f"{population}: budget {limit}, policy {kept}", highlight=False, markup=False)
+
+
+@privacy_app.command("audit")
+def audit(  # noqa: PLR0913  (one option each)
+    target: Annotated[str, typer.Argument(help="A run's file, or a run: its id or name.")],
+    overrides: Set = [],  # noqa: B006
+    canaries: Annotated[int, typer.Option(min=1, help="How many; more prove more.")] = 1000,
+    guesses: Annotated[
+        int | None, typer.Option(min=1, help="Of how many canaries; an eighth by default.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Whose privacy; by default who is claimed to spend most.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="At which ε is claimed and bounded; the run's by default.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="That the bound is right.")] = 0.95,
+    as_json: JsonFlag = False,
+) -> None:
+    """Attack a run's noise by canaries; exit 1 if that proves a larger ε than is claimed.
+
+    Nobody's data are read. What is found on a run is recorded on its newest version.
+    """
+    from orchestrator import auditing
+    from orchestrator.config import BadConfig
+
+    attack = auditing.Attack(canaries, guesses, client, delta, confidence)
+    if Path(target).is_file():
+        found = auditing.audit_config(workspace_here(), Path(target), attack, overrides)
+    elif overrides:
+        raise BadConfig(f"{target} is no file, and a run that there is cannot be changed by --set")
+    else:
+        found = auditing.audit_run(workspace_here(), target, attack)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_audit(found)
+    if found.refuted:
+        raise typer.Exit(1)
+
+
+def _print_audit(found: Audit) -> None:
+    def line(text: str, style: str = "") -> None:
+        out.print(text, style=style, highlight=False, markup=False)
+
+    claim, made = found.claim, found.guesses
+    line(
+        f"{found.name}: {made.right} of {made.made} guesses right, of {made.canaries} gradient "
+        f"canaries among the data of {found.client}"
+    )
+    line(f"claimed  {claim}")
+    line(f"proved   ε >= {found.bound:.2f} at that δ, with confidence {found.confidence:g}")
+    if found.refuted:
+        line(
+            "the claim is refuted: what the client releases tells more than it says. The clipping, "
+            "the sampling, the noise or the accounting is wrong; release nothing that it made",
+            style="red",
+        )
+    elif found.sample_rate < 1:
+        line(
+            f"no contradiction. A step took a canary with probability {found.sample_rate:.3g} "
+            "only, which hides it; the attack is sharpest with a batch_size of all data",
+            style="dim",
+        )
+    else:
+        line("no contradiction; an attack that fails proves nothing", style="dim")
+    if found.version is not None:
+        line(f"recorded on {found.version[:12]}")
 
 
 @privacy_app.command("report")

@@ -6,6 +6,7 @@ data. What was not measured is said not to have been.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ _SEES = (
         "records, updates",
     ),
 )
+
+_AUDITED = {
+    f"audit/{name}"
+    for name in ("epsilon_at_least", "delta", "confidence", "canaries", "guesses", "right")
+}
 
 _OF_EXAMPLES = (
     "Who sees what, today: the coordinator sees the update of each single client, and not only "
@@ -286,7 +292,23 @@ def _audit(facts: _Facts) -> Section:
             "No audit of this version is on record: what was promised was not tried by an attack.",
         )
         return Section("Audit", said)
-    return Section("Audit", items=tuple(f"{k}: {v:.4g}" for k, v in sorted(measured.items())))
+    items = tuple(f"{k}: {v:.4g}" for k, v in sorted(measured.items()))
+    return Section("Audit", (_proved(measured),) if measured.keys() >= _AUDITED else (), items)
+
+
+def _proved(measured: Mapping[str, float]) -> str:
+    """Return what an audit found, in words."""
+    number = {name.removeprefix("audit/"): value for name, value in measured.items()}
+    claimed = number.get("epsilon_claimed", math.inf)
+    refuted = number["epsilon_at_least"] > claimed
+    return (
+        f"The steps were attacked by {number['canaries']:.0f} gradient canaries, each in the data "
+        f"or not by a fair coin. Of {number['guesses']:.0f} guesses which were in, "
+        f"{number['right']:.0f} were right, which proves ε >= {number['epsilon_at_least']:.2f} "
+        f"(δ = {number['delta']:g}, confidence {number['confidence']:g}). Claimed was ε = "
+        f"{claimed:.2f}. "
+        + ("The claim is refuted." if refuted else "An attack that fails proves nothing.")
+    )
 
 
 def _retention(workspace: Workspace, facts: _Facts) -> Section:

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clients.assignment import Assignment
 from clients.site import Site
 from clients.wire import digest, pack
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
-from orchestrator.beginning import begin
+from orchestrator.beginning import rehearse
 from orchestrator.committed import Commits
 from orchestrator.coordinator import planned
-from orchestrator.merging import beneath
-from orchestrator.plan import Plan, RoundInputs, plan_init, plan_round
+from orchestrator.plan import Plan, RoundInputs, plan_round
 from orchestrator.replay import asked_round, reached
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
@@ -126,15 +126,10 @@ class _Retraining:
 
     def _start(self) -> str:
         store = self._workspace.store
+        return rehearse(self._plan, store, self._strategy, self._made, self._site).version
 
-        def first(memory: Tensors) -> Update:
-            below = beneath(store, self._plan.start.stack, None)
-            return self._run([plan_init(self._plan, self._inputs(0, "", below, memory))])
-
-        def identified(tensors: Tensors, *, metrics: object = None, **rest: Any) -> str:
-            return store.identify(tensors, **rest)  # metrics are in no id
-
-        return begin(self._plan, store, self._strategy, first, identified).version
+    def _made(self, assignment: Assignment) -> Update:
+        return self._run([assignment])
 
     def _trained(self, leaf: Mapping[str, Any]) -> Update:
         """Return the update that a leaf's client sends today."""
@@ -149,7 +144,7 @@ class _Retraining:
         who = [self._people[leaf["client"]]]
         return self._run(plan_round(self._plan, inputs, broadcast, who))
 
-    def _run(self, assignments: Sequence[Any]) -> Update:
+    def _run(self, assignments: Sequence[Assignment]) -> Update:
         limit = self._plan.config.deadline_s
         [result] = complete(self._backend, assignments, limit, lambda assignment: None)
         if isinstance(result, Failure):

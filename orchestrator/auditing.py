@@ -1,0 +1,207 @@
+"""An audit: what an attack on a run's privacy finds, beside the ε that is claimed.
+
+The attack is :mod:`clients.canaries`', on the steps that one client of the run makes: with its
+noise, sample rate, clipping and trained tensors, and over all its rounds. It reads nobody's data,
+so that nothing is spent, and anybody may audit a run on anybody's data.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clients.assignment import Assignment
+from clients.canaries import white_box
+from clients.keys import new_key
+from clients.noise import insecure_key
+from clients.one_run import Guesses, lower_bound
+from clients.starting import initial_update
+from orchestrator.beginning import rehearse
+from orchestrator.budgets import most_rounds, planned_spends
+from orchestrator.config import BadConfig, load_config
+from orchestrator.coordinator import planned
+from orchestrator.epsilons import Epsilon, composed
+from orchestrator.launch import make_plan
+from orchestrator.plan import Participant, Plan, RoundInputs, plan_round
+from orchestrator.workspace import Workspace
+from storage.refs import did_you_mean
+from strategies import STRATEGIES
+from strategies.base import Strategy
+
+RECORDED = "audit/"
+"""What the names of an audit's metrics begin with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """How a run is attacked; all of it is declared before anything is seen.
+
+    Attributes:
+        canaries: how many, >= 1; the more, the more can be proved.
+        guesses: of how many coins a guess is made; None for an eighth of the canaries.
+        client: whose privacy; None for that of the client with the largest claim.
+        delta: at which ε is claimed and bounded; None for the run's.
+        confidence: that the bound is right, in [0.5, 1).
+    """
+
+    canaries: int = 1000
+    guesses: int | None = None
+    client: str | None = None
+    delta: float | None = None
+    confidence: float = 0.95
+
+    @property
+    def made(self) -> int:
+        """Of how many coins a guess is made."""
+        return max(1, self.canaries // 8) if self.guesses is None else self.guesses
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What an attack found.
+
+    Attributes:
+        name: the run's.
+        client: whose privacy was attacked.
+        claim: the ε of all its rounds.
+        bound: the ε that the guesses prove, >= 0.
+        confidence: that it is no larger than the true ε.
+        guesses: what was guessed, and right.
+        sample_rate: with which a step took a canary.
+        version: id of the version it is recorded on, or None.
+    """
+
+    name: str
+    client: str
+    claim: Epsilon
+    bound: float
+    confidence: float
+    guesses: Guesses
+    sample_rate: float
+    version: str | None = None
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim cannot be true, but by a chance of 1 - confidence."""
+        return self.bound > self.claim.epsilon
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is recorded on a version; an infinite claim is not."""
+        found = {
+            "epsilon_at_least": self.bound,
+            "epsilon_claimed": self.claim.epsilon,
+            "delta": self.claim.delta,
+            "confidence": self.confidence,
+            "canaries": float(self.guesses.canaries),
+            "guesses": float(self.guesses.made),
+            "right": float(self.guesses.right),
+        }
+        return {RECORDED + name: value for name, value in found.items() if math.isfinite(value)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        return {**asdict(self), "refuted": self.refuted}
+
+
+def audit_config(
+    workspace: Workspace, path: Path, attack: Attack, overrides: Iterable[str] = ()
+) -> Audit:
+    """Audit what a run's file asks for; it is planned as launching would, and not started.
+
+    Args:
+        workspace: where.
+        path: of the file.
+        attack: how.
+        overrides: of the file, as ``KEY.PATH=VALUE``.
+
+    Raises:
+        BadConfig: if it cannot be run, or has no privacy.
+        clients.canaries.NoPlaceForCanaries: if it trains what no canary can be made for.
+    """
+    config = load_config(path, overrides)
+    plan = make_plan(config, workspace.store, workspace.ledger, workspace.sites)
+    return audit(workspace, plan, attack)
+
+
+def audit_run(workspace: Workspace, run: str, attack: Attack) -> Audit:
+    """Audit a run as it was planned, and record what is found on its newest version.
+
+    Args:
+        workspace: where the run is.
+        run: id, prefix or name.
+        attack: how.
+
+    Raises:
+        UnknownRun: if there is no such run.
+        BadConfig, clients.canaries.NoPlaceForCanaries: as :func:`audit_config`.
+    """
+    record = workspace.ledger.run(run)
+    found = audit(workspace, planned(workspace.ledger, record), attack)
+    if record.version is None:
+        return found
+    workspace.store.record_metrics(record.version, found.metrics)
+    return replace(found, version=record.version)
+
+
+def audit(workspace: Workspace, plan: Plan, attack: Attack) -> Audit:
+    """Attack the steps of one client of a plan, and return what that proves.
+
+    Raises:
+        BadConfig: if the plan has no privacy of examples, or no such client.
+        clients.canaries.NoPlaceForCanaries: if it trains what no canary can be made for.
+        clients.one_run.BadGuesses: if the attack is senseless.
+    """
+    privacy = plan.config.dp_sgd
+    if privacy is None:
+        what = "whole clients alone" if plan.central else "nobody: it has no privacy section"
+        raise BadConfig(
+            f"an audit attacks the noise that hides examples, and {plan.config.name} hides {what}"
+        )
+    delta = privacy.delta if attack.delta is None else attack.delta
+    who, claim = _claimed(plan, attack.client, delta)
+    assert who.privacy is not None
+    seed = privacy.insecure_seed
+    key = new_key() if seed is None else insecure_key(seed, "audit")
+    assignment = _whole(workspace, plan, who)
+    guesses = white_box(assignment, attack.canaries, attack.made, key)
+    bound = lower_bound(guesses, delta, attack.confidence)
+    rate = who.privacy.sample_rate
+    return Audit(plan.config.name, who.name, claim, bound, attack.confidence, guesses, rate)
+
+
+def _claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, Epsilon]:
+    """Return whose privacy is attacked, and what is claimed of it."""
+    people = {who.name: who for who in plan.participants}
+    if client is not None and client not in people:
+        hint = did_you_mean(client, list(people)) or f"; they are {', '.join(list(people)[:5])} …"
+        raise BadConfig(f"no client of {plan.config.name} is called {client!r}{hint}")
+    assert plan.config.privacy is not None
+    accountant = plan.config.privacy.accountant
+    spends = planned_spends(plan)
+    claims = {
+        name: composed(who.population, [spends[name]], delta, accountant, who.public)
+        for name, who in people.items()
+        if client in (None, name)
+    }
+    name = max(claims, key=lambda one: claims[one].epsilon)  # the first of equals
+    return people[name], claims[name]
+
+
+def _whole(workspace: Workspace, plan: Plan, who: Participant) -> Assignment:
+    """Return one assignment with the steps of all a client's rounds.
+
+    From the run's start: what is released along a canary does not depend on the tensors.
+    """
+    choice = plan.strategy
+    strategy: Strategy = STRATEGIES.get(choice.name).build(**choice.options)
+    with tempfile.TemporaryDirectory(prefix="weft-audit-") as scratch:
+        begun = rehearse(plan, workspace.store, strategy, initial_update, scratch)
+        inputs = RoundInputs(1, begun.version, {}, {}, scratch)
+        [asked] = plan_round(plan, inputs, partial(strategy.broadcast, begun.state), [who])
+    return replace(asked, steps=(asked.steps or 1) * most_rounds(plan))
