@@ -1,7 +1,8 @@
-"""What ``federated_quality.py`` compares: methods, cells, and the sweeps they stand for.
+"""What ``federated_quality.py`` and ``dp_utility.py`` compare: methods, cells, and their sweeps.
 
-A *cell* is a data set dealt to clients in one way. Everything here is a function of the plan alone:
-the same plan makes the same sweeps, so that what there is of them is found again.
+A *cell* is a data set dealt to clients in one way, and trained on with one ε, or none. Everything
+here is a function of the plan alone: the same plan makes the same sweeps, so that what there is of
+them is found again.
 """
 
 from __future__ import annotations
@@ -94,20 +95,30 @@ score; EigenLoRAx is not, because it starts from a library of adapters."""
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A data set, and how unlike the clients' labels are: Dirichlet's alpha, or None for IID."""
+    """A data set, and how it is trained on.
+
+    Attributes:
+        data: its name.
+        alpha: how unlike the clients' labels are: Dirichlet's alpha, or None for IID.
+        epsilon: of a run with differential privacy, or None for one without.
+    """
 
     data: str
     alpha: float | None
+    epsilon: float | None = None
 
     @property
     def name(self) -> str:
-        """Return its name, as in ``sst2-dir0.5``."""
-        return f"{self.data}-{'iid' if self.alpha is None else f'dir{self.alpha:g}'}"
+        """Return its name, as in ``sst2-dir0.5`` or ``sst2-dir0.5-eps3``."""
+        private = "" if self.epsilon is None else f"-eps{self.epsilon:g}"
+        return f"{self.data}-{'iid' if self.alpha is None else f'dir{self.alpha:g}'}{private}"
 
     @property
     def title(self) -> str:
         """Return it as people read it, as in ``sst2, alpha = 0.5``."""
-        return f"{self.data}, alpha = {'infinity' if self.alpha is None else f'{self.alpha:g}'}"
+        private = "" if self.epsilon is None else f", ε = {self.epsilon:g}"
+        alpha = "infinity" if self.alpha is None else f"{self.alpha:g}"
+        return f"{self.data}, alpha = {alpha}{private}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +143,10 @@ class Plan:
         steps: of each client a round.
         batch_size: examples a step.
         depth: how many of the groups each cell has; empty for all of them everywhere.
-        clients: all of which train in every round.
+        clients: among which the data are dealt.
+        cohort: how many of them train in a round; None for all.
+        privacy: what a private run's file says of it besides its ε.
+        equal_bytes: whether methods are also compared by what they send.
         every: rounds from one evaluation to the next.
         max_length: of a text in tokens.
         device: where clients train.
@@ -152,6 +166,9 @@ class Plan:
     max_length: int = 48
     device: str = "cpu"
     model: str = "builtin:minilm"
+    cohort: int | None = None
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    equal_bytes: bool = True
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -186,6 +203,10 @@ class Plan:
     def base(self, cell: Cell, seed: int, data: DataSet) -> dict[str, Any]:
         """Return what the runs of a cell and a seed have in common, as in a run's file."""
         dealt = {"by": "iid"} if cell.alpha is None else {"by": "dirichlet", "alpha": cell.alpha}
+        more: dict[str, Any] = {} if self.cohort is None else {"cohort": {"size": self.cohort}}
+        if cell.epsilon is not None:
+            # the data are public, and a run that is repeated is to be the same
+            more["privacy"] = {"epsilon": cell.epsilon, "insecure_seed": seed, **self.privacy}
         return {
             "model": {"id": self.model, "max_length": self.max_length},
             "labels": list(data.labels),
@@ -204,6 +225,7 @@ class Plan:
             "batch_size": self.batch_size,
             "backend": "inline",
             "device": self.device,
+            **more,
         }
 
 

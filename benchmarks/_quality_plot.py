@@ -1,4 +1,4 @@
-"""The plot of ``federated_quality.py``: accuracy by method, a panel a cell."""
+"""The plot of a quality benchmark: accuracy by method, a panel a cell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(found: Measured, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("matplotlib is not installed here; pip install 'weft[plots]'") from None
-    made = {kind: summaries(found.results, kind) for kind in _LOOKS}
+    made = {kind: summaries(found.results, kind) for kind in found.kinds}
     cells = [cell for cell in found.plan.cells if any(key[0] == cell for key in made["steps"])]
     if not cells:
         raise SystemExit("there is no result to draw yet; run the benchmark without --report")
@@ -41,7 +41,8 @@ def draw(found: Measured, path: Path) -> None:
         for empty in panels[len(cells) :]:
             empty.set_visible(False)
         for axes, cell in zip(panels, cells, strict=False):
-            for kind, (marker, fill, edge, above) in _LOOKS.items():
+            for kind in found.kinds:
+                marker, fill, edge, above = _LOOKS[kind]
                 points = [
                     (100 * one.mean, place + above, 100 * (one.spread or 0.0))
                     for place, method in enumerate(methods)

@@ -1,15 +1,25 @@
-"""How ``federated_quality.py`` shows what there is: tables, JSON, and what is missing by name."""
+"""How a quality benchmark shows what there is: tables, JSON, and what is missing by name."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 from _figures import Figure, show
 from _quality_plan import Plan
-from _quality_results import CLAIMS, KINDS, Kind, Result, Tuned, Verdict, judged, summaries
+from _quality_results import (
+    CLAIMS,
+    KINDS,
+    Claim,
+    Kind,
+    Result,
+    Tuned,
+    Verdict,
+    judged,
+    summaries,
+)
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
@@ -25,18 +35,26 @@ class Measured:
         plan: what is compared.
         tuned: how each method's learning rate was chosen.
         results: of every run that has got to the plan's rounds.
+        claims: published orderings to compare with.
     """
 
     plan: Plan
     tuned: tuple[Tuned, ...]
     results: tuple[Result, ...]
+    claims: tuple[Claim, ...] = CLAIMS
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return what is held equal, one after the other."""
+        return KINDS if self.plan.equal_bytes else KINDS[:1]
 
     @property
     def setting(self) -> str:
         """Return how a run is made, in a line."""
         p = self.plan
         return (
-            f"{p.clients} clients, all in every round; {p.rounds} rounds of {p.steps} steps of "
+            f"{p.clients} clients, {p.cohort or 'all'} in every round; {p.rounds} rounds of "
+            f"{p.steps} steps of "
             f"{p.batch_size} texts of at most {p.max_length} tokens; seeds "
             f"{', '.join(map(str, p.seeds))}"
         )
@@ -62,7 +80,7 @@ class Measured:
     def verdicts(self, kind: Kind) -> list[Verdict]:
         """Return what the runs say of each published ordering of the plan's methods."""
         names = {method.name for method in self.plan.methods}
-        return [judged(c, self.results, kind) for c in CLAIMS if {c.better, c.worse} <= names]
+        return [judged(c, self.results, kind) for c in self.claims if {c.better, c.worse} <= names]
 
     def sentence(self, kind: Kind) -> str:
         """Return which published orderings hold here and which do not."""
@@ -75,15 +93,16 @@ class Measured:
         return f"published orderings at {_EQUAL[kind]}: {'. '.join(parts)}"
 
 
-def show_report(found: Measured, markdown: bool = False) -> None:
-    """Print tables: scores, learning rates, what is sent, orderings; and what is missing."""
+def show_report(found: Measured, markdown: bool = False, more: Sequence[Table] = ()) -> None:
+    """Print tables: scores, ``more``, learning rates, what is sent, orderings; what is missing."""
     console = Console(width=None if sys.stdout.isatty() else 250 if markdown else 180)
     console.print(found.setting, highlight=False)
-    for table in (*(_scores(found, kind) for kind in KINDS), _costs(found), _orderings(found)):
+    scores = (_scores(found, kind) for kind in found.kinds)
+    for table in (*scores, *more, _costs(found), _orderings(found)):
         if markdown:
             table.box = MARKDOWN
         console.print(table)
-    for kind in KINDS:
+    for kind in found.kinds:
         console.print(found.sentence(kind), highlight=False)
     lines = list(found.missing())
     console.print("missing:" if lines else "missing: nothing", highlight=False)
@@ -91,17 +110,17 @@ def show_report(found: Measured, markdown: bool = False) -> None:
         console.print(f"  {line}", highlight=False)
 
 
-def show_json(found: Measured) -> None:
+def show_json(found: Measured, title: str = "Federated quality") -> None:
     """Print a JSON object a score, a line each."""
     figures = []
-    for kind in KINDS:
+    for kind in found.kinds:
         for (cell, method), made in summaries(found.results, kind).items():
             spread = "" if made.spread is None else f", spread {made.spread:.4f}"
             name = f"{method} on {cell.name} at {_EQUAL[kind]}"
             setting = f"{found.setting}; {made.n} of {len(found.plan.seeds)} seeds{spread}"
             peer = "" if method == found.plan.reference.name else found.plan.reference.name
             figures.append(Figure(name, made.mean, "accuracy", None, "higher", peer, setting))
-    show("Federated quality", figures, as_json=True)
+    show(title, figures, as_json=True)
 
 
 def _scores(found: Measured, kind: Kind) -> Table:
@@ -124,7 +143,7 @@ def _costs(found: Measured) -> Table:
         "accuracy by rate on held-back rows",
         "MB up",
         "MB down",
-        "rounds in equal bytes",
+        *(["rounds in equal bytes"] if found.plan.equal_bytes else []),
         title=f"a client in {found.plan.rounds} rounds, in {found.plan.cells[0].title}",
     )
     methods = {method.name: method for method in found.plan.methods}
@@ -144,17 +163,21 @@ def _costs(found: Measured) -> Table:
 
 
 def _sent(own: list[Result], plan: Plan) -> Iterator[str]:
-    scale = 1e6 * plan.clients
+    scale = 1e6 * (plan.cohort or plan.clients)
     for values in ([r.steps.up for r in own], [r.steps.down for r in own]):
         yield f"{mean(values) / scale:.2f}" if values else "-"
+    if not plan.equal_bytes:
+        return
     rounds = [r.bytes.round for r in own if r.bytes is not None]
     yield f"{mean(rounds):.0f}" if rounds else "-"
 
 
 def _orderings(found: Measured) -> Table:
     title = "published orderings: difference in points over pairs of the same cell and seed"
-    table = Table("published", "where", *(f"at {_EQUAL[kind]}" for kind in KINDS), title=title)
-    columns = zip(*(found.verdicts(kind) for kind in KINDS), strict=True)
+    table = Table(
+        "published", "where", *(f"at {_EQUAL[kind]}" for kind in found.kinds), title=title
+    )
+    columns = zip(*(found.verdicts(kind) for kind in found.kinds), strict=True)
     for verdicts in columns:
         claim = verdicts[0].claim
         cells = (f"{verdict.word}: {verdict}" for verdict in verdicts)

@@ -1,4 +1,4 @@
-"""What the runs of ``federated_quality.py`` found: scores at equal steps and bytes, and orderings.
+"""What the runs of a quality benchmark found: scores at equal steps and bytes, and orderings.
 
 *Equal steps*: after the plan's rounds, for everybody. *Equal bytes*: the last score within what the
 reference (FedAvg) moved up and down in those rounds; a run that moves less has gone on for longer.
@@ -121,12 +121,21 @@ def summaries(results: Iterable[Result], kind: Kind) -> dict[tuple[Cell, str], S
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A published ordering: one method above another, where it was published, and for what."""
+    """A published ordering.
+
+    Attributes:
+        better: a method.
+        worse: that is published to be worse.
+        source: where.
+        about: for what, and by how much.
+        cells: which it is about; none for all.
+    """
 
     better: str
     worse: str
     source: str
     about: str
+    cells: tuple[Cell, ...] = ()
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -182,7 +191,8 @@ def judged(claim: Claim, results: Iterable[Result], kind: Kind) -> Verdict:
     """Return what results say of a claim, in pairs that share data, split and seed."""
     scores: dict[tuple[Cell, int], dict[str, float]] = {}
     for result in results:
-        if (score := result.score(kind)) is not None:
+        here = not claim.cells or result.cell in claim.cells
+        if here and (score := result.score(kind)) is not None:
             scores.setdefault((result.cell, result.seed), {})[result.method] = score
     pairs = [
         found[claim.better] - found[claim.worse]

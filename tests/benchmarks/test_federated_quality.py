@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import _quality_bench as bench_of
 import federated_quality as quality
 import pytest
 from _quality_plan import GROUPS, DataSet, Plan, held_back, sweep_document, write_sweep
@@ -208,7 +209,7 @@ def bench(data, tmp_path, tiny_encoder):
 
     def make(*methods):
         groups = tuple((replace(method, rates=(0.01,)),) for method in methods)
-        return quality.Bench(
+        return bench_of.Bench(
             replace(plan, groups=groups), workspace, {"sst2": data}, threading.Event()
         )
 
@@ -262,7 +263,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(bench, monkeypatch):
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "_told", told)
+        patch.setattr(bench_of, "_told", told)
         stopped.run()
     assert stopped.measured().results == ()
 
