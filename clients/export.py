@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from clients import placement, shifts
 from clients.assignment import ModelSpec
+from clients.base_columns import spelled_out
 from clients.card import front_matter, model_card
 from clients.models import load, skeleton
 from clients.tagger import Tagger, tagger_of
@@ -117,7 +118,7 @@ def peft_files(
         NotExportable: if they are not an adapter of PEFT's LoRA family for this base model.
         clients.models.ModelNotFound: if the base model is not here.
     """
-    factors, changes = shifts.split(tensors)
+    factors, changes = shifts.split(spelled_out(tensors, spec))
     plain = _layers(factors)
     prefix = "" if tagger is None else tagger.prefix
     layers = {f"{prefix}{name}": parts for name, parts in plain.items()}

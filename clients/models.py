@@ -358,7 +358,7 @@ def shapes(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
         model = TaskModel(adapter.attach(skeleton(spec), {}), spec)
         live = {**adapter.parameters(model.backbone), **model.head_parameters()}
     found = {name: tuple(parameter.shape) for name, parameter in live.items()}
-    layers = {n.partition(".lora_A.")[0] for n in live if ".lora_A." in n}
+    layers = {n.partition(".lora_")[0] for n in live if ".lora_" in n}
     return found | {f"{layer}.scaling": () for layer in sorted(layers)}
 
 

@@ -29,6 +29,23 @@ class Cored(NamedTuple):
     scaling: Tensor
 
 
+def check_cores(tensors: Tensors) -> None:
+    """Refuse an adapter that does not train cores.
+
+    What stands beside them may be in the base model alone (CURLoRA's columns and rows), and is no
+    matter then.
+
+    Raises:
+        NotLowRank: as :func:`cored_layers`; or if a core is not ``[rank, rank]``.
+    """
+    cores = {name: tensor for name, tensor in tensors.items() if name.endswith(CORE)}
+    if not cores or any(".lora_" in name for name in tensors.keys() - cores.keys()):
+        cored_layers(tensors)
+    for name, core in cores.items():
+        if core.ndim != 2 or len(core) != core.shape[1]:
+            raise NotLowRank(f"{name} must be [rank, rank], got {list(core.shape)}")
+
+
 def cored_layers(tensors: Tensors) -> dict[str, Cored]:
     """Return the layers of an adapter by layer name, sorted; other tensors are left out.
 

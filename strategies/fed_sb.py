@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from strategies.base import ALONE, Broadcast, ClientSpec, ServerState, Setting, Tensors, Update
-from strategies.cores import CORE_AND_HEAD, cored_layers
+from strategies.cores import CORE_AND_HEAD, check_cores
 from strategies.tensors import Weighting, weighted_mean
 
 
@@ -42,7 +42,7 @@ class FedSB:
         Raises:
             NotLowRank: if a layer of the adapter has no core.
         """
-        cored_layers(adapter)
+        check_cores(adapter)
         return ServerState(dict(adapter))
 
     def broadcast(self, state: ServerState, client: ClientSpec) -> Broadcast:

@@ -79,13 +79,8 @@ class LoraSB(PeftLora):
         """Put a trainable adapter into ``backbone`` (in place); see :class:`PeftLora`."""
         model = PeftLora.attach(self, backbone, underlay)
         for layer in lora_layers.adapted(model, TRAINED).values():
-            down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            nn.init.normal_(up)  # PEFT's is zero; a subspace is made of it by initialise
-            core = nn.Linear(len(down), len(down), bias=False, device=down.device)
-            nn.init.zeros_(core.weight)
-            layer.lora_core = nn.ModuleDict({TRAINED: core.train(backbone.training)})
-            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_core")
-            layer.lora_variant[TRAINED] = _Core()
+            nn.init.normal_(layer.lora_B[TRAINED].weight)  # PEFT's is zero; see initialise
+            put_core(layer, Core())
         return model
 
     def initialise(self, model: nn.Module, inputs: InitInputs) -> dict[str, Tensor]:
@@ -121,7 +116,17 @@ class LoraSB(PeftLora):
         return found
 
 
-class _Core:
+def put_core(layer: Any, variant: Core) -> None:
+    """Give one of PEFT's layers a core of zeros between the trained adapter's factors."""
+    down = layer.lora_A[TRAINED].weight
+    core = nn.Linear(len(down), len(down), bias=False, device=down.device)
+    nn.init.zeros_(core.weight)
+    layer.lora_core = nn.ModuleDict({TRAINED: core.train(layer.training)})
+    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_core")
+    layer.lora_variant[TRAINED] = variant
+
+
+class Core:
     """What PEFT's layer asks of a variant, for a core between its factors.
 
     Every product is an ``nn.Linear``'s, so that hooks see each of them.
