@@ -208,6 +208,7 @@ class _Loop:
     params: dict[str, nn.Parameter] = field(init=False)
     mask: dict[str, Tensor] = field(init=False)
     reference: dict[str, Tensor] = field(init=False)
+    sent: dict[str, Tensor] = field(init=False)
     memory: dict[str, Tensor] = field(init=False)
     regularizers: list[tuple[str, Regularizer]] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -234,6 +235,7 @@ class _Loop:
         for name, own in self.ranks.masks(self.params).items():
             self._mask(name, own)
         self.reference = {name: p.detach().clone() for name, p in self.params.items()}
+        self.sent = {n: t.to(a.device) for n, t in a.broadcast.tensors.items()} | self.reference
         self.memory = {name: tensor.to(a.device) for name, tensor in a.memory.items()}
         self.regularizers = [
             (r.name, REGULARIZERS.get(r.name).build(**r.options)) for r in a.regularizers
@@ -449,7 +451,7 @@ class _Loop:
         yield self.session.adapter.penalty(self.session.model.backbone)
         yield self.ranks.penalty(self.params)
         for name, regularizer in self.regularizers:
-            yield regularizer.penalty(self.params, self.reference, recall(self.memory, name))
+            yield regularizer.penalty(self.params, self.sent, recall(self.memory, name))
 
     def _plain_batches(self) -> Iterator[list[int]]:
         """Yield the indices of each step's examples yet to do: shuffled passes over the data."""

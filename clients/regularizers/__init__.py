@@ -43,7 +43,13 @@ class Regularizer:
     def penalty(
         self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
     ) -> Tensor | None:
-        """Return a scalar to add to the loss. No data: its gradient is added after the noise."""
+        """Return a scalar to add to the loss. No data: its gradient is added after the noise.
+
+        Args:
+            params: what is trained.
+            reference: all that the round began with, scalings and what is frozen included.
+            memory: of earlier tasks.
+        """
         return None
 
     def example_loss(
