@@ -65,6 +65,7 @@ from orchestrator.watching import WaitedTooLong, log, wait
 from orchestrator.withdrawing import withdraw
 from orchestrator.workspace import Workspace, open_workspace
 from storage.ledger import Queueing, RunRecord
+from strategies.terms import Measured
 
 __all__ = [
     "Ancestry",
@@ -260,6 +261,7 @@ def merge(
             PluginChoice(plugin.name, options),
             stack,
         ),
+        metrics=adapter.metrics if isinstance(adapter, Measured) else None,
     )
     store.name(into, version)
     return version

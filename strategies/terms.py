@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,18 @@ from strategies.tensors import Factors, NotLowRank, lora_layers, lora_tensors
 
 class BadMerge(ValueError):
     """These adapters cannot be merged this way."""
+
+
+class Measured(dict[str, Tensor]):
+    """The tensors of a merge that measures what it loses.
+
+    Attributes:
+        metrics: told with the version that is made of it, and not part of it.
+    """
+
+    def __init__(self, tensors: Tensors, metrics: Mapping[str, float]) -> None:
+        super().__init__(tensors)
+        self.metrics = dict(metrics)
 
 
 class Term(NamedTuple):

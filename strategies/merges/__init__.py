@@ -2,7 +2,8 @@
 
 Every merge takes the factored adapters of one base model and returns one factored adapter with the
 same naming (``NAME.lora_A.weight``, ``NAME.lora_B.weight``, ``NAME.scaling``). Heads are merged by
-the caller, which knows the tasks' labels.
+the caller, which knows the tasks' labels. What a merge measures of its result is told with a
+:class:`strategies.terms.Measured`.
 """
 
 from strategies.plugins import Family

@@ -266,3 +266,13 @@ def test_an_offset_is_no_version_to_use(workspace, started):
 
     with pytest.raises(NotAModel, match="took out of the base model, and no adapter by itself"):
         effective(workspace.store, replace(offset, recipe={**offset.recipe, "stack": []}))
+
+
+def test_a_merge_tells_how_much_it_kept(workspace, commit):
+    versions = [commit(seed) for seed in (1, 2)]
+    refs = [version.id for version in versions]
+    made = merge(workspace, refs, PluginChoice("magmax", {"rank": 1}), "best-of-both")
+    told = workspace.store.version(made).metrics
+    assert 0 < told["captured_energy"] == told["captured_energy/q"] < 1
+    exact = merge(workspace, refs, PluginChoice("cat", {}), "sum")
+    assert not workspace.store.version(exact).metrics
