@@ -38,12 +38,16 @@ class EigenLoRAx:
     extended by the library's, cut to the rank, and the core written in the new one.
 
     Attributes:
+        energy: a layer's rank grows beyond the adapter's until its directions keep this share of
+            the squared singular values of what they are found from, of columns and rows each, in
+            (0, 1]; null keeps the adapter's rank.
         random: so many of a layer's directions are random at least, >= 0 and below its rank: what
             the library does not span can then be learned too.
         weighting: ``examples`` counts a client by its number of examples, ``uniform`` by 1,
             ``label:NAME`` by the number in its label.
     """
 
+    energy: Annotated[float | None, Range(0, 1, open_low=True)] = None
     random: Annotated[int, Range(0)] = 0
     weighting: Weighting = "examples"
 
@@ -67,13 +71,18 @@ class EigenLoRAx:
         made, metrics = dict(adapter), _Energy()
         for name, members in library_layers(setting.library, layers).items():
             own, rank = layers[name], len(layers[name].core)
-            if rank > min(len(own.b), own.a.shape[1]) or self.random >= rank:
+            most = min(len(own.b), own.a.shape[1])
+            if rank > most or self.random >= rank:
                 raise BadLibrary(
                     f"layer {name!r} of shape {[len(own.b), own.a.shape[1]]} has rank {rank}, of "
                     f"which {self.random} directions are random; the rank must be at most its "
                     "smaller side, and above strategy.random"
                 )
-            spaces = _principal(own, members, rank - self.random)
+            spaces = _principal(own, members)
+            if self.energy is not None:  # more directions, where these many keep too little
+                wanted = max(space.rank_for(self.energy) for space in spaces)
+                rank = min(most, max(rank, wanted + self.random))
+            spaces = [space.cut(rank - self.random) for space in spaces]
             b, a = (
                 completed(space.basis, rank, _generator(setting.seed, name, side))
                 for space, side in zip(spaces, "ba", strict=True)
@@ -97,19 +106,17 @@ class EigenLoRAx:
         return FedSB(self.weighting).aggregate(state, updates)
 
 
-def _principal(own: Cored, members: Sequence[Factors], count: int) -> tuple[Subspace, Subspace]:
-    """Return the principal directions of a layer's outputs and of its inputs."""
+def _principal(own: Cored, members: Sequence[Factors]) -> list[Subspace]:
+    """Return all principal directions of a layer's outputs, and those of its inputs."""
     spaces = nothing(len(own.b)), nothing(own.a.shape[1])
     if own.core.any():
         there = Factors(own.a, own.b.double() @ own.core.double(), own.scaling)
         up, down = balanced(there)
         spaces = extended(spaces[0], up), extended(spaces[1], down)
     both = zip(*map(balanced, members), strict=True)
-    b, a = (
-        extended(space, torch.cat(parts, dim=1), count)
-        for space, parts in zip(spaces, both, strict=True)
-    )
-    return b, a
+    return [
+        extended(space, torch.cat(parts, dim=1)) for space, parts in zip(spaces, both, strict=True)
+    ]
 
 
 class _Energy:

@@ -38,6 +38,23 @@ class Subspace(NamedTuple):
         """Sum of the squared singular values."""
         return float(self.values.square().sum())
 
+    def cut(self, rank: int) -> Subspace:
+        """Return the first ``rank`` directions, >= 0, or all if there are fewer."""
+        lost = self.lost + float(self.values[rank:].square().sum())
+        return Subspace(self.basis[:, :rank], self.values[:rank], lost)
+
+    def rank_for(self, energy: float) -> int:
+        """Return how many directions keep a share ``energy``, in (0, 1], of all squared values.
+
+        All of them where what was cut off before leaves less.
+
+        >>> Subspace(torch.eye(2), torch.tensor([3.0, 1.0])).rank_for(0.9)
+        1
+        """
+        kept = self.values.square().cumsum(0)
+        enough = int((kept < energy * (self.kept + self.lost)).sum()) + 1
+        return min(enough, len(self.values))
+
 
 def nothing(features: int) -> Subspace:
     """Return the subspace of no column.

@@ -126,6 +126,32 @@ def test_a_core_that_does_not_fit_beside_the_library_is_cut_and_told(adapter, li
     assert 0 < metrics["captured_energy"] < 1
 
 
+def test_a_rank_grows_until_the_directions_keep_the_energy(adapter, library, products):
+    begun = adapter(rank=4)
+    full = {n: torch.eye(4).double() if "lora_core" in n else t for n, t in begun.items()}
+    state = started(full, library, EigenLoRAx(energy=1.0))  # 4 directions, and the library's 3
+    before, after = products(full), products(state.adapter)
+    for name in LAYERS:
+        assert len(state.adapter[f"{name}.lora_core.weight"]) == 7
+        assert_close(after[name], before[name], rtol=0, atol=1e-9)
+    assert state.metrics["carried_energy"] == pytest.approx(1.0)
+    assert state.metrics["captured_energy"] == pytest.approx(1.0)
+
+
+def test_a_rank_does_not_grow_where_the_directions_keep_enough(adapter, library):
+    kept = started(adapter(rank=2), library).metrics["captured_energy"]
+    for energy, rank in ((kept / 2, 2), (1.0, 3), (1e-9, 2)):
+        state = started(adapter(rank=2), library, EigenLoRAx(energy=energy))
+        assert {len(core.core) for core in cored_layers(state.adapter).values()} == {rank}
+
+
+def test_a_rank_grows_no_further_than_the_layer(adapter, make_adapter):
+    library = [make_adapter(3, rank=5, head=False, layers={"q": (4, 6)}, dtype=torch.float64)]
+    small = adapter(rank=3, layers={"q": (4, 6)})
+    state = started(small, library, EigenLoRAx(energy=1.0, random=1))
+    assert state.adapter["q.lora_core.weight"].shape == (4, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
