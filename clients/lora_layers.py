@@ -16,7 +16,7 @@ from clients.base_factors import Factors
 from strategies.base import Tensors
 
 A, B, DIAGONAL, SCALING = ".lora_A.weight", ".lora_B.weight", ".lora_diag", ".scaling"
-CORE = ".lora_core.weight"
+CORE, MAGNITUDES = ".lora_core.weight", ".lora_magnitudes"
 _RANK_AXES = {
     A: (0,),
     ".lora_A.blocks": (0,),
@@ -101,6 +101,8 @@ def _holders(layer: Any, adapter: str) -> dict[str, tuple[nn.Module, str]]:
         found[DIAGONAL] = layer.lora_diag, adapter
     if adapter in getattr(layer, "lora_core", {}):
         found[CORE] = layer.lora_core[adapter], "weight"
+    if adapter in getattr(layer, "lora_magnitudes", {}):
+        found[MAGNITUDES] = layer.lora_magnitudes, adapter
     samplers = getattr(layer, "lora_monteclora_sampler", {})
     if adapter in samplers:
         for name, _ in samplers[adapter].named_parameters(recurse=False):

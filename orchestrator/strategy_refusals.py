@@ -257,7 +257,7 @@ def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str
         )
     if adapter.frozen:
         needs = needs_of(strategy)
-        first = {n: 2 * sample[n] for n in trained if re.fullmatch(sent[0].trainable, n)}
+        first = {n: 2 * state.adapter[n] for n in trained if re.fullmatch(sent[0].trainable, n)}
         update = Update(needs.client or "anyone", 1, "", first, 1, declared=1.0)
         others = [replace(update, client=f"{i}") for i in range(1, needs.updates)]
         after = strategy.aggregate(state, [update, *others]).adapter

@@ -205,6 +205,9 @@ class Strategy(Protocol):
             ``core``: what it trains of the adapter are the cores between frozen factors, so that
             it needs an adapter that has them.
 
+            ``directions``: it is for adapters with directions of earlier tasks beside the trained
+            pair, which it makes of them when a task begins.
+
             ``exact``: the next product B A (with what lies beneath) is the weighted mean of the
             clients' products, but for rounding, as long as its rank fits.
 

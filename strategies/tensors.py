@@ -54,8 +54,12 @@ class Factors(NamedTuple):
 
 
 _A, _B, _SCALING = ".lora_A.weight", ".lora_B.weight", ".scaling"
-CORE = ".lora_core.weight"
-_BETWEEN = {".lora_diag": "a diagonal", CORE: "a core"}  # KaSA's and LoRA-SB's
+CORE, MAGNITUDES = ".lora_core.weight", ".lora_magnitudes"
+_BETWEEN = {  # KaSA's, LoRA-SB's and SD-LoRA's
+    ".lora_diag": "a diagonal",
+    CORE: "a core",
+    MAGNITUDES: "magnitudes",
+}
 _ROUNDING = 1e-4  # relative, of float32 factors that were refactored
 _UPDATES, _UPDATES_BYTES = 16, 2**29  # that are averaged together
 

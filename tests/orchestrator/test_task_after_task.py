@@ -78,3 +78,23 @@ def lora(rank):
 
 def ranks(home, version):
     return [len(one.core) for one in cored_layers(home.store.tensors(version)).values()]
+
+
+def test_directions_of_earlier_tasks_are_frozen_and_their_magnitudes_train_on(
+    home, launch, products
+):
+    adapter = {"name": "sd-lora", "r": 2, "layers": [0]}
+    first = launch(1, strategy="sd-lora", adapter=adapter)
+    second = launch(2, strategy="sd-lora", adapter=adapter, start="continue", start_from=first)
+    begun = home.store.version(second).parents[0].id
+    start, end = home.store.tensors(begun), home.store.tensors(second)
+    learned, kept = (effective(home.store, home.store.version(v)) for v in (first, begun))
+    for layer, product in products(learned).items():
+        torch.testing.assert_close(products(kept)[layer], product, rtol=1e-5, atol=1e-6)
+    past = [name for name in end if ".past_" in name]
+    assert len(past) == 4
+    assert all(torch.equal(end[name], start[name]) for name in past)
+    for name in (n for n in end if n.endswith(".lora_magnitudes")):
+        assert (end[name] != start[name]).all()
+        assert end[name].shape == (2,)
+    assert {one.outcome for one in service.replay(home, second, whole=True)} == {"same"}

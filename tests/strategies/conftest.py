@@ -25,6 +25,7 @@ def make_adapter() -> Callable[..., Adapter]:
         head: bool = True,
         layers: Mapping[str, tuple[int, int]] = LAYERS,
         core: bool = False,
+        magnitudes: bool = False,
     ) -> Adapter:
         generator = torch.Generator().manual_seed(seed)
 
@@ -38,6 +39,8 @@ def make_adapter() -> Callable[..., Adapter]:
             tensors[f"{name}.scaling"] = torch.tensor(scaling)
             if core:
                 tensors[f"{name}.lora_core.weight"] = draw(rank, rank)
+            if magnitudes:
+                tensors[f"{name}.lora_magnitudes"] = draw(1)
         if head:
             tensors |= {"head.weight": draw(3, 5), "head.bias": draw(3)}
         return tensors
@@ -55,6 +58,8 @@ def products() -> Callable[[Mapping[str, Tensor]], Adapter]:
             b = tensors[f"{layer}.lora_B.weight"].double()
             if f"{layer}.lora_core.weight" in tensors:
                 b = b @ tensors[f"{layer}.lora_core.weight"].double()
+            if f"{layer}.lora_magnitudes" in tensors:
+                b = b * tensors[f"{layer}.lora_magnitudes"].double()
             a = tensors[f"{layer}.lora_A.weight"].double()
             found[layer] = tensors[f"{layer}.scaling"].double() * b @ a
         return found

@@ -29,7 +29,8 @@ def strategy(name):
 @pytest.fixture
 def make_adapter(make_adapter, strategy):
     """Adapters of the kind that the strategy is for."""
-    return partial(make_adapter, core="core" in strategy.capabilities)
+    has = strategy.capabilities
+    return partial(make_adapter, core="core" in has, magnitudes="directions" in has)
 
 
 @pytest.fixture
