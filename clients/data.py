@@ -22,9 +22,12 @@ from clients.sources import (
     DataURI,
     MissingExtra,
     absolute,
+    content_of,
     is_public,
     is_there,
     parse_uri,
+    parts_of,
+    several,
     source_state,
 )
 from clients.tags import IGNORED
@@ -43,6 +46,7 @@ __all__ = [
     "absolute",
     "by_length",
     "collate",
+    "content_of",
     "encode",
     "examples",
     "fingerprint",
@@ -51,7 +55,9 @@ __all__ = [
     "padding_id",
     "parse_uri",
     "partition_specs",
+    "parts_of",
     "record_digest",
+    "several",
     "units",
 ]
 

@@ -31,10 +31,11 @@ class Evaluation:
         client: whose data it was.
         round: the round of the model; 0 for a stored version.
         num_examples: how many examples were scored.
-        metrics: classification: ``accuracy``, ``macro_f1``, ``loss``; token-classification: those
-            of words, and where the tags mark entities ``entity_f1``, ``entity_precision`` and
-            ``entity_recall``; causal-lm: ``loss`` (nats a target token), ``perplexity``,
-            ``bits_per_byte`` (of the target text, UTF-8).
+        metrics: classification: ``accuracy``, ``macro_f1``, ``loss``, and where the data are those
+            of some labels ``task_accuracy``, the accuracy when these alone may be answered, not all
+            that the model knows; token-classification: those of words, and where the tags mark
+            entities ``entity_f1``, ``entity_precision`` and ``entity_recall``; causal-lm: ``loss``
+            (nats a target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8).
         label_accuracy: accuracy per label, or per tag of words.
     """
 
@@ -88,15 +89,21 @@ def _classification(
     assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Evaluation:
     allowed = allowed_labels(assignment)
-    predicted = torch.empty(len(encoded), dtype=torch.long)
-    truth = torch.empty(len(encoded), dtype=torch.long)
+    names, told = assignment.model.labels, assignment.data.labels
+    answers = set(assignment.labels or names)
+    own = torch.tensor([names.index(x) for x in told]) if told and set(told) != answers else None
+    predicted, within, truth = (torch.empty(len(encoded), dtype=torch.long) for _ in range(3))
     loss = 0.0
     for chunk, batch in _batches(assignment, session, encoded, stepped):
-        logits = session.model.barred(session.model(batch), allowed)
+        scores = session.model(batch)
+        logits = session.model.barred(scores, allowed)
         predicted[chunk] = logits.argmax(dim=1).cpu()
+        within[chunk] = session.model.barred(scores, own).argmax(dim=1).cpu()
         truth[chunk] = batch.labels.cpu()
         loss += float(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
-    metrics, label_accuracy = _by_label(predicted, truth, assignment.model.labels)
+    metrics, label_accuracy = _by_label(predicted, truth, names)
+    if own is not None:
+        metrics["task_accuracy"] = float((within == truth).double().mean())
     if math.isfinite(loss):  # infinite where a label outside the softmax occurs
         metrics["loss"] = loss / len(encoded)
     return Evaluation(

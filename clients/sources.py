@@ -1,7 +1,8 @@
 """Where records come from: data URIs, and one reader for each scheme.
 
 ``jsonl:PATH``, ``csv:PATH`` (both also gzipped), ``parquet:PATH``, ``hf:NAME[/CONFIG]`` and
-``builtin:NAME``, with options as a query: ``hf:stanfordnlp/imdb?split=train``.
+``builtin:NAME``, with options as a query: ``hf:stanfordnlp/imdb?split=train``. ``several:`` is
+URIs one after the other, with ``;`` between.
 
 A reader yields every record with its number, and a broken one with what is wrong with it, so that a
 check can count what a run refuses. No message holds a record's content: only names of fields,
@@ -13,10 +14,11 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import hashlib
 import importlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +90,7 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "parquet": (),
     "hf": ("split", "revision", "config"),
     "builtin": ("split", "client"),
+    "several": (),
 }
 
 
@@ -101,6 +104,10 @@ def parse_uri(uri: str) -> DataURI:
         BadDataURI: for an unknown scheme, data set or option, or no path.
     """
     scheme, colon, rest = uri.partition(":")
+    if scheme == "several":
+        for one in rest.split(";"):
+            parse_uri(one)
+        return DataURI(scheme, rest, {})
     path, _, query = rest.partition("?")
     if scheme not in _OPTIONS or not colon:
         raise BadDataURI(_unknown_scheme(uri, scheme if colon else ""))
@@ -138,13 +145,42 @@ def _known(what: str, name: str, allowed: Mapping[str, Any] | tuple[str, ...]) -
         raise BadDataURI(f"there is no {what} {name!r}{hint} (allowed: {listed})")
 
 
+def several(uris: Sequence[str]) -> str:
+    """Return the URI of the records of all ``uris``, one after the other; of one, itself.
+
+    >>> several(["jsonl:/a.jsonl", "csv:/b.csv"])
+    'several:jsonl:/a.jsonl;csv:/b.csv'
+
+    Raises:
+        BadDataURI: if one has a ``;``, which stands between them.
+    """
+    if len(uris) == 1:
+        return uris[0]
+    if odd := [uri for uri in uris if ";" in uri]:
+        raise BadDataURI(f"data URI {odd[0]!r} has a ';', which stands between several; rename it")
+    return f"several:{';'.join(uris)}"
+
+
+def parts_of(uri: str) -> list[str]:
+    """Return the URIs that a URI is made of: itself, unless it is of several.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+    """
+    scheme, path, _ = parse_uri(uri)
+    return path.split(";") if scheme == "several" else [uri]
+
+
 def absolute(uri: str) -> str:
     """Return a file's URI with an absolute path, so that it means the same from anywhere.
 
     Raises:
         BadDataURI: as :func:`parse_uri`.
     """
-    if parse_uri(uri).scheme not in ("jsonl", "csv", "parquet"):
+    kind = parse_uri(uri).scheme
+    if kind == "several":
+        return several([absolute(one) for one in parts_of(uri)])
+    if kind not in ("jsonl", "csv", "parquet"):
         return uri
     scheme, _, rest = uri.partition(":")
     path, mark, options = rest.partition("?")
@@ -157,7 +193,7 @@ def is_public(uri: str) -> bool:
     Raises:
         BadDataURI: as :func:`parse_uri`.
     """
-    return parse_uri(uri).scheme == "builtin"
+    return all(parse_uri(one).scheme == "builtin" for one in parts_of(uri))
 
 
 def is_there(uri: str) -> bool:
@@ -167,6 +203,8 @@ def is_there(uri: str) -> bool:
         BadDataURI: as :func:`parse_uri`.
     """
     scheme, path, _ = parse_uri(uri)
+    if scheme == "several":
+        return all(is_there(one) for one in path.split(";"))
     return scheme in ("hf", "builtin") or Path(path).expanduser().is_file()
 
 
@@ -181,6 +219,9 @@ def source_state(uri: str) -> tuple[str | int, ...] | None:
         DataNotFound: if there is no such file, or it cannot be opened.
     """
     scheme, path, _ = parse_uri(uri)
+    if scheme == "several":
+        states = [source_state(one) for one in path.split(";")]
+        return None if None in states else tuple(part for s in states if s for part in s)
     if scheme == "hf":
         return None
     if scheme == "builtin":
@@ -189,6 +230,25 @@ def source_state(uri: str) -> tuple[str | int, ...] | None:
     file = Path(path).absolute()
     status = file.stat()
     return scheme, str(file), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def content_of(uri: str) -> str:
+    """Return what says which records a URI means: a file's sha256, or else the URI itself.
+
+    Of data that the operator holds: a digest of a client's would confirm who has them.
+
+    Raises:
+        BadDataURI: as :func:`parse_uri`.
+        DataNotFound: if there is no such file, or it cannot be opened.
+    """
+    scheme, path, _ = parse_uri(uri)
+    if scheme == "several":
+        return ";".join(content_of(one) for one in path.split(";"))
+    if scheme in ("hf", "builtin"):
+        return uri
+    _require_file(path)
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_source(uri: str) -> Source:
@@ -201,6 +261,8 @@ def open_source(uri: str) -> Source:
         MissingExtra: if the reader's package is not installed.
     """
     scheme, path, options = parse_uri(uri)
+    if scheme == "several":
+        return _chained([open_source(one) for one in path.split(";")])
     if scheme == "builtin":
         rows = DATA_SETS[path].rows(**options)
         return Source(uri, "row", True, _numbered(iter(rows)))
@@ -212,6 +274,13 @@ def open_source(uri: str) -> Source:
     if scheme == "csv":
         return Source(path, "line", False, _until_broken(_csv_records(path)))
     return Source(path, "line", True, _until_broken(_jsonl_records(path)))
+
+
+def _chained(sources: Sequence[Source]) -> Source:
+    """Return sources as one, each record with its own's number; in one with CSV all is text."""
+    records = (record for source in sources for record in source.records)
+    name = " and ".join(source.name for source in sources)
+    return Source(name, sources[0].unit, all(source.typed for source in sources), records)
 
 
 def _numbered(rows: Iterator[Mapping[str, Any]]) -> Iterator[Record]:

@@ -18,7 +18,8 @@ from strategies.base import Tensors
 if TYPE_CHECKING:
     from clients.data import Batch
 
-_HEAD_STD = 0.02  # of BERT's and most transformers' initialisation
+HEAD_STD = 0.02
+"""Of a new head's weights: as BERT and most transformers initialise."""
 
 
 def is_decoder(config: Any) -> bool:
@@ -78,7 +79,7 @@ class TaskModel(nn.Module):
         config: Any = backbone.config
         self._pooling = "none" if spec.kind == "token-classification" else pooling(spec, config)
         self.head = nn.Linear(config.get_text_config().hidden_size, len(spec.labels))
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from clients.regularizers import recall
 from clients.seeds import seed_for
 from orchestrator.cohort import asked_a_round, roster
 from orchestrator.committed import Committed, initialised
+from orchestrator.growing import grown, grown_memory
 from orchestrator.library import adapters
 from orchestrator.merging import beneath as lying_beneath
 from orchestrator.merging import split_head, stacked
@@ -38,8 +39,11 @@ def begin(
         commit: :meth:`AdapterStore.commit`, or what only says the id and takes the same.
     """
     start = plan.start
-    memory = store.memory(start.version) if start.version else {}
+    memory: Tensors = store.memory(start.version) if start.version else {}
     adapter: Tensors = store.tensors(start.version) if start.version else {}
+    old, labels = start.labels or plan.model.labels, plan.model.labels
+    memory = grown_memory(memory, old, labels)
+    adapter = grown(adapter, old, labels, plan.config.seed)
     offset, read = start.offset, None
     if start.mode != "continue":
         kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks

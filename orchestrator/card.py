@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.epsilons import Epsilon
+from orchestrator.suite_metrics import measured
 from storage.lineage import Lineage, Version
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def version_card(version: Version, history: Lineage, epsilons: Iterable[Epsilon]
         _section("Lineage", _lineage(version, history)),
         _section("Privacy", _privacy(epsilons)),
     ]
-    if version.metrics:
-        found = {key: f"{value:.4g}" for key, value in sorted(version.metrics.items())}
+    if scores := measured(version.metrics):
+        found = {key: f"{value:.4g}" for key, value in sorted(scores.items())}
         parts.append(_section("Evaluations", _rows(found)))
     return "\n\n".join(parts)
 

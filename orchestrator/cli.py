@@ -19,6 +19,7 @@ from orchestrator.cli_refs import alias_app, names, promote, rollback, versions,
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.cli_store import fsck, gc, store_app
+from orchestrator.cli_streams import stream_app
 from orchestrator.cli_tables import sweep
 from orchestrator.terminal import (
     Fields,
@@ -70,6 +71,7 @@ app.command()(verify)
 app.command()(sign)
 app.command()(replay)
 app.add_typer(store_app, name="store")
+app.add_typer(stream_app, name="stream")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +129,7 @@ def coordinator(  # noqa: PLR0913  (one option each)
     from orchestrator.observers.base import Observers
     from orchestrator.observers.process import Watch
     from orchestrator.progress import RunProgress
+    from orchestrator.streaming import follow
 
     workspace = workspace_here()
     stop = threading.Event()
@@ -151,7 +153,7 @@ def coordinator(  # noqa: PLR0913  (one option each)
     with stopped_by_signals(stop), process:
         count = service.serve(
             workspace,
-            service.Serving(limits(limit), once, until_idle),
+            service.Serving(limits(limit), once, until_idle, after=partial(follow, workspace)),
             service.Driving(lease_s=lease_s, stop=stop, max_claims=max_claims),
             watch,
         )

@@ -81,12 +81,14 @@ class Serving:
         once: whether to end after one look at the queue, and the run that it found.
         until_idle: whether to end when no run waits and none is being driven, by anyone.
         poll_s: seconds between looks at an empty queue, > 0.
+        after: called with each run that was driven, however it ended.
     """
 
     limits: Mapping[str, int] = field(default_factory=dict)
     once: bool = False
     until_idle: bool = False
     poll_s: float = 1.0
+    after: Callable[[RunRecord], None] = lambda record: None
 
 
 def planned(ledger: Ledger, record: RunRecord) -> Plan:
@@ -250,6 +252,7 @@ def serve(
         count += 1
         with watch() as observe:
             drive_to_an_end(workspace, record, observe, driving)
+        serving.after(record)
         if serving.once:
             break
     return count

@@ -22,6 +22,7 @@ from orchestrator.budgets import (
     within_budgets,
 )
 from orchestrator.config import BadConfig, RunConfig
+from orchestrator.growing import is_beginning
 from orchestrator.library import refuse_useless, resolved
 from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
@@ -56,7 +57,7 @@ def make_plan(
         BudgetSpent: if a client's population has no budget left for it.
     """
     chosen = config.checked_plugins()
-    config = _anchored(config)
+    config = anchored(config)
     model = config.model_spec()
     model = replace(model, hash=models.base_hash(model))
     start = _start(config, model, store)
@@ -124,8 +125,8 @@ def _described(rule: RankRule) -> str:
     return f"where {', '.join(f'{k}={v}' for k, v in rule.where.items())}"
 
 
-def _anchored(config: RunConfig) -> RunConfig:
-    """Return the config with absolute paths: a run may be driven, or cloned, from elsewhere."""
+def anchored(config: RunConfig) -> RunConfig:
+    """Return a config with absolute paths: a run may be driven, or cloned, from elsewhere."""
     moved: dict[str, BaseModel] = {
         key: section.model_copy(update={"data": data.absolute(section.data)})
         for key in ("evaluate", "init_data")
@@ -154,21 +155,23 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
             f"({theirs['id'] or 'a local folder'}), this run has {model.hash[:12]} ({model.id}); "
             "an adapter fits no other base"
         )
-    if tuple(theirs["labels"]) != model.labels:
+    labels = tuple(theirs["labels"])
+    if not is_beginning(labels, model.labels):
         raise BadConfig(
-            f"labels: {config.start_from} has the label set {theirs['labels']}, this run "
-            f"{list(model.labels)}; declare the same set and choose this run's with task_labels"
+            f"labels: {config.start_from} has the label set {list(labels)}, this run "
+            f"{list(model.labels)}; declare the same set, or one that begins with it, and choose "
+            "this run's with task_labels"
         )
     if config.start == "continue":
         _refuse_other_adapter(config, model, version, store)
     if config.start == "fresh":  # its memory goes on; its adapter and head do not
-        return Start("fresh", version.id)
+        return Start("fresh", version.id, labels=labels)
     stack = tuple(recipe["stack"])
     if config.start == "stack":
         refuse_personal(version)
         stack = (*stack, version.id)
     offset = recipe.get("offset") if config.start == "continue" else None
-    return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]), offset)
+    return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]), offset, labels)
 
 
 def _refuse_other_adapter(
@@ -236,7 +239,8 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
         model=model,
     )
     public = simulate.public or data.is_public(simulate.data)
-    source = Path(data.parse_uri(simulate.data).path).name  # recipes hold no paths
+    files = [data.parse_uri(part).path for part in data.parts_of(simulate.data)]
+    source = "+".join(Path(file).name for file in files)  # recipes hold no paths
     # otherwise nobody needs a size before the round, and each part is a pass over the data
     sized = config.dp_sgd is not None or config.cohort.weight == "examples"
     found: list[Participant] = []

@@ -55,6 +55,7 @@ class Start:
         stack: versions frozen underneath, oldest first.
         seen_labels: labels that the start version can already tell apart.
         offset: with ``continue``, the offset that the version lies on, or None.
+        labels: the label set of the version, with which the run's begins; empty for none.
     """
 
     mode: Literal["fresh", "continue", "stack"] = "fresh"
@@ -62,6 +63,7 @@ class Start:
     stack: tuple[str, ...] = ()
     seen_labels: tuple[str, ...] = ()
     offset: str | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,10 @@ def start_recipe(
     """
     made = {**_common(plan, offset), "kind": "start", "round": 0, "updates": []}
     library = {"library": list(plan.library)} if plan.library else {}
-    return made | library | ({"init_data": dict(read)} if read else {})
+    before = plan.start.labels
+    added = list(plan.model.labels[len(before) :]) if before else []
+    more = {"added_labels": added} if added else {}
+    return made | library | more | ({"init_data": dict(read)} if read else {})
 
 
 def offset_recipe(plan: Plan, read: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clients.inspection import DataReport
 from orchestrator.card import percent
 from orchestrator.drawing import epsilon_line
 from orchestrator.epsilons import Epsilon
+from orchestrator.suite_metrics import measured
 from storage.aliases import AliasMove
 from storage.contributions import Deployment
 from storage.ledger import ClientRecord, RunRecord
@@ -43,7 +44,7 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
         "reproducible": recipe["reproducible"],
         "private": "yes" if recipe["private"] else "no",
         **({"without DP": f"accepted: {recipe['unbounded']}"} if "unbounded" in recipe else {}),
-        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in version.metrics.items()) or "-",
+        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in measured(version.metrics).items()) or "-",
         "yanked": version.yanked or "-",
         "created": version.created_at.strftime("%Y-%m-%d %H:%M:%S UTC"),
     }
@@ -68,7 +69,7 @@ def versions_table(versions: Sequence[Version]) -> Table:
     table = Table("version", "names", "made by", "created (UTC)", "metrics", "yanked")
     for v in versions:
         names = ", ".join((*v.names, *v.aliases)) or "-"
-        scores = ", ".join(f"{k} {value:.4f}" for k, value in v.metrics.items())
+        scores = ", ".join(f"{k} {value:.4f}" for k, value in measured(v.metrics).items())
         when = v.created_at.strftime("%Y-%m-%d %H:%M:%S")
         facts = (v.id[:12], names, v.recipe["kind"], when, scores, v.yanked or "")
         table.add_row(*(escape(text) for text in facts))

@@ -185,11 +185,16 @@ class RankRule(Strict):
         return name in self.names if self.names else self.where.items() <= labels.items()
 
 
-class EvaluateConfig(Strict):
-    """Held-back data that the coordinator may read, scored while the run goes on."""
+class Held(Strict):
+    """Held-back data that the coordinator may read."""
 
     data: str
     fields: dict[str, str] = Field(default_factory=dict)
+
+
+class EvaluateConfig(Held):
+    """Held-back data that are scored while the run goes on."""
+
     every: int = Field(default=1, ge=1)
 
 

@@ -148,23 +148,38 @@ def launch(
     return drive(workspace, record, observe, Driving(backend, mine.lease_s))
 
 
-def submit(workspace: Workspace, config: RunConfig, queueing: Queueing | None = None) -> str:
+def submit(
+    workspace: Workspace,
+    config: RunConfig,
+    queueing: Queueing | None = None,
+    run: str | None = None,
+) -> str:
     """Plan a run, put it into the queue and return its id; a coordinator drives it.
 
     What can be wrong is found now, and what the run starts from is settled now: the start version
     that a name stands for, the base model's hash, the clients, their sizes and their noise.
 
+    Args:
+        workspace: where.
+        config: what to run.
+        queueing: how it waits.
+        run: its id; by default one that nobody has.
+
     Raises:
         BadConfig: if the config cannot be run; nothing was queued.
         BadLabels: if the labels are too long.
+        RunExists: if the id is taken.
     """
-    return _create(workspace, config, queueing).id
+    return _create(workspace, config, queueing, run).id
 
 
-def _create(workspace: Workspace, config: RunConfig, queueing: Queueing | None) -> RunRecord:
+def _create(
+    workspace: Workspace, config: RunConfig, queueing: Queueing | None, run: str | None = None
+) -> RunRecord:
     for ref in filter(None, (config.start_from, *config.library)):
         admitted(workspace, ref)
     plan = make_plan(config, workspace.store, workspace.ledger, workspace.sites)
+    plan = plan if run is None else replace(plan, run=run)
     observers_of(plan, workspace.home)  # what they need is missed before there is a run
     remember_base(workspace, plan.model)
     return workspace.ledger.create_run(

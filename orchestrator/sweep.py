@@ -206,18 +206,19 @@ def _choice_problems(sweep: Sweep) -> Iterator[str]:
                 yield f"{kind}: {key} is nowhere {shown(value)} in the grid"
 
 
-def _said(value: Any) -> Any:
-    """Leave out keys that say nothing: what a later weft adds is no other setting until it is used.
+def said(value: Any) -> Any:
+    """Return a document without keys that say nothing.
 
+    So what a later weft adds is no other setting until it is used.
     A plug-in's options stay whole, because one that is None may have another default.
     """
     if not isinstance(value, Mapping) or "options" in value:
         return value
-    said = {key: _said(inner) for key, inner in value.items()}
-    return {key: inner for key, inner in said.items() if inner not in (None, {}, [])}
+    found = {key: said(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in found.items() if inner not in (None, {}, [])}
 
 
 def _digest(config: RunConfig) -> str:
     """Return eight digits that follow from a setting: all of a config that decides its results."""
-    setting = _said(config.model_dump(mode="json", exclude=set(NO_RESULT)))
+    setting = said(config.model_dump(mode="json", exclude=set(NO_RESULT)))
     return hashlib.sha256(canonical_json(setting, "a setting").encode()).hexdigest()[:8]

@@ -129,6 +129,13 @@ class RunQueue:
             query = select(runs.c.id).where(runs.c.labels.in_(meant)).order_by(runs.c.number)
             return list(connection.scalars(query))
 
+    def labels(self, key: str) -> list[str]:
+        """Return the values that runs have for a label, sorted."""
+        with self._engine.connect() as connection:
+            kinds = connection.scalars(select(runs.c.labels).distinct())
+            found = [read_json(kind, "a run's labels") for kind in kinds]
+        return sorted({labels[key] for labels in found if key in labels})
+
 
 def _live(moment: datetime) -> ColumnElement[bool]:
     return and_(runs.c.status == "running", runs.c.lease_until > moment)

@@ -99,12 +99,14 @@ class Queueing:
         labels: what limits of concurrency go by, such as ``{"gpu": "a100"}``.
         owner: who drives it from the start; None leaves it to whoever claims it.
         lease_s: seconds until an owner that is not heard of has lost it.
+        facts: what else its first event says, JSON.
     """
 
     priority: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     owner: str | None = None
     lease_s: float = 60.0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ class RunLog:
                 raise RunExists(f"a run with the id {id!r} exists already; resume it or take a new")
             connection.execute(insert(runs).values(row))
             connection.execute(insert(plans).values(planned))
-            append(connection, id, "queued", {}, queued | {"labels": dict(wait.labels)})
+            append(connection, id, "queued", wait.facts, queued | {"labels": dict(wait.labels)})
             if wait.owner is not None:
                 take(connection, id, wait.owner, wait.lease_s)
             return _run(connection.execute(_runs().where(runs.c.id == id)).one())

@@ -31,10 +31,13 @@ class Regularizer:
             them is refused, because the method would do nothing.
         freezes: regular expression of tensor names that this method needs frozen, or empty; a run
             that trains one of them is refused.
+        starts: how a task of a stream starts from the one before, unless the stream's file says:
+            ``continue``, ``stack`` or ``fresh``.
     """
 
     acts_on: ClassVar[str] = ".*"
     freezes: str = ""
+    starts: ClassVar[str] = "continue"
 
     def initialise(self, adapter: Tensors, memory: Tensors) -> Tensors:
         """Return the adapter's first tensors, changed before round 1. Parameters only: free."""

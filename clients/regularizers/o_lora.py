@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ class OLoRA(Regularizer):
     form: Literal["soft", "hard"] = "soft"
     weight: Annotated[float, Range(0)] = 0.5
     reduction: Literal["sum", "mean"] = "sum"
+
+    starts: ClassVar[str] = "stack"
 
     @property
     def acts_on(self) -> str:  # type: ignore[override]  # a class constant elsewhere; here the form decides

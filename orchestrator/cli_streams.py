@@ -1,0 +1,149 @@
+"""``weft stream``: tasks that arrive one after the other, and what was kept of each."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli_runs import Detach, Label, Priority, stopped_by_signals
+from orchestrator.terminal import JsonFlag, err, out, pairs, print_json, workspace_here
+
+stream_app = typer.Typer(
+    help="Train task after task, extend and fork it, and see what was forgotten.",
+    no_args_is_help=True,
+)
+File = Annotated[Path, typer.Argument(help="The stream's YAML file.")]
+
+
+@stream_app.command("run")
+def stream_run(
+    file: File,
+    detach: Detach = False,
+    priority: Priority = 0,
+    label: Label = [],  # noqa: B006  (typer reads the default and never changes it)
+    as_json: JsonFlag = False,
+) -> None:
+    """Train the tasks that are not done yet, each from the one before; go on if interrupted."""
+    from orchestrator.stream import load_stream
+    from storage.ledger import Queueing
+
+    stream = load_stream(file)
+    _go_on(workspace_here(), stream, Queueing(priority, pairs(label, "--label")), detach, as_json)
+
+
+@stream_app.command("extend")
+def stream_extend(
+    stream: Annotated[str, typer.Argument(help="The stream's file, or with --task its name.")],
+    task: Annotated[
+        Path | None, typer.Option("--task", help="A YAML file with the task that arrived.")
+    ] = None,
+    detach: Detach = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Append tasks to a stream that there is, and train them."""
+    from orchestrator.config import BadConfig, read_document
+    from orchestrator.stream import load_stream, parse_stream
+    from orchestrator.streaming import recorded
+    from storage.ledger import Queueing
+
+    workspace = workspace_here()
+    if task is None:
+        wanted = load_stream(stream)
+        old = [one.name for one in recorded(workspace, wanted.name).tasks]
+    else:
+        known = recorded(workspace, stream)
+        old = [one.name for one in known.tasks]
+        tasks = [*known.document["tasks"], read_document(task)]
+        wanted = parse_stream({**known.document, "tasks": tasks}, str(task))
+    names = [one.name for one in wanted.tasks]
+    if names[: len(old)] != old:
+        raise BadConfig(
+            f"stream {wanted.name!r} has the tasks {', '.join(old)}, and the file begins with "
+            f"others ({', '.join(names)}); tasks are appended, and other ones need a fork"
+        )
+    _go_on(workspace, wanted, Queueing(), detach, as_json)
+
+
+@stream_app.command("fork")
+def stream_fork(
+    origin: Annotated[str, typer.Argument(help="The stream to go on from, by name.")],
+    file: File,
+    at: Annotated[str, typer.Option("--at", help="The last task that both have in common.")],
+    name: Annotated[str | None, typer.Option("--name", help="By default the file's.")] = None,
+    detach: Detach = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go on from a task of another stream with the tasks of a file."""
+    from orchestrator.stream import read_stream
+    from orchestrator.streaming import forked
+    from storage.ledger import Queueing
+
+    workspace = workspace_here()
+    document = read_stream(file) | ({"name": name} if name else {})
+    _go_on(workspace, forked(workspace, origin, document, at), Queueing(), detach, as_json)
+
+
+@stream_app.command("list")
+def stream_list(as_json: JsonFlag = False) -> None:
+    """List streams."""
+    from orchestrator import stream_report, streaming
+
+    workspace = workspace_here()
+    rows = [stream_report.line(workspace, name) for name in streaming.streams(workspace.ledger)]
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(stream_report.streams_table(rows))
+
+
+@stream_app.command("show")
+def stream_show(
+    name: str,
+    ceiling: Annotated[
+        str | None, typer.Option("--ceiling", help="A stream that trained all tasks at once.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a stream: its tasks, and the matrix of what each version knows of each task."""
+    from orchestrator import stream_report
+
+    workspace = workspace_here()
+    found = stream_report.report(workspace, name, ceiling)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        stream_report.show(found, out)
+
+
+def _go_on(workspace: Any, stream: Any, queueing: Any, detach: bool, as_json: bool) -> None:
+    """Drive a stream here, or queue its next task, and print how it stands."""
+    from orchestrator import stream_report, streaming
+    from orchestrator.coordinator import Driving, Stopped
+    from orchestrator.progress import RunProgress
+
+    if detach:
+        streaming.keep(workspace, stream)
+        record = streaming.advance(workspace, stream, queueing, retry=True)
+        if record is not None and not as_json:
+            out.print(record.id, highlight=False)
+            err.print("queued; a weft coordinator drives it, and the tasks after it", style="dim")
+            return
+    else:
+        stop = threading.Event()
+        progress = RunProgress(err if as_json else out, live=True)
+        with stopped_by_signals(stop), progress:
+            try:
+                streaming.run_stream(
+                    workspace, stream, Driving(stop=stop), lambda run: progress, queueing
+                )
+            except Stopped:
+                err.print("stopped; go on with the same command", style="dim")
+                raise typer.Exit(130) from None
+    found = stream_report.report(workspace, stream.name)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        stream_report.show(found, out)

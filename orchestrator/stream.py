@@ -1,0 +1,404 @@
+"""A stream: one YAML file that stands for tasks which arrive one after the other.
+
+Each task is a run of its own, and what it starts from is the result of the task before. What a run
+is follows from the file and the ids of those results alone, so that a task that was run is found
+again, and one that was changed since is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from clients import data
+from clients.assignment import DataSpec
+from clients.regularizers import REGULARIZERS
+from orchestrator.config import BadConfig, RunConfig, parse_config, read_document, with_values
+from orchestrator.policy import LOWER_IS_BETTER, METRICS, Strict
+from orchestrator.sections import Held
+from strategies import STRATEGIES
+
+STREAM, TASK = "stream", "task"
+"""The labels of a stream's runs: the stream's name, and the task's."""
+_PRESETS = {
+    "sequential": "continue",
+    "stacked": "stack",
+    "isolated": "isolated",
+    "joint": "joint",
+    "fresh": "fresh",
+}
+
+
+def _held(value: Any) -> Any:
+    """Accept a data URI for the data set of that URI."""
+    return {"data": value} if isinstance(value, str) else value
+
+
+HeldField = Annotated[Held, BeforeValidator(_held)]
+
+
+def _method(value: Any) -> Any:
+    """Accept ``sequential`` and its like for what they stand for."""
+    if not isinstance(value, str):
+        return value
+    if value not in _PRESETS:
+        raise ValueError(f"there is no method {value!r} ({', '.join(_PRESETS)}); or give a mapping")
+    return {"start": _PRESETS[value]}
+
+
+class Method(Strict):
+    """How a task follows from those before; what is None is as the plug-ins and the base say.
+
+    ``start``: ``continue`` goes on with the adapter of the task before, ``stack`` freezes it under
+    a new one, ``fresh`` starts anew with the memory of the tasks before, ``isolated`` without,
+    ``joint`` trains all tasks at once. ``library``: whether the versions of the tasks before are
+    what the strategy starts from.
+    """
+
+    start: Literal["continue", "stack", "fresh", "isolated", "joint"] | None = None
+    adapter: str | dict[str, Any] | None = None
+    strategy: str | dict[str, Any] | None = None
+    regularizers: tuple[str | dict[str, Any], ...] | None = None
+    optimizer: str | dict[str, Any] | None = None
+    library: bool | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return what of a run's file the method says."""
+        found = self.model_dump(exclude={"start", "library"}, exclude_none=True)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+
+class TaskFile(Strict):
+    """One task of a stream's file.
+
+    ``data`` and ``fields`` are for the base's simulated clients, ``clients`` replaces them whole.
+    ``version`` is for a task that was learned elsewhere: it is the result, and nothing is run.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
+    data: str | None = None
+    fields: dict[str, str] | None = None
+    clients: dict[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+    rounds: int | None = Field(default=None, ge=1)
+    evaluate: HeldField | None = None
+    set: dict[str, Any] = Field(default_factory=dict)
+    version: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskFile:
+        if self.data is not None and self.clients is not None:
+            raise ValueError("give data, of the base's simulated clients, or clients, not both")
+        return self
+
+
+class StreamFile(Strict):
+    """A stream's file. ``base`` is a run's file, by its path from this one, or what is in one."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
+    base: str | dict[str, Any]
+    method: Annotated[Method, BeforeValidator(_method)] = Method()
+    tasks: tuple[TaskFile, ...] = Field(min_length=1)
+    metric: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task of a stream.
+
+    Attributes:
+        name: unique in the stream.
+        labels: those that it brings, in the order of the label set; empty for all there are.
+        test: what its column of the matrix is measured on; None for no column.
+        version: the version that is its result already, or None.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    test: DataSpec | None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run of a stream.
+
+    Attributes:
+        name: of the task, or ``joint-N`` of all N of them.
+        trained: how many of the tasks its result was trained on.
+        version: its result, where nothing is to be run; else None.
+        document: the run's file, but for what follows from the stages before.
+    """
+
+    name: str
+    trained: int
+    version: str | None
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream, checked.
+
+    Attributes:
+        name: the stream's; its versions are ``NAME:v1``, ``NAME:v2``, …
+        document: the whole file, with absolute paths: what makes this stream again.
+        tasks: in order.
+        stages: the runs, in order; one a task, but for joint training.
+        labels: the label set after all tasks; empty for causal-lm.
+        start: how a task starts from the one before.
+        library: whether a task's library is the versions before it.
+        metric: what the matrix is of.
+    """
+
+    name: str
+    document: Mapping[str, Any]
+    tasks: tuple[Task, ...]
+    stages: tuple[Stage, ...]
+    labels: tuple[str, ...]
+    start: str
+    library: bool
+    metric: str
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is a loss or its like."""
+        return self.metric in LOWER_IS_BETTER
+
+    def config(self, number: int, results: Sequence[str]) -> RunConfig:
+        """Return the config of a stage's run.
+
+        Args:
+            number: of the stage, from 0.
+            results: ids of the versions that the stages before ended with, as many as they are.
+
+        Raises:
+            BadConfig: with a line for each mistake.
+        """
+        document, values = self.stages[number].document, dict[str, Any]()
+        if results and self.start in ("continue", "stack", "fresh"):
+            values |= {"start": self.start, "start_from": results[-1]}
+        if results and self.library:
+            values["library"] = [*document.get("library", ()), *results]
+        return parse_config({**document, **values})
+
+
+def load_stream(path: str | Path) -> Stream:
+    """Return the stream in a YAML file, every run of it checked.
+
+    Raises:
+        BadConfig: with a line for each mistake.
+    """
+    return parse_stream(read_stream(path), str(path))
+
+
+def read_stream(path: str | Path) -> dict[str, Any]:
+    """Return what is in a stream's file, unchecked, with the base in place of its path.
+
+    Raises:
+        BadConfig: if there is no such file, or it is no mapping.
+    """
+    file = Path(path)
+    document = dict(read_document(file))
+    base = document.get("base")
+    return (
+        {**document, "base": read_document(file.parent / base)}
+        if isinstance(base, str)
+        else document
+    )
+
+
+def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stream:
+    """Return the stream that a file's content stands for; paths in it become absolute.
+
+    Args:
+        document: the file's content, ``base`` included.
+        where: the file, for messages.
+
+    Raises:
+        BadConfig: with a line for each mistake.
+    """
+    try:
+        file = StreamFile.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise BadConfig("\n".join(f"{where}: {line}" for line in lines)) from None
+    if isinstance(file.base, str):
+        raise BadConfig(f"{where}: base: give what is in {file.base}, or read it from a file")
+    names = [task.name for task in file.tasks]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadConfig(f"{where}: tasks: two are called {twice!r}; a task's name is its own")
+    base = _anchored_run({**file.base, **file.method.overrides()})
+    sets = _label_sets(base.get("labels", ()), file.tasks)
+    stages = _stages(file, base, sets)
+    configs = [_checked(stage, where) for stage in stages]
+    kind = configs[-1].task
+    metric = file.metric or METRICS[kind][0]
+    if metric not in METRICS[kind]:
+        allowed = ", ".join(METRICS[kind])
+        raise BadConfig(f"{where}: metric: {kind} is not scored by {metric!r} ({allowed})")
+    return Stream(
+        name=file.name,
+        document=_anchored(file, base),
+        tasks=tuple(_task(task, sets[-1]) for task in file.tasks),
+        stages=tuple(stages),
+        labels=sets[-1],
+        start=file.method.start or _natural_start(configs[-1]),
+        library=_recycles(configs[-1]) if file.method.library is None else file.method.library,
+        metric=metric,
+    )
+
+
+def _natural_start(config: RunConfig) -> str:
+    """Return how tasks follow by what the regularizers say of themselves."""
+    chosen = config.checked_plugins()["regularizers"]
+    wanted = [REGULARIZERS.get(one.name).build(**one.options).starts for one in chosen]
+    return next((one for one in wanted if one != "continue"), "continue")
+
+
+def _recycles(config: RunConfig) -> bool:
+    """Return whether the strategy makes something of the versions before."""
+    chosen = config.checked_plugins()["strategy"]
+    return "recycles" in STRATEGIES.get(chosen.name).build(**chosen.options).capabilities
+
+
+def _label_sets(declared: Sequence[str], tasks: Sequence[TaskFile]) -> list[tuple[str, ...]]:
+    """Return the label set of each task: the base's, and what has come by then, in order."""
+    found: list[tuple[str, ...]] = []
+    known = tuple(declared)
+    for task in tasks:
+        known += tuple(label for label in task.labels if label not in known)
+        found.append(known)
+    return found
+
+
+def _stages(
+    file: StreamFile, base: Mapping[str, Any], sets: Sequence[tuple[str, ...]]
+) -> list[Stage]:
+    if file.method.start == "joint":
+        return [_joint(file, base, sets[-1])]
+    stages = []
+    for number, (task, labels) in enumerate(zip(file.tasks, sets, strict=True), 1):
+        document = _document(file.name, base, task)
+        if labels:
+            document["labels"] = list(labels)
+        if task.labels:
+            document["task_labels"] = list(task.labels)
+        stages.append(Stage(task.name, number, task.version, document))
+    return stages
+
+
+def _document(stream: str, base: Mapping[str, Any], task: TaskFile) -> dict[str, Any]:
+    """Return a task's run's file, without its labels and where it starts."""
+    document = {**base, "name": f"{stream}.{task.name}"}
+    if task.clients is not None:
+        document["clients"] = task.clients
+    simulate = {"data": task.data, "fields": task.fields}
+    values: dict[str, Any] = {
+        f"clients.simulate.{k}": v for k, v in simulate.items() if v is not None
+    }
+    if task.rounds is not None:
+        values["rounds"] = task.rounds
+    if task.evaluate is not None and isinstance(base.get("evaluate"), Mapping):
+        values |= {"evaluate.data": task.evaluate.data, "evaluate.fields": task.evaluate.fields}
+    return with_values(document, values | task.set)
+
+
+def _joint(file: StreamFile, base: Mapping[str, Any], labels: tuple[str, ...]) -> Stage:
+    """Return the one run that trains on the data of all tasks, for as many rounds as they have."""
+    parts = [_document(file.name, base, task) for task in file.tasks]
+    if len({str(task.set) for task in file.tasks}) > 1:
+        raise BadConfig("method: joint training is one run, and tasks differ in what they set")
+    clients = [part["clients"] for part in parts]
+    rounds = sum(part.get("rounds", RunConfig.model_fields["rounds"].default) for part in parts)
+    name = f"joint-{len(parts)}"
+    document = {
+        **parts[0],
+        "name": f"{file.name}.{name}",
+        "clients": _joined(clients),
+        "rounds": rounds,
+    }
+    if labels:
+        document["labels"] = list(labels)
+    own = {label for task in file.tasks for label in task.labels}
+    if all(task.labels for task in file.tasks) and own < set(labels):
+        document["task_labels"] = [label for label in labels if label in own]
+    return Stage(name, len(file.tasks), None, document)
+
+
+def _joined(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the clients of several tasks as those of one.
+
+    Raises:
+        BadConfig: if they are of different kinds.
+    """
+    if all(one == clients[0] for one in clients):
+        return dict(clients[0])
+    if all(set(one) == {"names"} for one in clients):
+        return {"names": list(dict.fromkeys(name for one in clients for name in one["names"]))}
+    if all(set(one) == {"simulate"} for one in clients):
+        simulated = [one["simulate"] for one in clients]
+        rest = [{k: v for k, v in one.items() if k != "data"} for one in simulated]
+        if all(one == rest[0] for one in rest):
+            uris = dict.fromkeys(data.absolute(str(one["data"])) for one in simulated)
+            return {"simulate": {**rest[0], "data": data.several(list(uris))}}
+    raise BadConfig(
+        "method: joint training needs the clients of all tasks as one: all by names, or all "
+        "simulated alike, with data alone different"
+    )
+
+
+def _checked(stage: Stage, where: str) -> RunConfig:
+    try:
+        return parse_config(stage.document)
+    except BadConfig as error:
+        lines = [f"{where}: task {stage.name}: {line}" for line in str(error).splitlines()]
+        raise BadConfig("\n".join(lines)) from None
+
+
+def _task(task: TaskFile, labels: Sequence[str]) -> Task:
+    own = tuple(label for label in labels if label in task.labels)
+    test = task.evaluate
+    spec = None
+    if test is not None:
+        spec = DataSpec(data.absolute(test.data), dict(test.fields), labels=own)
+    return Task(task.name, own, spec, task.version)
+
+
+def _anchored(file: StreamFile, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file's content with absolute paths, the method's part of the base in the base."""
+    document = file.model_dump(mode="json", exclude_defaults=True)
+    document["base"] = dict(base)
+    document["method"] = {"start": file.method.start, "library": file.method.library}
+    for task in document["tasks"]:
+        if "data" in task:
+            task["data"] = data.absolute(task["data"])
+        if "evaluate" in task:
+            task["evaluate"]["data"] = data.absolute(task["evaluate"]["data"])
+        if "clients" in task:
+            task["clients"] = _anchored_run({"clients": task["clients"]})["clients"]
+    return document
+
+
+def _anchored_run(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's file with absolute paths; what is not checked yet is left as it is."""
+    found = dict(document)
+    model = found.get("model")
+    place = model.get("id") if isinstance(model, Mapping) else model
+    if isinstance(place, str) and Path(place).is_dir():
+        there = {"id": str(Path(place).absolute())}
+        found["model"] = {**(model if isinstance(model, Mapping) else {}), **there}
+    simulate = (found.get("clients") or {}).get("simulate")
+    if isinstance(simulate, Mapping) and isinstance(simulate.get("data"), str):
+        split = {**simulate, "data": data.absolute(simulate["data"])}
+        found["clients"] = {**found["clients"], "simulate": split}
+    for key in ("evaluate", "init_data"):
+        section = found.get(key)
+        if isinstance(section, Mapping) and isinstance(section.get("data"), str):
+            found[key] = {**section, "data": data.absolute(section["data"])}
+    return found

@@ -1,0 +1,160 @@
+"""Streams as people read them: how each task stands, and the matrix of what was kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.continual import Matrix, intransigence
+from orchestrator.stream import Stream
+from orchestrator.streaming import Step, recorded, rows, steps
+from orchestrator.suite import matrix
+from orchestrator.workspace import Workspace
+
+MEASURES: Mapping[str, str] = {
+    "average": "average after the last task",
+    "backward_transfer": "backward transfer (GEM)",
+    "forward_transfer": "forward transfer (GEM, over the untrained model)",
+    "forgetting": "forgetting (Chaudhry, from the best before the last)",
+    "learning_accuracy": "when it was learned",
+    "intransigence": "intransigence (below the ceiling when learned)",
+}
+"""The measures by their names in JSON, and what they are called."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """A stream and what its versions know.
+
+    Attributes:
+        stream: the stream.
+        steps: how each task stands.
+        task_free: the matrix where any label seen so far may be answered.
+        task_aware: the matrix where the model is told which task an example is of.
+        ceiling: the matrices, likewise, of joint training; None where none was named.
+    """
+
+    stream: Stream
+    steps: tuple[Step, ...]
+    task_free: Matrix
+    task_aware: Matrix
+    ceiling: tuple[Matrix, Matrix] | None = None
+
+    @property
+    def matrices(self) -> dict[str, tuple[Matrix, Matrix | None]]:
+        """The matrices that differ, by what the model is told, each with its ceiling."""
+        free, aware = self.ceiling or (None, None)
+        found = {"task-free": (self.task_free, free)}
+        if self.task_aware != self.task_free:
+            found["task-aware"] = (self.task_aware, aware)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        return {
+            "stream": self.stream.name,
+            "metric": self.stream.metric,
+            "start": self.stream.start,
+            "labels": list(self.stream.labels),
+            "tasks": [step.to_json() for step in self.steps],
+            "matrices": {
+                told: {
+                    **found.to_json(),
+                    "intransigence": ceiling and intransigence(found, ceiling),
+                }
+                for told, (found, ceiling) in self.matrices.items()
+            },
+        }
+
+
+def report(workspace: Workspace, name: str, ceiling: str | None = None) -> StreamReport:
+    """Return a stream, by its name, and what was measured of it; measures nothing.
+
+    Args:
+        workspace: where.
+        name: the stream's.
+        ceiling: name of the stream of joint training to hold it against.
+
+    Raises:
+        UnknownStream: if there is none of this name.
+    """
+    stream = recorded(workspace, name)
+    found = steps(workspace, stream)
+    above = None if ceiling is None else report(workspace, ceiling)
+    lines = rows(workspace, stream, found)
+    return StreamReport(
+        stream,
+        tuple(found),
+        matrix(workspace, stream, lines),
+        matrix(workspace, stream, lines, told_task=True),
+        None if above is None else (above.task_free, above.task_aware),
+    )
+
+
+def line(workspace: Workspace, name: str) -> dict[str, Any]:
+    """Return one stream as a line of a list."""
+    found = report(workspace, name)
+    document = found.to_json()
+    done = [step.version for step in found.steps if step.version is not None]
+    return {
+        "stream": name,
+        "tasks": len(found.stream.tasks),
+        "done": len(done),
+        "version": done[-1] if done else None,
+        "metric": found.stream.metric,
+        "average": document["matrices"]["task-free"]["average"],
+        "forgetting": document["matrices"]["task-free"]["forgetting"],
+    }
+
+
+def streams_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Return streams, a line each."""
+    table = Table("stream", "tasks done", "version", "metric", "average", "forgetting")
+    for one in lines:
+        numbers = (_number(one["average"]), _number(one["forgetting"]))
+        facts = (one["stream"], f"{one['done']}/{one['tasks']}", (one["version"] or "-")[:12])
+        table.add_row(*(escape(text) for text in (*facts, one["metric"], *numbers)))
+    return table
+
+
+def show(found: StreamReport, console: Console) -> None:
+    """Print a stream: its tasks, then each matrix with its measures."""
+    console.print(steps_table(found.steps))
+    for told, (scores, ceiling) in found.matrices.items():
+        if not scores.rows or not scores.tasks:
+            continue
+        console.print(matrix_table(scores, f"{found.stream.metric}, {told}"))
+        gap = None if ceiling is None else intransigence(scores, ceiling)
+        values = {**scores.to_json(), "intransigence": gap}
+        for key, called in MEASURES.items():
+            if values[key] is not None:
+                console.print(f"{called:56s} {values[key]:.4f}", highlight=False)
+
+
+def steps_table(found: Sequence[Step]) -> Table:
+    """Return how the tasks of a stream stand, a line each."""
+    table = Table("task", "status", "run", "version", "error")
+    for step in found:
+        run = "-" if step.record is None else step.record.id
+        error = "" if step.record is None else step.record.error or ""
+        facts = (step.stage.name, step.status, run, (step.version or "-")[:12], error)
+        table.add_row(*(escape(text) for text in facts))
+    return table
+
+
+def matrix_table(scores: Matrix, title: str) -> Table:
+    """Return an accuracy matrix: a row a version, a column a task."""
+    table = Table("after", *(escape(task) for task in scores.tasks), title=escape(title))
+    for after, row in zip(scores.after, scores.rows, strict=True):
+        name = "nothing" if after == 0 else f"{after} tasks" if after > 1 else "1 task"
+        table.add_row(name, *(_number(value) for value in row))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

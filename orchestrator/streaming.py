@@ -1,0 +1,361 @@
+"""A stream's runs: what is done, what comes next, driving it, and going on from any task.
+
+Nothing of a stream is kept but its runs. Each carries the stream's whole file in its first event,
+so that whoever drives a task, a coordinator too, knows which one follows; what is to follow and
+came later is an event of the newest run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.backends.base import Backend
+from orchestrator.config import BadConfig, RunConfig
+from orchestrator.coordinator import Driving, claim, drive
+from orchestrator.federation import Observe
+from orchestrator.launch import anchored
+from orchestrator.service import submit
+from orchestrator.signing import admitted
+from orchestrator.steering import requeue
+from orchestrator.stream import STREAM, TASK, Stage, Stream, parse_stream
+from orchestrator.suite import Row, score
+from orchestrator.sweep import said, shown
+from orchestrator.workspace import Workspace
+from storage.canonical import canonical_json
+from storage.ledger import Ledger, Queueing, RunExists, RunRecord
+from storage.refs import did_you_mean
+
+_NO_RESULT = ("name", "backend", "loggers", "notify", "retention", "deadline_s", "retries")
+"""Keys of a run's file that decide no result."""
+_MOST_TOLD = 5
+_OURS = ("clients", "orchestrator", "storage", "strategies")
+_LOG = logging.getLogger(__name__)
+
+
+class UnknownStream(LookupError):
+    """No stream is called this."""
+
+
+class ChangedTask(ValueError):
+    """A task that was run is another in the file by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage of a stream and how it stands.
+
+    Attributes:
+        stage: the stage.
+        record: its run, or None where there is none (yet).
+        version: the version that it ended with, or None.
+    """
+
+    stage: Stage
+    record: RunRecord | None = None
+    version: str | None = None
+
+    @property
+    def status(self) -> str:
+        """Where it stands in a word."""
+        if self.record is None:
+            return "missing" if self.version is None else "given"
+        return self.record.status
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as JSON."""
+        record = self.record
+        return {
+            "task": self.stage.name,
+            "status": self.status,
+            "run": record and record.id,
+            "version": self.version,
+            "error": record and record.error,
+        }
+
+
+def streams(ledger: Ledger) -> list[str]:
+    """Return the names of the streams that have runs, sorted."""
+    return ledger.queue.labels(STREAM)
+
+
+def recorded(workspace: Workspace, name: str) -> Stream:
+    """Return a stream as it was last given.
+
+    Raises:
+        UnknownStream: if there is none of this name.
+    """
+    ledger = workspace.ledger
+    runs = ledger.queue.labelled(STREAM, name)
+    for run in reversed(runs):
+        events = ledger.events(run, kinds={"queued", "stream"})
+        for event in reversed(events):
+            if "stream" in event.data:
+                return parse_stream(event.data["stream"], f"stream {name}")
+    hint = did_you_mean(name, streams(ledger)) or "; weft stream run FILE starts one"
+    raise UnknownStream(f"no stream is called {name!r}{hint}")
+
+
+def steps(workspace: Workspace, stream: Stream) -> list[Step]:
+    """Return how each stage of a stream stands; those after one that has no result are missing.
+
+    Raises:
+        ChangedTask: if a task that was run is another in the stream by now.
+        UnknownVersion: if a version that the file names is not there.
+    """
+    ledger = workspace.ledger
+    newest: dict[str, RunRecord] = {}
+    for run in ledger.queue.labelled(STREAM, stream.name):
+        record = ledger.run(run)
+        if record.status != "cancelled":
+            newest[record.labels[TASK]] = record
+    found: list[Step] = []
+    results: list[str] = []
+    for number, stage in enumerate(stream.stages):
+        if stage.version is not None:
+            version = admitted(workspace, stage.version).id
+            found.append(Step(stage, None, version))
+            results.append(version)
+            continue
+        made = newest.get(stage.name)
+        if made is None or len(results) < number:
+            found.append(Step(stage))
+            continue
+        _refuse_changed(stream, stage, made, stream.config(number, results))
+        done = made.version if made.status == "completed" else None
+        found.append(Step(stage, made, done))
+        results += [done] if done else []
+    return found
+
+
+def _refuse_changed(stream: Stream, stage: Stage, record: RunRecord, config: RunConfig) -> None:
+    """Refuse a task that was run otherwise than the file has it.
+
+    Raises:
+        ChangedTask: naming the task and what of it changed.
+    """
+    before, now = _setting(RunConfig.model_validate(record.config)), _setting(anchored(config))
+    if before == now:
+        return
+    told = [
+        f"{key}: {before.get(key, '-')} was run, {now.get(key, '-')} is asked for"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+    raise ChangedTask(
+        f"task {stage.name!r} of stream {stream.name!r} was run otherwise "
+        f"({'; '.join(told[:_MOST_TOLD])}{more}), and what came after it was trained on that; "
+        "put it back, or go on from a task before it: "
+        f"weft stream fork {stream.name} FILE --at TASK"
+    )
+
+
+def _setting(config: RunConfig) -> dict[str, str]:
+    """Return all of a config that decides its results, by dotted key, as text."""
+    unread = set(_NO_RESULT)
+    if config.stop is None and config.select == "last":
+        unread.add("evaluate")
+    return _flat(said(config.model_dump(mode="json", exclude=unread)))
+
+
+def _flat(document: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{before}{key}.")
+        else:
+            found[before + key] = shown(value)
+    return found
+
+
+def rows(workspace: Workspace, stream: Stream, found: Sequence[Step]) -> list[Row]:
+    """Return a stream's versions as rows of its matrix; the first is that before training."""
+    done = [step for step in found if step.version is not None]
+    if not done:
+        return []
+    own: dict[str, str] = {}
+    made: list[Row] = []
+    first = _start_of(workspace, str(done[0].version))
+    if first is not None:
+        made.append(Row(0, first, {}))
+    for step in done:
+        if stream.start in ("fresh", "isolated"):
+            own[step.stage.name] = str(step.version)
+        made.append(Row(step.stage.trained, str(step.version), dict(own)))
+    return made
+
+
+def _start_of(workspace: Workspace, version: str) -> str | None:
+    """Return the version that the run which ended with ``version`` began with."""
+    lineage = workspace.store.lineage(version)
+    before = {e.child: e.parent for e in lineage.edges if e.kind in ("init", "round")}
+    while lineage.nodes[version].recipe["kind"] != "start":
+        if version not in before:
+            return None
+        version = before[version]
+    return version
+
+
+def advance(
+    workspace: Workspace, stream: Stream, queueing: Queueing | None = None, retry: bool = False
+) -> RunRecord | None:
+    """Name the results that there are, queue the next task, and return its run.
+
+    Args:
+        workspace: where.
+        stream: the stream.
+        queueing: how a new run waits; it has the stream's labels besides.
+        retry: put a run that failed or was paused back into the queue.
+
+    Returns:
+        The run that waits, goes on, or failed; None when all tasks are done.
+
+    Raises:
+        BadConfig: if the task cannot be run; nothing was queued.
+        ChangedTask: as :func:`steps`.
+    """
+    found = steps(workspace, stream)
+    results = [step.version for step in found if step.version is not None]
+    named = {v.id for v in workspace.store.versions(name=stream.name, limit=10_000)}
+    for version in results:
+        if version not in named:
+            workspace.store.name(stream.name, version)
+    waiting = next((step for step in found if step.version is None), None)
+    if waiting is None:
+        return None
+    if waiting.record is not None:
+        if retry and waiting.record.status in ("failed", "paused"):
+            return requeue(workspace, waiting.record.id)
+        return waiting.record
+    config = stream.config(len(results), results)
+    run = _run_id(workspace, stream, waiting.stage, config)
+    wait = queueing or Queueing()
+    labels = {**wait.labels, STREAM: stream.name, TASK: waiting.stage.name}
+    wait = replace(wait, labels=labels, facts={"stream": dict(stream.document)})
+    with suppress(RunExists):  # somebody was faster, with the same run
+        submit(workspace, config, wait, run)
+    return workspace.ledger.run(run)
+
+
+def _run_id(workspace: Workspace, stream: Stream, stage: Stage, config: RunConfig) -> str:
+    """Return the id of a task's run, the same for all who would queue it."""
+    ledger = workspace.ledger
+    past = [ledger.run(run) for run in ledger.queue.labelled(STREAM, stream.name)]
+    cancelled = [record.id for record in past if record.labels[TASK] == stage.name]
+    facts = [stream.name, stage.name, config.model_dump(mode="json"), cancelled]
+    return hashlib.sha256(canonical_json(facts, "a task").encode()).hexdigest()[:12]
+
+
+def run_stream(
+    workspace: Workspace,
+    stream: Stream,
+    driving: Driving,
+    watch: Callable[[RunRecord], Observe],
+    queueing: Queueing | None = None,
+) -> list[Step]:
+    """Drive what is left of a stream here, task after task, and measure each; return how it stands.
+
+    What was interrupted goes on where it stopped, and ends at the versions it would have.
+
+    Args:
+        workspace: where.
+        stream: the stream.
+        driving: how; its ``stop`` ends the stream after the event at hand.
+        watch: returns what is called with each event of a run.
+        queueing: how runs wait for the moment between being queued and being driven.
+
+    Raises:
+        BadConfig, ChangedTask: as :func:`advance`.
+        RunBusy: if another process is driving a task.
+        RoundFailed, Paused, Cancelled, Stopped: as :func:`orchestrator.coordinator.drive`.
+        EvaluationFailed: if a version could not be scored.
+    """
+    keep(workspace, stream)
+    while not driving.stop.is_set():
+        record = advance(workspace, stream, queueing, retry=True)
+        measure(workspace, stream, driving.backend)
+        if record is None:
+            break
+        mine = claim(workspace, record, driving.lease_s)
+        drive(workspace, mine, watch(mine), driving)
+    return steps(workspace, stream)
+
+
+def measure(workspace: Workspace, stream: Stream, backend: Backend | None = None) -> int:
+    """Score the versions of a stream that were not; see :func:`orchestrator.suite.score`."""
+    return score(workspace, stream, rows(workspace, stream, steps(workspace, stream)), backend)
+
+
+def keep(workspace: Workspace, stream: Stream) -> None:
+    """Write down what a stream's file says by now, where it has runs and says something new."""
+    ledger = workspace.ledger
+    runs = ledger.queue.labelled(STREAM, stream.name)
+    if runs and recorded(workspace, stream.name).document != stream.document:
+        steps(workspace, stream)  # refuses what was changed, before it is written
+        ledger.record(runs[-1], "stream", {"stream": dict(stream.document)})
+
+
+def follow(workspace: Workspace, record: RunRecord) -> None:
+    """Queue what follows a task of a stream that was driven to its end; of other runs, nothing.
+
+    What goes wrong is told in the log and is no error here: others in the queue must not wait.
+    """
+    name = record.labels.get(STREAM)
+    if name is None or workspace.ledger.run(record.id).status != "completed":
+        return
+    try:
+        stream = recorded(workspace, name)
+        measure(workspace, stream)
+        advance(workspace, stream)
+    except Exception as error:  # one stream's error must not keep the others waiting
+        ours = type(error).__module__.partition(".")[0] in _OURS
+        _LOG.error("stream %s goes no further: %s", name, error, exc_info=not ours)
+
+
+def forked(workspace: Workspace, origin: str, document: Mapping[str, Any], at: str) -> Stream:
+    """Return the stream in a file that goes on from a task of another stream.
+
+    The tasks up to it are the other's, by their versions; what the file says of them is not read.
+
+    Args:
+        workspace: where.
+        origin: name of the other stream.
+        document: of a stream's file, with a name of its own and the tasks that follow.
+        at: the last task that both have in common.
+
+    Raises:
+        UnknownStream: if there is no such stream.
+        BadConfig: if the task is not done, or the file cannot be run.
+    """
+    old = recorded(workspace, origin)
+    done = {step.stage.name: step.version for step in steps(workspace, old)}
+    names = [task.name for task in old.tasks]
+    if at not in names or done.get(at) is None:
+        reached = ", ".join(n for n in names if done.get(n)) or "none"
+        raise BadConfig(
+            f"stream {origin!r} has no result of a task {at!r} to go on from (done: {reached})"
+        )
+    if document.get("name") == origin:
+        raise BadConfig(f"a fork needs a name of its own, and {origin!r} is taken; give --name NEW")
+    common = names[: names.index(at) + 1]
+    past = {task["name"]: task for task in old.document["tasks"]}
+    known = [{**past[name], "version": done[name]} for name in common]
+    listed = document.get("tasks") or ()
+    new = [t for t in listed if not (isinstance(t, Mapping) and t.get("name") in common)]
+    if not new:
+        raise BadConfig(f"the file has no task after {at!r}; a fork goes on with another")
+    base = document.get("base")
+    ours = {"labels": _labels(old, len(common), base)} if isinstance(base, Mapping) else {}
+    merged = {**base, **ours} if isinstance(base, Mapping) else base
+    return parse_stream({**document, "base": merged, "tasks": [*known, *new]})
+
+
+def _labels(old: Stream, common: int, base: Mapping[str, Any]) -> list[str]:
+    """Return the label set that a fork begins with: the common tasks' result's, and the file's."""
+    theirs = list(old.stages[common - 1].document.get("labels", ()))
+    return [*theirs, *(label for label in base.get("labels", ()) if label not in theirs)]

@@ -1,0 +1,186 @@
+"""The evaluation suite of a stream: each of its versions scored on every task's held-back data.
+
+Scores are kept with the version that was scored (:mod:`orchestrator.suite_metrics`), under a digest
+of what was measured: a test set that changes is measured anew, one that streams share once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from clients import data
+from clients.assignment import Assignment, DataSpec
+from clients.evaluate import Evaluation
+from orchestrator.backends.base import Backend, Failure, complete
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.config import BadConfig
+from orchestrator.continual import Matrix
+from orchestrator.growing import grown, is_beginning
+from orchestrator.signing import admitted
+from orchestrator.stream import Stream, Task
+from orchestrator.suite_metrics import SUITE
+from orchestrator.versions import EvaluationFailed, use
+from orchestrator.workspace import Workspace
+from storage.canonical import canonical_json
+from storage.lineage import Version
+
+TIMEOUT_S = 24 * 3600.0
+AWARE = {"accuracy": "task_accuracy"}
+"""What a metric is called where the model is told which task an example is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A version of a stream, as a row of its matrix.
+
+    Attributes:
+        trained: how many tasks it was trained on; 0 before training.
+        version: its id.
+        own: by task, the version that answers for it where the task is known; the version itself
+            for those that are not named.
+    """
+
+    trained: int
+    version: str
+    own: Mapping[str, str]
+
+
+def score(
+    workspace: Workspace, stream: Stream, rows: Sequence[Row], backend: Backend | None = None
+) -> int:
+    """Measure what is missing of a stream's matrix, and return how many evaluations it took.
+
+    Args:
+        workspace: where the versions are.
+        stream: whose tasks.
+        rows: its versions.
+        backend: where to evaluate; by default in this process.
+
+    Raises:
+        EvaluationFailed: if a version could not be scored, with the reason; what was measured
+            before is kept.
+        clients.data.DataNotFound: if a test set is not there.
+    """
+    prefixes = {task.name: prefix(task) for task in stream.tasks if task.test is not None}
+    wanted: dict[str, tuple[Assignment, str, str]] = {}
+    for version in dict.fromkeys(v for row in rows for v in (row.version, *row.own.values())):
+        found = admitted(workspace, version)
+        for task in stream.tasks:
+            if task.test is None or _has(found, prefixes[task.name]):
+                continue
+            client = f"{len(wanted)}"
+            asked = replace(_asked(workspace, found, task.test, stream), client=client)
+            wanted[client] = (asked, version, prefixes[task.name])
+    assignments = [asked for asked, _, _ in wanted.values()]
+    used = backend or InlineBackend()
+    for result in complete(used, assignments, TIMEOUT_S, lambda asked: None):
+        if isinstance(result, Failure):
+            raise EvaluationFailed(f"the version cannot be scored: {result.reason}")
+        if isinstance(result, Evaluation):
+            _, version, before = wanted[result.client]
+            values = {**result.metrics, "num_examples": float(result.num_examples)}
+            workspace.store.record_metrics(version, {before + k: v for k, v in values.items()})
+    return len(assignments)
+
+
+def matrix(
+    workspace: Workspace, stream: Stream, rows: Sequence[Row], told_task: bool = False
+) -> Matrix:
+    """Return a stream's scores, as far as they were measured.
+
+    Args:
+        workspace: where the versions are.
+        stream: whose tasks and metric.
+        rows: its versions, in order.
+        told_task: whether the model is told which task an example is of: then only the task's
+            labels may be answered, and where each task has an adapter of its own, that one answers.
+    """
+    tested = [task for task in stream.tasks if task.test is not None]
+    scores = []
+    for row in rows:
+        answering = [
+            (row.own.get(t.name, row.version) if told_task else row.version) for t in tested
+        ]
+        scores.append(
+            tuple(
+                _score(workspace.store.version(version).metrics, task, stream.metric, told_task)
+                for task, version in zip(tested, answering, strict=True)
+            )
+        )
+    return Matrix(
+        tuple(task.name for task in tested),
+        tuple(row.trained for row in rows),
+        tuple(scores),
+        stream.lower_is_better,
+    )
+
+
+def prefix(task: Task) -> str:
+    """Return what the metrics of a task's column begin with.
+
+    Raises:
+        clients.data.DataNotFound: if its test set is not there.
+    """
+    spec = task.test
+    assert spec is not None
+    facts = {
+        "content": data.content_of(spec.uri),
+        "fields": dict(spec.fields),
+        "labels": list(spec.labels),
+    }
+    digest = hashlib.sha256(canonical_json(facts, "a test set").encode()).hexdigest()[:12]
+    return f"{SUITE}{task.name}@{digest}/"
+
+
+def column(metrics: Mapping[str, float], task: Task) -> dict[str, float]:
+    """Return what of a version's metrics is of a task; empty if it was not measured.
+
+    Where the test set is not there any more, the one that was measured is taken, if it is one.
+    """
+    begins = f"{SUITE}{task.name}@"
+    try:
+        wanted = prefix(task)
+    except data.DataNotFound:
+        known = {key.rpartition("/")[0] + "/" for key in metrics if key.startswith(begins)}
+        wanted = known.pop() if len(known) == 1 else ""
+    if not wanted:
+        return {}
+    return {k.removeprefix(wanted): v for k, v in metrics.items() if k.startswith(wanted)}
+
+
+def _score(metrics: Mapping[str, float], task: Task, metric: str, told_task: bool) -> float | None:
+    found = column(metrics, task)
+    return found.get(AWARE.get(metric, metric) if told_task else metric, found.get(metric))
+
+
+def _has(version: Version, before: str) -> bool:
+    return f"{before}num_examples" in version.metrics
+
+
+def _asked(workspace: Workspace, version: Version, test: DataSpec, stream: Stream) -> Assignment:
+    """Return the evaluation of a version on a task that it may never have heard of.
+
+    Labels that came later have rows as they would begin with; they are not answered.
+    """
+    asked = use(workspace, version, test)
+    old = asked.model.labels
+    if asked.model.kind != "classification" or old == stream.labels:
+        return asked
+    if not is_beginning(old, stream.labels):
+        raise BadConfig(
+            f"version {version.id[:12]} has the label set {_listed(old)}, and the stream "
+            f"{_listed(stream.labels)}, which does not begin with it"
+        )
+    seed = int(version.recipe.get("seed") or 0)
+    tensors = grown(asked.broadcast.tensors, old, stream.labels, seed)
+    return replace(
+        asked,
+        model=replace(asked.model, labels=stream.labels),
+        broadcast=replace(asked.broadcast, tensors=tensors),
+    )
+
+
+def _listed(labels: Iterable[str]) -> str:
+    return ", ".join(labels)
