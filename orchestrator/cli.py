@@ -19,7 +19,7 @@ from orchestrator.cli_refs import alias_app, names, promote, rollback, versions,
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.cli_store import fsck, gc, store_app
-from orchestrator.cli_streams import stream_app
+from orchestrator.cli_streams import plot, stream_app
 from orchestrator.cli_tables import sweep
 from orchestrator.terminal import (
     Fields,
@@ -50,6 +50,7 @@ data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.command()(run)
 app.command()(coordinator)
 app.command()(sweep)
+app.command()(plot)
 app.command()(fsck)
 app.command()(gc)
 app.command()(lineage)

@@ -77,7 +77,7 @@ def stream_fork(
     as_json: JsonFlag = False,
 ) -> None:
     """Go on from a task of another stream with the tasks of a file."""
-    from orchestrator.stream import read_stream
+    from orchestrator.stream_file import read_stream
     from orchestrator.streaming import forked
     from storage.ledger import Queueing
 
@@ -116,6 +116,51 @@ def stream_show(
         print_json(found.to_json())
     else:
         stream_report.show(found, out)
+
+
+@stream_app.command("check")
+def stream_check(  # noqa: PLR0913  (one option each)
+    name: str,
+    tolerance: Annotated[
+        float, typer.Option("--tau", help="The largest fall that is allowed.")
+    ] = 0.02,
+    ref: Annotated[
+        str | None, typer.Option("--version", help="By default the stream's newest.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="By default the version that learned each task."),
+    ] = None,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.")] = 0.95,
+    told_task: Annotated[
+        bool, typer.Option("--told-task", help="Where the model is told the task.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say by how much past tasks fell; exit code 0 if surely by no more than tau, else 1."""
+    from orchestrator import stream_report
+    from orchestrator.stream_gate import Gate, check
+
+    gate = Gate(tolerance, confidence, told_task, against)
+    found = check(workspace_here(), name, gate, ref)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        out.print(stream_report.falls_table(found))
+        out.print(stream_report.verdict_line(found), highlight=False)
+    if found.verdict != "holds":
+        raise typer.Exit(1)
+
+
+def plot(
+    stream: Annotated[str, typer.Argument(help="The stream's name.")],
+    to: Annotated[Path, typer.Option("--to", help="An .svg or .png.")],
+) -> None:
+    """Draw a stream: what each version knows of each task."""
+    from orchestrator import plotting, stream_report
+
+    plotting.plot(stream_report.report(workspace_here(), stream), to)
+    out.print(f"wrote {to}", highlight=False)
 
 
 def _go_on(workspace: Any, stream: Any, queueing: Any, detach: bool, as_json: bool) -> None:

@@ -10,100 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from clients import data
 from clients.assignment import DataSpec
 from clients.regularizers import REGULARIZERS
-from orchestrator.config import BadConfig, RunConfig, parse_config, read_document, with_values
-from orchestrator.policy import LOWER_IS_BETTER, METRICS, Strict
-from orchestrator.sections import Held
+from orchestrator.config import BadConfig, RunConfig, parse_config, with_values
+from orchestrator.policy import LOWER_IS_BETTER, METRICS
+from orchestrator.stream_file import (
+    StreamFile,
+    TaskFile,
+    anchored_run,
+    anchored_stream,
+    read_stream,
+)
 from strategies import STRATEGIES
 
 STREAM, TASK = "stream", "task"
 """The labels of a stream's runs: the stream's name, and the task's."""
-_PRESETS = {
-    "sequential": "continue",
-    "stacked": "stack",
-    "isolated": "isolated",
-    "joint": "joint",
-    "fresh": "fresh",
-}
-
-
-def _held(value: Any) -> Any:
-    """Accept a data URI for the data set of that URI."""
-    return {"data": value} if isinstance(value, str) else value
-
-
-HeldField = Annotated[Held, BeforeValidator(_held)]
-
-
-def _method(value: Any) -> Any:
-    """Accept ``sequential`` and its like for what they stand for."""
-    if not isinstance(value, str):
-        return value
-    if value not in _PRESETS:
-        raise ValueError(f"there is no method {value!r} ({', '.join(_PRESETS)}); or give a mapping")
-    return {"start": _PRESETS[value]}
-
-
-class Method(Strict):
-    """How a task follows from those before; what is None is as the plug-ins and the base say.
-
-    ``start``: ``continue`` goes on with the adapter of the task before, ``stack`` freezes it under
-    a new one, ``fresh`` starts anew with the memory of the tasks before, ``isolated`` without,
-    ``joint`` trains all tasks at once. ``library``: whether the versions of the tasks before are
-    what the strategy starts from.
-    """
-
-    start: Literal["continue", "stack", "fresh", "isolated", "joint"] | None = None
-    adapter: str | dict[str, Any] | None = None
-    strategy: str | dict[str, Any] | None = None
-    regularizers: tuple[str | dict[str, Any], ...] | None = None
-    optimizer: str | dict[str, Any] | None = None
-    library: bool | None = None
-
-    def overrides(self) -> dict[str, Any]:
-        """Return what of a run's file the method says."""
-        found = self.model_dump(exclude={"start", "library"}, exclude_none=True)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-
-
-class TaskFile(Strict):
-    """One task of a stream's file.
-
-    ``data`` and ``fields`` are for the base's simulated clients, ``clients`` replaces them whole.
-    ``version`` is for a task that was learned elsewhere: it is the result, and nothing is run.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
-    data: str | None = None
-    fields: dict[str, str] | None = None
-    clients: dict[str, Any] | None = None
-    labels: tuple[str, ...] = ()
-    rounds: int | None = Field(default=None, ge=1)
-    evaluate: HeldField | None = None
-    set: dict[str, Any] = Field(default_factory=dict)
-    version: str | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TaskFile:
-        if self.data is not None and self.clients is not None:
-            raise ValueError("give data, of the base's simulated clients, or clients, not both")
-        return self
-
-
-class StreamFile(Strict):
-    """A stream's file. ``base`` is a run's file, by its path from this one, or what is in one."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
-    base: str | dict[str, Any]
-    method: Annotated[Method, BeforeValidator(_method)] = Method()
-    tasks: tuple[TaskFile, ...] = Field(min_length=1)
-    metric: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,22 +122,6 @@ def load_stream(path: str | Path) -> Stream:
     return parse_stream(read_stream(path), str(path))
 
 
-def read_stream(path: str | Path) -> dict[str, Any]:
-    """Return what is in a stream's file, unchecked, with the base in place of its path.
-
-    Raises:
-        BadConfig: if there is no such file, or it is no mapping.
-    """
-    file = Path(path)
-    document = dict(read_document(file))
-    base = document.get("base")
-    return (
-        {**document, "base": read_document(file.parent / base)}
-        if isinstance(base, str)
-        else document
-    )
-
-
 def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stream:
     """Return the stream that a file's content stands for; paths in it become absolute.
 
@@ -233,7 +143,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise BadConfig(f"{where}: tasks: two are called {twice!r}; a task's name is its own")
-    base = _anchored_run({**file.base, **file.method.overrides()})
+    base = anchored_run({**file.base, **file.method.overrides()})
     sets = _label_sets(base.get("labels", ()), file.tasks)
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
@@ -244,7 +154,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         raise BadConfig(f"{where}: metric: {kind} is not scored by {metric!r} ({allowed})")
     return Stream(
         name=file.name,
-        document=_anchored(file, base),
+        document=anchored_stream(file, base),
         tasks=tuple(_task(task, sets[-1]) for task in file.tasks),
         stages=tuple(stages),
         labels=sets[-1],
@@ -368,37 +278,3 @@ def _task(task: TaskFile, labels: Sequence[str]) -> Task:
     if test is not None:
         spec = DataSpec(data.absolute(test.data), dict(test.fields), labels=own)
     return Task(task.name, own, spec, task.version)
-
-
-def _anchored(file: StreamFile, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the file's content with absolute paths, the method's part of the base in the base."""
-    document = file.model_dump(mode="json", exclude_defaults=True)
-    document["base"] = dict(base)
-    document["method"] = {"start": file.method.start, "library": file.method.library}
-    for task in document["tasks"]:
-        if "data" in task:
-            task["data"] = data.absolute(task["data"])
-        if "evaluate" in task:
-            task["evaluate"]["data"] = data.absolute(task["evaluate"]["data"])
-        if "clients" in task:
-            task["clients"] = _anchored_run({"clients": task["clients"]})["clients"]
-    return document
-
-
-def _anchored_run(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's file with absolute paths; what is not checked yet is left as it is."""
-    found = dict(document)
-    model = found.get("model")
-    place = model.get("id") if isinstance(model, Mapping) else model
-    if isinstance(place, str) and Path(place).is_dir():
-        there = {"id": str(Path(place).absolute())}
-        found["model"] = {**(model if isinstance(model, Mapping) else {}), **there}
-    simulate = (found.get("clients") or {}).get("simulate")
-    if isinstance(simulate, Mapping) and isinstance(simulate.get("data"), str):
-        split = {**simulate, "data": data.absolute(simulate["data"])}
-        found["clients"] = {**found["clients"], "simulate": split}
-    for key in ("evaluate", "init_data"):
-        section = found.get(key)
-        if isinstance(section, Mapping) and isinstance(section.get("data"), str):
-            found[key] = {**section, "data": data.absolute(section["data"])}
-    return found

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from orchestrator.continual import Matrix, intransigence
 from orchestrator.stream import Stream
+from orchestrator.stream_gate import Checked
 from orchestrator.streaming import Step, recorded, rows, steps
 from orchestrator.suite import matrix
 from orchestrator.workspace import Workspace
@@ -154,6 +155,26 @@ def matrix_table(scores: Matrix, title: str) -> Table:
         name = "nothing" if after == 0 else f"{after} tasks" if after > 1 else "1 task"
         table.add_row(name, *(_number(value) for value in row))
     return table
+
+
+def falls_table(found: Checked) -> Table:
+    """Return by how much each past task fell, a line each."""
+    level = f"{found.gate.confidence:.0%} interval"
+    table = Table("past task", "fell by", level, "verdict")
+    for one in found.falls:
+        interval = f"{one.low:+.3f} to {one.high:+.3f}"
+        table.add_row(escape(one.task), f"{one.fall:+.3f}", interval, one.verdict)
+    return table
+
+
+def verdict_line(found: Checked) -> str:
+    """Return in a sentence whether a version may follow."""
+    what = f"{found.version[:12]}, tolerance {found.gate.tolerance:g}"
+    return {
+        "holds": f"{what}: no past task fell by more",
+        "falls": f"{what}: a past task fell by more",
+        "unclear": f"{what}: a past task may have fallen by more; its test set is too small to say",
+    }[found.verdict]
 
 
 def _number(value: float | None) -> str:

@@ -100,21 +100,33 @@ def matrix(
     tested = [task for task in stream.tasks if task.test is not None]
     scores = []
     for row in rows:
-        answering = [
-            (row.own.get(t.name, row.version) if told_task else row.version) for t in tested
-        ]
-        scores.append(
-            tuple(
-                _score(workspace.store.version(version).metrics, task, stream.metric, told_task)
-                for task, version in zip(tested, answering, strict=True)
-            )
-        )
+        found = [answered(workspace, stream, row, task, told_task) for task in tested]
+        scores.append(tuple(None if one is None else one[0] for one in found))
     return Matrix(
         tuple(task.name for task in tested),
         tuple(row.trained for row in rows),
         tuple(scores),
         stream.lower_is_better,
     )
+
+
+def answered(
+    workspace: Workspace, stream: Stream, row: Row, task: Task, told_task: bool = False
+) -> tuple[float, int] | None:
+    """Return a row's score on a task and the number of examples; None if it was not measured.
+
+    Args:
+        workspace: where the versions are.
+        stream: whose metric.
+        row: the version.
+        task: one that has a test set.
+        told_task: as for :func:`matrix`.
+    """
+    version = row.own.get(task.name, row.version) if told_task else row.version
+    found = column(workspace.store.version(version).metrics, task)
+    aware = AWARE.get(stream.metric, stream.metric)
+    value = found.get(aware if told_task else stream.metric, found.get(stream.metric))
+    return None if value is None else (value, int(found["num_examples"]))
 
 
 def prefix(task: Task) -> str:
@@ -148,11 +160,6 @@ def column(metrics: Mapping[str, float], task: Task) -> dict[str, float]:
     if not wanted:
         return {}
     return {k.removeprefix(wanted): v for k, v in metrics.items() if k.startswith(wanted)}
-
-
-def _score(metrics: Mapping[str, float], task: Task, metric: str, told_task: bool) -> float | None:
-    found = column(metrics, task)
-    return found.get(AWARE.get(metric, metric) if told_task else metric, found.get(metric))
 
 
 def _has(version: Version, before: str) -> bool:

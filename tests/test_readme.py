@@ -138,7 +138,14 @@ def weft_help() -> str:
 
 def timed(paths: list[Path]) -> list[Any]:
     """Return the documents as parameters; those whose commands take a minute are slow tests."""
-    long = {"running.md", "observability.md", "store.md", "exchange.md", "sweeps.md"}
+    long = {
+        "running.md",
+        "observability.md",
+        "store.md",
+        "exchange.md",
+        "sweeps.md",
+        "continual.md",
+    }
     return [pytest.param(p, marks=[pytest.mark.slow] * (p.name in long)) for p in paths]
 
 
