@@ -144,6 +144,8 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         twice = next(name for name in names if names.count(name) > 1)
         raise BadConfig(f"{where}: tasks: two are called {twice!r}; a task's name is its own")
     base = anchored_run({**file.base, **file.method.overrides()})
+    anchored = anchored_stream(file, base)
+    file = StreamFile.model_validate(anchored)
     sets = _label_sets(base.get("labels", ()), file.tasks)
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
@@ -154,7 +156,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         raise BadConfig(f"{where}: metric: {kind} is not scored by {metric!r} ({allowed})")
     return Stream(
         name=file.name,
-        document=anchored_stream(file, base),
+        document=anchored,
         tasks=tuple(_task(task, sets[-1]) for task in file.tasks),
         stages=tuple(stages),
         labels=sets[-1],
@@ -276,5 +278,5 @@ def _task(task: TaskFile, labels: Sequence[str]) -> Task:
     test = task.evaluate
     spec = None
     if test is not None:
-        spec = DataSpec(data.absolute(test.data), dict(test.fields), labels=own)
+        spec = DataSpec(test.data, dict(test.fields), labels=own)
     return Task(task.name, own, spec, task.version)

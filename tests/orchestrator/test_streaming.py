@@ -28,6 +28,7 @@ from orchestrator.streaming import (
     steps,
 )
 from orchestrator.suite_metrics import by_task
+from storage.ledger import ClientRecord
 
 PETS, PARTS = ("cat", "dog"), ("model", "rank")
 
@@ -242,6 +243,28 @@ def test_joint_training_is_one_run_on_the_data_of_all_tasks(workspace, stream, d
     assert len(workspace.ledger.plan(run.id)["participants"]) == 2
     updates = workspace.store.version(version).recipe["updates"]
     assert {leaf["num_examples"] for leaf in updates} == {12}
+
+
+def test_clients_come_with_their_tasks_and_return(workspace, stream, drive, notes):
+    for name in ("north", "south", "west"):
+        record = ClientRecord(name, notes(name, labels=(*PETS, *PARTS)), name, num_examples=12)
+        workspace.ledger.add_client(record)
+    base = dict(stream().document["base"]) | {"labels": [*PETS, *PARTS]}
+    tasks = [
+        {"name": name, "labels": list(labels), "clients": {"names": clients}}
+        for name, labels, clients in (
+            ("pets", PETS, ["north", "south"]),
+            ("parts", PARTS, ["west"]),
+            ("pets-again", PETS, ["north", "west"]),
+        )
+    ]
+    versions = drive(stream(base=base, tasks=tasks, method="stacked"))
+    took_part = [
+        [leaf["client"] for leaf in workspace.store.version(version).recipe["updates"]]
+        for version in versions
+    ]
+    assert took_part == [["north", "south"], ["west"], ["north", "west"]]
+    assert workspace.store.version(versions[2]).recipe["stack"] == versions[:2]
 
 
 def test_a_stream_that_there_is_not_is_told(workspace):
