@@ -204,6 +204,8 @@ class Assignment:
         held: what the broadcast leaves out because the client holds it, by ``PART/NAME`` with the
             tensor's digest (:mod:`clients.downlink`); empty for nothing, and None where the client
             is to keep nothing either. How tensors travel determines no bytes.
+        answer_tokens: to ``evaluate`` a causal model, tokens at most of the answers that are held
+            against the completions; 0 for none.
     """
 
     action: Literal["init", "train", "evaluate"]
@@ -235,6 +237,7 @@ class Assignment:
     public: bool = False
     uplink: tuple[PluginChoice, ...] = ()
     held: Mapping[str, str] | None = None
+    answer_tokens: int = 0
 
     @property
     def private(self) -> bool:
@@ -245,7 +248,8 @@ class Assignment:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation,
-        and ``held``, with which nothing may be left out any more.
+        ``held``, with which nothing may be left out any more, and ``answer_tokens``, since an
+        evaluation draws no noise.
         A tensor that several assignments share is read once: see :mod:`clients.digests`.
 
         Raises:
@@ -259,4 +263,5 @@ class Assignment:
                 "digest is of a whole one; expand it first"
             )
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return digest_of({k: v for k, v in named.items() if k not in ("run", "site", "held")})
+        unbound = ("run", "site", "held", "answer_tokens")
+        return digest_of({k: v for k, v in named.items() if k not in unbound})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from clients import data
 from clients.alignment import aligned
 from clients.assignment import Assignment
 from clients.entities import entity_scores
+from clients.generation import answers, exact_match, rouge_l
 from clients.pace import Stepped, unheard
 from clients.session import Session, allowed_labels, move, opened
 from clients.site import Site
@@ -35,7 +36,8 @@ class Evaluation:
             of some labels ``task_accuracy``, the accuracy when these alone may be answered, not all
             that the model knows; token-classification: those of words, and where the tags mark
             entities ``entity_f1``, ``entity_precision`` and ``entity_recall``; causal-lm: ``loss``
-            (nats a target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8).
+            (nats a target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8),
+            and where answers are asked for ``exact_match`` and ``rouge_l``, means over examples.
         label_accuracy: accuracy per label, or per tag of words.
     """
 
@@ -56,6 +58,7 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
     Raises:
         clients.data.BadRecord: if a record is malformed.
         NothingToScore: if no example is left to score.
+        NoPrompt: if answers are asked for, and a record has no prompt.
     """
     examples = data.examples(assignment.data, assignment.model)
     if not examples:
@@ -70,8 +73,13 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
         if assignment.model.kind == "token-classification":
             return _tagging(assignment, session, examples, stepped)
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        score = _classification if assignment.model.kind == "classification" else _continuation
-        return score(assignment, session, encoded, stepped)
+        if assignment.model.kind == "classification":
+            return _classification(assignment, session, encoded, stepped)
+        found = _continuation(assignment, session, encoded, stepped)
+        if assignment.answer_tokens:
+            scores = _answers(assignment, session, examples, encoded)
+            found = replace(found, metrics={**found.metrics, **scores})
+        return found
 
 
 def _batches(
@@ -90,8 +98,8 @@ def _classification(
 ) -> Evaluation:
     allowed = allowed_labels(assignment)
     names, told = assignment.model.labels, assignment.data.labels
-    answers = set(assignment.labels or names)
-    own = torch.tensor([names.index(x) for x in told]) if told and set(told) != answers else None
+    known = set(assignment.labels or names)
+    own = torch.tensor([names.index(x) for x in told]) if told and set(told) != known else None
     predicted, within, truth = (torch.empty(len(encoded), dtype=torch.long) for _ in range(3))
     loss = 0.0
     for chunk, batch in _batches(assignment, session, encoded, stepped):
@@ -211,3 +219,26 @@ def _continuation(
             "bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
         },
     )
+
+
+def _answers(
+    assignment: Assignment,
+    session: Session,
+    examples: Sequence[data.Example],
+    encoded: Sequence[data.Encoded],
+) -> dict[str, float]:
+    """Return how like the completions the model's own greedy answers are."""
+    matches, overlaps = 0.0, 0.0
+    for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch):
+        said = answers(
+            session.model.backbone,
+            session.base.tokenizer,
+            [encoded[i] for i in chunk],
+            assignment.answer_tokens,
+            assignment.device,
+        )
+        for i, answer in zip(chunk, said, strict=True):
+            wanted = examples[i].completion or ""
+            matches += exact_match(answer, wanted)
+            overlaps += rouge_l(answer, wanted)
+    return {"exact_match": matches / len(encoded), "rouge_l": overlaps / len(encoded)}

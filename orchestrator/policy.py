@@ -111,6 +111,8 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "causal-lm": ("loss", "perplexity", "bits_per_byte"),
 }
 """What an evaluation measures, by the kind of model; the first is what a best version has best."""
+ANSWERS = ("exact_match", "rouge_l")
+"""What it measures besides where a causal model is asked for answers."""
 
 
 def _short_cohort(value: Any) -> Any:

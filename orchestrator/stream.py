@@ -18,7 +18,7 @@ from clients import data
 from clients.assignment import DataSpec
 from clients.regularizers import REGULARIZERS
 from orchestrator.config import BadConfig, RunConfig, parse_config, with_values
-from orchestrator.policy import LOWER_IS_BETTER, METRICS
+from orchestrator.policy import ANSWERS, LOWER_IS_BETTER, METRICS
 from orchestrator.stream_file import (
     StreamFile,
     TaskFile,
@@ -30,6 +30,8 @@ from strategies import STRATEGIES
 
 STREAM, TASK = "stream", "task"
 """The labels of a stream's runs: the stream's name, and the task's."""
+GENERAL = "general"
+"""What the column of general text is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,14 @@ class Task:
         labels: those that it brings, in the order of the label set; empty for all there are.
         test: what its column of the matrix is measured on; None for no column.
         version: the version that is its result already, or None.
+        answer_tokens: of a causal model's answers at most; 0 where none are asked for.
     """
 
     name: str
     labels: tuple[str, ...]
     test: DataSpec | None
     version: str | None = None
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class Stream:
         start: how a task starts from the one before.
         library: whether a task's library is the versions before it.
         metric: what the matrix is of.
+        general: text of no task, as a column beside the matrix; None for none.
     """
 
     name: str
@@ -89,6 +94,7 @@ class Stream:
     start: str
     library: bool
     metric: str
+    general: Task | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -149,11 +155,6 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     sets = _label_sets(base.get("labels", ()), file.tasks)
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
-    kind = configs[-1].task
-    metric = file.metric or METRICS[kind][0]
-    if metric not in METRICS[kind]:
-        allowed = ", ".join(METRICS[kind])
-        raise BadConfig(f"{where}: metric: {kind} is not scored by {metric!r} ({allowed})")
     return Stream(
         name=file.name,
         document=anchored,
@@ -162,8 +163,43 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         labels=sets[-1],
         start=file.method.start or _natural_start(configs[-1]),
         library=_recycles(configs[-1]) if file.method.library is None else file.method.library,
-        metric=metric,
+        metric=_metric(file, configs[-1].task, where),
+        general=_general(file, configs[-1].task, where),
     )
+
+
+def _metric(file: StreamFile, kind: str, where: str) -> str:
+    """Return what the matrix is of.
+
+    Raises:
+        BadConfig: if the tasks are not scored by it.
+    """
+    tested = [task.evaluate for task in file.tasks if task.evaluate is not None]
+    answered = [test for test in tested if test.generate is not None]
+    if answered and kind != "causal-lm":
+        raise BadConfig(f"{where}: evaluate.generate: {kind} has no answers; leave generate out")
+    allowed = METRICS[kind] + (ANSWERS if answered and len(answered) == len(tested) else ())
+    metric = file.metric or METRICS[kind][0]
+    if metric not in allowed:
+        listed = ", ".join(allowed)
+        more = "; give every evaluate generate: N" if metric in ANSWERS else ""
+        raise BadConfig(f"{where}: metric: {kind} is not scored by {metric!r} ({listed}){more}")
+    return metric
+
+
+def _general(file: StreamFile, kind: str, where: str) -> Task | None:
+    """Return the text of no task, as a column.
+
+    Raises:
+        BadConfig: if the model is none that has a perplexity, or a task is called as the column is.
+    """
+    if file.general is None:
+        return None
+    if kind != "causal-lm":
+        raise BadConfig(f"{where}: general: {kind} has no perplexity; it is for causal-lm")
+    if GENERAL in [task.name for task in file.tasks]:
+        raise BadConfig(f"{where}: general: a task is called {GENERAL!r}; give it another name")
+    return Task(GENERAL, (), DataSpec(file.general.data, dict(file.general.fields)))
 
 
 def _natural_start(config: RunConfig) -> str:
@@ -279,4 +315,5 @@ def _task(task: TaskFile, labels: Sequence[str]) -> Task:
     spec = None
     if test is not None:
         spec = DataSpec(test.data, dict(test.fields), labels=own)
-    return Task(task.name, own, spec, task.version)
+    tokens = 0 if test is None else test.generate or 0
+    return Task(task.name, own, spec, task.version, tokens)

@@ -27,7 +27,13 @@ def _held(value: Any) -> Any:
     return {"data": value} if isinstance(value, str) else value
 
 
-HeldField = Annotated[Held, BeforeValidator(_held)]
+class TestSet(Held):
+    """What a task is measured on; ``generate``: tokens at most of a causal model's answers."""
+
+    generate: int | None = Field(default=None, ge=1)
+
+
+TestField = Annotated[TestSet, BeforeValidator(_held)]
 
 
 def _method(value: Any) -> Any:
@@ -74,7 +80,7 @@ class TaskFile(Strict):
     clients: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()
     rounds: int | None = Field(default=None, ge=1)
-    evaluate: HeldField | None = None
+    evaluate: TestField | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     version: str | None = None
 
@@ -86,13 +92,17 @@ class TaskFile(Strict):
 
 
 class StreamFile(Strict):
-    """A stream's file. ``base`` is a run's file, by its path from this one, or what is in one."""
+    """A stream's file. ``base`` is a run's file, by its path from this one, or what is in one.
+
+    ``general`` is text of no task, on which a causal model's perplexity is to stay what it was.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")
     base: str | dict[str, Any]
     method: Annotated[Method, BeforeValidator(_method)] = Method()
     tasks: tuple[TaskFile, ...] = Field(min_length=1)
     metric: str | None = None
+    general: Annotated[Held, BeforeValidator(_held)] | None = None
 
 
 def read_stream(path: str | Path) -> dict[str, Any]:
@@ -115,6 +125,8 @@ def anchored_stream(file: StreamFile, base: Mapping[str, Any]) -> dict[str, Any]
     """Return the file's content with absolute paths, the method's part of the base in the base."""
     document = file.model_dump(mode="json", exclude_defaults=True)
     document["base"] = dict(base)
+    if "general" in document:
+        document["general"]["data"] = data.absolute(document["general"]["data"])
     document["method"] = {"start": file.method.start, "library": file.method.library}
     for task in document["tasks"]:
         if "data" in task:

@@ -14,7 +14,7 @@ from orchestrator.continual import Matrix, intransigence
 from orchestrator.stream import Stream
 from orchestrator.stream_gate import Checked
 from orchestrator.streaming import Step, recorded, rows, steps
-from orchestrator.suite import matrix
+from orchestrator.suite import general_perplexity, matrix
 from orchestrator.workspace import Workspace
 
 MEASURES: Mapping[str, str] = {
@@ -38,6 +38,7 @@ class StreamReport:
         task_free: the matrix where any label seen so far may be answered.
         task_aware: the matrix where the model is told which task an example is of.
         ceiling: the matrices, likewise, of joint training; None where none was named.
+        general: the perplexity on text of no task, by the matrix's rows; empty where none is given.
     """
 
     stream: Stream
@@ -45,6 +46,7 @@ class StreamReport:
     task_free: Matrix
     task_aware: Matrix
     ceiling: tuple[Matrix, Matrix] | None = None
+    general: tuple[float | None, ...] = ()
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, Matrix | None]]:
@@ -63,6 +65,7 @@ class StreamReport:
             "start": self.stream.start,
             "labels": list(self.stream.labels),
             "tasks": [step.to_json() for step in self.steps],
+            "general_perplexity": list(self.general),
             "matrices": {
                 told: {
                     **found.to_json(),
@@ -94,6 +97,7 @@ def report(workspace: Workspace, name: str, ceiling: str | None = None) -> Strea
         matrix(workspace, stream, lines),
         matrix(workspace, stream, lines, told_task=True),
         None if above is None else (above.task_free, above.task_aware),
+        tuple(general_perplexity(workspace, stream, lines)),
     )
 
 
@@ -126,6 +130,8 @@ def streams_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 def show(found: StreamReport, console: Console) -> None:
     """Print a stream: its tasks, then each matrix with its measures."""
     console.print(steps_table(found.steps))
+    if found.general:
+        console.print(general_line(found), highlight=False)
     for told, (scores, ceiling) in found.matrices.items():
         if not scores.rows or not scores.tasks:
             continue
@@ -135,6 +141,14 @@ def show(found: StreamReport, console: Console) -> None:
         for key, called in MEASURES.items():
             if values[key] is not None:
                 console.print(f"{called:56s} {values[key]:.4f}", highlight=False)
+
+
+def general_line(found: StreamReport) -> str:
+    """Return what became of the perplexity on general text."""
+    return "perplexity on general text: " + ", ".join(
+        f"{_number(value)} after {after or 'nothing'}"
+        for after, value in zip(found.task_free.after, found.general, strict=True)
+    )
 
 
 def steps_table(found: Sequence[Step]) -> Table:

@@ -63,15 +63,20 @@ def score(
             before is kept.
         clients.data.DataNotFound: if a test set is not there.
     """
-    prefixes = {task.name: prefix(task) for task in stream.tasks if task.test is not None}
+    columns = [*stream.tasks, *([stream.general] if stream.general else [])]
+    prefixes = {task.name: prefix(task) for task in columns if task.test is not None}
     wanted: dict[str, tuple[Assignment, str, str]] = {}
     for version in dict.fromkeys(v for row in rows for v in (row.version, *row.own.values())):
         found = admitted(workspace, version)
-        for task in stream.tasks:
+        for task in columns:
             if task.test is None or _has(found, prefixes[task.name]):
                 continue
             client = f"{len(wanted)}"
-            asked = replace(_asked(workspace, found, task.test, stream), client=client)
+            asked = replace(
+                _asked(workspace, found, task.test, stream),
+                client=client,
+                answer_tokens=task.answer_tokens,
+            )
             wanted[client] = (asked, version, prefixes[task.name])
     assignments = [asked for asked, _, _ in wanted.values()]
     used = backend or InlineBackend()
@@ -129,6 +134,16 @@ def answered(
     return None if value is None else (value, int(found["num_examples"]))
 
 
+def general_perplexity(
+    workspace: Workspace, stream: Stream, rows: Sequence[Row]
+) -> list[float | None]:
+    """Return each row's perplexity on the stream's general text; None where it was not measured."""
+    if stream.general is None:
+        return []
+    metrics = [workspace.store.version(row.version).metrics for row in rows]
+    return [column(one, stream.general).get("perplexity") for one in metrics]
+
+
 def prefix(task: Task) -> str:
     """Return what the metrics of a task's column begin with.
 
@@ -141,6 +156,7 @@ def prefix(task: Task) -> str:
         "content": data.content_of(spec.uri),
         "fields": dict(spec.fields),
         "labels": list(spec.labels),
+        **({"answer_tokens": task.answer_tokens} if task.answer_tokens else {}),
     }
     digest = hashlib.sha256(canonical_json(facts, "a test set").encode()).hexdigest()[:12]
     return f"{SUITE}{task.name}@{digest}/"
@@ -173,7 +189,7 @@ def _asked(workspace: Workspace, version: Version, test: DataSpec, stream: Strea
     """
     asked = use(workspace, version, test)
     old = asked.model.labels
-    if asked.model.kind != "classification" or old == stream.labels:
+    if not old or old == stream.labels:
         return asked
     if not is_beginning(old, stream.labels):
         raise BadConfig(

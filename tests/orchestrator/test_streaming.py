@@ -290,3 +290,47 @@ def test_a_stream_is_run_extended_and_shown_from_the_command_line(
     [line] = read("stream", "list")
     assert (line["stream"], line["done"], line["tasks"]) == ("notes", 2, 2)
     assert "suite/" not in ok("show", "notes")
+
+
+@pytest.fixture
+def instructions(tmp_path, tiny_decoder):
+    """Return a stream of two instruction tasks on the tiny decoder, and general text."""
+
+    def write(name, rows):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+        return f"jsonl:{file}"
+
+    tasks = []
+    for name, word in (("animals", "cat"), ("parts", "thread")):
+        rows = [{"prompt": f"say {word} {n}", "completion": word} for n in range(6)]
+        uri = write(name, rows)
+        tasks.append({"name": name, "data": uri, "evaluate": {"data": uri, "generate": 8}})
+    base = {
+        "model": {"id": str(tiny_decoder), "max_length": 32},
+        "task": "causal-lm",
+        "strategy": "fedavg",
+        "adapter": {"name": "lora", "r": 8},
+        "optimizer": {"name": "adamw", "lr": 0.05},
+        "clients": {"simulate": {"by": "iid", "parts": 1, "public": True}},
+        "rounds": 1,
+        "steps": 12,
+        "batch_size": 6,
+        "backend": "inline",
+    }
+    general = write("general", [{"text": "the dog learns a rank of the model"}])
+    document = {"name": "talk", "base": base, "tasks": tasks, "general": general}
+    return parse_stream(document | {"metric": "exact_match"})
+
+
+def test_answers_are_scored_and_general_text_is_watched(workspace, instructions, drive):
+    drive(instructions)
+    found = report(workspace, "talk")
+
+    assert found.task_free.rows[0] == (0, 0)  # random weights have no answer
+    assert found.task_free.at(1, 1) == 1
+    assert len(found.general) == 3
+    assert found.general[2] > found.general[0]  # so much training on one word leaves its mark
+    begun = workspace.store.version(found.steps[0].version).metrics
+    assert {name.rpartition("/")[2] for name in begun} >= {"rouge_l", "bits_per_byte", "perplexity"}
+    assert found.to_json()["general_perplexity"] == list(found.general)
