@@ -38,18 +38,20 @@ class Tap(Protocol):
     """Stands in for a layer's forward pass, and collects what its parameters get.
 
     Attributes:
-        layer: whose.
         calls: for each parameter, by ``id``, its gradients in one call of the layer after another.
-        forward: computes what the layer computes, and remembers it where a gradient is wanted.
     """
 
     calls: dict[int, list[Samples]]
 
     @property
-    def layer(self) -> nn.Module: ...  # noqa: D102  (above)
+    def layer(self) -> nn.Module:
+        """Whose tap this is."""
+        ...
 
     @property
-    def forward(self) -> Callable[..., Tensor]: ...  # noqa: D102  (above)
+    def forward(self) -> Callable[..., Tensor]:
+        """Computes what the layer computes, and remembers it where a gradient is wanted."""
+        ...
 
 
 def tappable(layer: nn.Module) -> bool:
