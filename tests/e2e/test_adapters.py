@@ -97,15 +97,38 @@ def test_a_method_is_federated_reproduced_and_exported(
     scores = [service.evaluate(workspace, v, data).metrics["loss"] for v in (first.id, version)]
     assert scores[1] < scores[0]
 
-    folder = tmp_path / "export"
-    service.export(workspace, version, folder)
+    _assert_exported_as_computed(workspace, document, version, first, tmp_path / "export")
+
+
+def test_a_private_run_of_dora_is_exported_as_it_computes(
+    tmp_path: Path, dialogue: Callable[..., dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    privacy = {"noise_multiplier": 0.5, "delta": 1e-2, "insecure_seed": 3}
+    document = dialogue("dora", privacy=privacy)
+    workspace = service.open_workspace(tmp_path / "home")
+    version = service.launch(workspace, parse_config(document))
+    assert not [r for r in caplog.records if r.name == "clients.verification"]
+
+    view = service.lineage(workspace, version)
+    assert len(view.epsilons) == 2
+    first = next(v for v in view.lineage.nodes.values() if v.recipe["round"] == 0)
+    _assert_exported_as_computed(workspace, document, version, first, tmp_path / "export")
+
+
+def _assert_exported_as_computed(
+    workspace: service.Workspace, document: Mapping[str, Any], version: str, first: Any, to: Path
+) -> None:
+    """Hold the logits of an exported version against those of its tensors, and of the first's."""
+    service.export(workspace, version, to)
     base = AutoModelForCausalLM.from_pretrained(document["model"]["id"])
-    plain = PeftModel.from_pretrained(base, folder).eval()
+    plain = PeftModel.from_pretrained(base, to).eval()
     with torch.no_grad():
         theirs = plain(input_ids=_TOKENS, attention_mask=_MASK).logits
     spec = parse_config(document).model_spec()
+    method = document["adapter"]["name"]
     options = {k: v for k, v in document["adapter"].items() if k != "name"}
     underlay = beneath(workspace.store, (), first.recipe["offset"])
+    before, after = (workspace.store.tensors(v) for v in (first.id, version))
     ours = _logits(spec, method, options, after, underlay)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert not torch.allclose(ours, _logits(spec, method, options, before, underlay), atol=1e-4)
