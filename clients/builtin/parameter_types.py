@@ -21,38 +21,29 @@ are kept in the user's cache folder.
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
-import inspect
-import json
-import os
 import re
-import tempfile
-import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, TypedDict
 
-LABELS = ("int", "float", "bool", "str", "array", "callable", "sequence", "mapping")
-CLIENTS = (
-    "huggingface_hub",
-    "networkx",
-    "numpy",
-    "peft",
-    "scipy",
-    "torch",
-    "transformers",
+from clients.builtin.docstrings import (
+    CLIENTS,
+    cache_file,
+    files_of,
+    googledoc,
+    is_test,
+    numpydoc,
+    read_cache,
+    write_cache,
 )
+
+LABELS = ("int", "float", "bool", "str", "array", "callable", "sequence", "mapping")
 OPTIONS = {"split": ("train", "test"), "client": CLIENTS}
 
 _MAX_ROWS = 1500  # of one client, both splits together: no library drowns the others
 _MAX_CHARS = 300
 _MIN_CHARS = 15
-_SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "_vendor", "vendored"})
 
 
 class Row(TypedDict):
@@ -81,21 +72,21 @@ def rows(split: Literal["train", "test"] = "train", client: str | None = None) -
 def _load() -> dict[str, list[Row]]:
     """Return the rows by split, from the cache where it has them."""
     file = _cache_file()
-    cached = _read_cache(file) if file else None
+    cached: dict[str, list[Row]] | None = read_cache(file) if file else None
     if cached is None:
         cached = _split([row for client in CLIENTS for row in _parse_package(client)])
         if file:
-            _write_cache(file, cached)
+            write_cache(file, cached)
     return cached
 
 
 def _split(found: list[Row]) -> dict[str, list[Row]]:
     """Return ``found`` by split: a fifth of the files is test, minus what training contains."""
-    train = [row for row in found if not _is_test(row)]
+    train = [row for row in found if not is_test(row["client"], row["file"])]
     known = {_description(row) for row in train}
     test = []
     for row in found:
-        if _is_test(row) and _description(row) not in known:
+        if is_test(row["client"], row["file"]) and _description(row) not in known:
             known.add(_description(row))
             test.append(row)
     return {"train": train, "test": test}
@@ -105,29 +96,15 @@ def _description(row: Row) -> str:
     return row["text"].partition(": ")[2].lower()
 
 
-def _is_test(row: Row) -> bool:
-    return _place(row["client"], row["file"])[-1] % 5 == 0
-
-
-def _place(client: str, file: str) -> bytes:
-    """Return a hash of a file's name, which decides its split and when it is read."""
-    return hashlib.sha256(f"{client}/{file}".encode()).digest()
-
-
-# --- packages to docstrings ------------------------------------------------------------------
+def _cache_file() -> Path | None:
+    return cache_file("parameter-types", __file__)
 
 
 def _parse_package(client: str) -> list[Row]:
     """Return at most ``_MAX_ROWS`` rows of an installed package; none if it is not installed."""
-    spec = importlib.util.find_spec(client)  # a top-level name: finding it imports nothing
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    root = Path(spec.submodule_search_locations[0])
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
-    files = [name.as_posix() for name in names if _SKIPPED_FOLDERS.isdisjoint(name.parts)]
     found: dict[str, Row] = {}
-    for file in sorted(files, key=lambda file: _place(client, file)):
-        for name, kind, description in _parameters(root / file):
+    for file, documents in files_of(client):
+        for name, kind, description in _parameters(documents):
             label, text = label_of(kind), clean(name, description)
             if label and text:
                 found.setdefault(
@@ -138,77 +115,11 @@ def _parse_package(client: str) -> list[Row]:
     return list(found.values())[:_MAX_ROWS]
 
 
-def _parameters(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield the name, type and description of every parameter documented in a source file."""
-    source = path.read_bytes()
-    if not re.search(rb"Args:|Arguments:|Parameters", source):
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escape sequences
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    for docstring in _docstrings(tree):
+def _parameters(documents: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the name, type and description of every parameter that docstrings document."""
+    for docstring in documents:
         yield from numpydoc(docstring)
         yield from googledoc(docstring)
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Yield the docstrings below ``node``; looks at statements only, which are few."""
-    for child in [*getattr(node, "body", ()), *getattr(node, "orelse", ())]:
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield ast.get_docstring(child) or ""
-        elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
-            # numpy and torch document what is compiled by a call: add_newdoc(…, """…""")
-            for part in ast.walk(child.value):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    yield inspect.cleandoc(part.value)
-        yield from _docstrings(child)
-
-
-# --- docstrings to parameters ----------------------------------------------------------------
-
-_NUMPY_SECTION = re.compile(
-    r"^(?:Other )?Parameters\n-{3,}\n(.*?)(?=^\w[\w ]*\n-{3,}|\Z)", re.DOTALL | re.MULTILINE
-)
-_NUMPY_ENTRY = re.compile(r"^(\*{0,2}\w[\w, *]*?) ?: ?(.+)$")
-_GOOGLE_SECTION = re.compile(
-    r"^( *)(?:Args|Arguments|Parameters|Params|Keyword args|Keyword arguments):? *\n"
-    r"(.*?)(?=\n\1\S|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
-_GOOGLE_ENTRY = re.compile(r"^ *[`*]{0,2}(\w+)[`*]{0,2} ?\(([^()]*(?:\([^()]*\)[^()]*)*)\) ?:(.*)$")
-
-
-def numpydoc(docstring: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the parameters of a docstring in numpy's style: ``x : int`` over an indented text."""
-    for section in _NUMPY_SECTION.finditer(docstring):
-        entry: tuple[str, str] | None = None
-        lines: list[str] = []
-        for line in [*section[1].split("\n"), "end : end"]:
-            head = _NUMPY_ENTRY.match(line)
-            if head:
-                if entry:
-                    yield *entry, " ".join(lines)
-                entry, lines = (head[1], head[2]), []
-            else:
-                lines.append(line.strip())
-
-
-def googledoc(docstring: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the parameters of a docstring in Google's style: ``x (int): text``."""
-    for section in _GOOGLE_SECTION.finditer(docstring):
-        entry: tuple[str, str] | None = None
-        lines: list[str] = []
-        for line in [*section[2].split("\n"), "end (end):"]:
-            head = _GOOGLE_ENTRY.match(line)
-            if head:
-                if entry:
-                    yield *entry, " ".join(lines)
-                entry, lines = (head[1], head[2]), [head[3].strip()]
-            else:
-                lines.append(line.strip())
 
 
 # --- parameters to rows ----------------------------------------------------------------------
@@ -296,48 +207,3 @@ def clean(name: str, description: str) -> str | None:
     text = _LEADING_TYPE.sub("", text)
     name = name.replace("*", "").strip()
     return f"{name}: {text}"[:_MAX_CHARS] if len(text) >= _MIN_CHARS else None
-
-
-# --- the cache -------------------------------------------------------------------------------
-
-
-def _cache_file() -> Path | None:
-    """Return where the rows of these packages, by this code, are kept; None without a home."""
-    versions = {}
-    for client in CLIENTS:
-        with suppress(PackageNotFoundError):
-            versions[client] = version(client)
-    state = json.dumps(versions).encode() + Path(__file__).read_bytes()
-    key = hashlib.sha256(state).hexdigest()[:16]
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        base = Path(folder) if Path(folder).is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # no home
-        return None
-    return base / "weft" / f"parameter-types-{key}.json"
-
-
-def _read_cache(file: Path) -> dict[str, list[Row]] | None:
-    """Return what :func:`_write_cache` wrote, or None if it is absent or damaged."""
-    try:
-        digest, _, body = file.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        return None
-    found: dict[str, list[Row]] = json.loads(body)
-    return found
-
-
-def _write_cache(file: Path, found: dict[str, list[Row]]) -> None:
-    """Keep the rows: whole or not at all, and not at all where the folder cannot be written."""
-    body = json.dumps(found).encode()
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            Path(name).replace(file)
-        except OSError:
-            Path(name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.builtin import parameter_types
+from clients.builtin import docstrings, parameter_types
 
 NUMPYDOC = '''
 def f(tol, axis, order, *args):
@@ -218,7 +218,7 @@ def test_the_cache_leaves_no_partial_file(cached):
 
 def test_another_version_of_a_package_has_its_own_cache(cached, monkeypatch):
     before = parameter_types._cache_file()
-    monkeypatch.setattr(parameter_types, "version", lambda name: "999")
+    monkeypatch.setattr(docstrings, "version", lambda name: "999")
     assert parameter_types._cache_file() != before
 
 
