@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from clients.builtin import parameter_types
+from clients.builtin import code_mentions, parameter_types
 
-DATA_SETS: Mapping[str, ModuleType] = {"parameter-types": parameter_types}
+DATA_SETS: Mapping[str, ModuleType] = {
+    "code-mentions": code_mentions,
+    "parameter-types": parameter_types,
+}
