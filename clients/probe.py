@@ -1,4 +1,7 @@
-"""The bar that an adapter must clear: a linear head on the frozen base model."""
+"""The bar that an adapter must clear: a linear head on the frozen base model, over texts or words.
+
+Of words those count that the model sees, each by the features of its first token.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch.nn import functional
 
 from clients import data, models
 from clients.assignment import ModelSpec
+from clients.tags import IGNORED
 
 _BATCH = 32
 _L2 = 1e-3
@@ -28,9 +32,8 @@ def frozen_probe(
         train: what the head is fitted on.
         test: what it is scored on.
     """
-    seen, wanted = _features(spec, train), _features(spec, test)
+    (seen, labels), (wanted, truth) = _features(spec, train), _features(spec, test)
     mean, deviation = seen.mean(0), seen.std(0).clamp(min=1e-6)
-    labels, truth = _labels(train), _labels(test)
     weight = _fitted((seen - mean) / deviation, labels, len(spec.labels))
     inputs = functional.pad((wanted - mean) / deviation, (0, 1), value=1.0)
     predicted = (inputs @ weight).argmax(1)
@@ -41,22 +44,21 @@ def frozen_probe(
     )
 
 
-def _labels(examples: Sequence[data.Example]) -> Tensor:
-    return torch.tensor([example.label for example in examples])
-
-
-def _features(spec: ModelSpec, examples: Sequence[data.Example]) -> Tensor:
-    """Return pooled features ``[examples, hidden]`` of the frozen base model."""
+def _features(spec: ModelSpec, examples: Sequence[data.Example]) -> tuple[Tensor, Tensor]:
+    """Return the frozen base model's features ``[rows, hidden]``, and the label of each row."""
     base = models.load(spec)
     model = models.TaskModel(base.backbone, spec)
     model.eval()
     encoded = data.encode(examples, base.tokenizer, spec)
     pad = data.padding_id(base.tokenizer)
-    found = torch.empty(len(encoded), base.backbone.config.get_text_config().hidden_size)
+    features, labels = [], []
     with torch.no_grad():
         for chunk in data.by_length(encoded, range(len(encoded)), _BATCH):
-            found[chunk] = model.features(data.collate([encoded[i] for i in chunk], pad))
-    return found
+            batch = data.collate([encoded[i] for i in chunk], pad)
+            counted = batch.labels != IGNORED
+            features.append(model.features(batch)[counted])
+            labels.append(batch.labels[counted])
+    return torch.cat(features), torch.cat(labels)
 
 
 def _fitted(features: Tensor, labels: Tensor, num_labels: int) -> Tensor:

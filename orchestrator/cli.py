@@ -297,11 +297,12 @@ def data_check(  # noqa: PLR0913  (one option each)
 def init(
     path: Annotated[Path, typer.Argument()] = Path("run.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+    task: Annotated[Task, typer.Option(help="What the run is for.")] = "classification",
 ) -> None:
     """Write a commented run.yaml to start from."""
     from orchestrator.template import write_template
 
-    write_template(path, force)
+    write_template(path, force, task)
     out.print(f"wrote {path}; next: weft check {path}", highlight=False)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from clients import data, models
 from clients.adapters import Adapter
+from clients.alignment import refuse_blind
 from clients.assignment import ModelSpec
 from clients.optimizers import OPTIMIZERS
 from clients.per_example import engines_of
@@ -114,8 +115,11 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
 
     Raises:
         BadConfig: with the reason.
+        clients.weights.UnsupportedBase: if the base model's tokenizer cannot serve the task.
     """
     config = plan.config
+    if config.task == "token-classification":
+        refuse_blind(models.tokenizer(plan.model))
     adapter = adapter_of(plan)
     for wanted, has, why in (
         (

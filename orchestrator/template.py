@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clients.assignment import Task
+
 TEMPLATE = """\
 # One federated run. Check it with: weft check run.yaml     Launch it with: weft run run.yaml
 # Any value can be overridden: weft run run.yaml --set rounds=20 --set adapter.r=16
@@ -52,16 +54,48 @@ backend: ray                        # or inline: one process
 """
 
 
+_INSTEAD: dict[Task, dict[str, str]] = {
+    "classification": {},
+    "token-classification": {
+        "classification                # token-": "token-classification          # ",
+        "[int, float, bool, str, array, callable, sequence, mapping]   # the declared label set": (
+            "[O, B-PARAM, I-PARAM, B-VALUE, I-VALUE, B-CODE, I-CODE]   # the declared tags"
+        ),
+        "[int, float]         #": "[O, B-VALUE, I-VALUE]   #",
+        "builtin:parameter-types": "builtin:code-mentions",
+        "{metric: accuracy,": "{metric: entity_f1,",
+    },
+}
+
+
 class FileTaken(FileExistsError):
     """There is a file already."""
 
 
-def write_template(path: Path, force: bool = False) -> None:
+def template(task: Task = "classification") -> str:
+    """Return the template of a run for ``task``.
+
+    Raises:
+        ValueError: if there is none for it.
+    """
+    if task not in _INSTEAD:
+        raise ValueError(
+            f"there is no template for {task}, because no text to generate comes with weft; the "
+            "tasks with one are " + " and ".join(_INSTEAD)
+        )
+    text = TEMPLATE
+    for words, others in _INSTEAD[task].items():
+        text = text.replace(words, others)
+    return text
+
+
+def write_template(path: Path, force: bool = False, task: Task = "classification") -> None:
     """Write the template.
 
     Raises:
         FileTaken: if there is a file and ``force`` is not set.
+        ValueError: if there is none for ``task``.
     """
     if path.exists() and not force:
         raise FileTaken(f"{path} exists; --force overwrites it")
-    path.write_text(TEMPLATE, "utf-8")
+    path.write_text(template(task), "utf-8")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clients import models
 from clients.assignment import DataSpec, PluginChoice
 from clients.data import BadSelection
 from orchestrator import service
@@ -116,6 +117,23 @@ def test_a_private_run_over_tags_is_the_same_again_and_says_what_it_spent(
     assert recipe["privacy"]["unit"] == unit.get("unit", "example")
     [epsilon, _] = service.lineage(workspace, version).epsilons
     assert epsilon.unit == unit.get("unit", "example")
+
+
+def test_a_tokenizer_that_cannot_tell_words_is_refused_before_anything_starts(
+    tmp_path: Path, tagging: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = service.open_workspace(tmp_path / "home")
+    known = models.tokenizer
+
+    def slow(spec: Any) -> Any:
+        found = known(spec)
+        monkeypatch.setattr(type(found), "is_fast", False)
+        return found
+
+    monkeypatch.setattr(models, "tokenizer", slow)
+    with pytest.raises(models.UnsupportedBase, match="use a base model with a fast tokenizer"):
+        service.launch(workspace, tagging())
+    assert workspace.ledger.runs() == []
 
 
 def test_a_split_by_labels_is_refused_with_what_is_allowed(

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from clients.builtin import code_mentions
 from orchestrator.config import BadConfig, find_plugin, load_config, parse_config
 from orchestrator.template import TEMPLATE, FileTaken, write_template
 from strategies.plugins import UnknownPlugin
@@ -346,6 +347,26 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
     with pytest.raises(BadConfig, match="cannot be read"):
         load_config(path)
+
+
+def test_the_template_for_tags_is_a_config_that_passes_and_names_tagged_data(tmp_path):
+    path = tmp_path / "run.yaml"
+    write_template(path, task="token-classification")
+
+    config = load_config(path, ["backend=inline"])
+
+    assert (config.task, config.judge.metric) == ("token-classification", "entity_f1")
+    assert config.labels == code_mentions.LABELS
+    assert path.read_text().count("builtin:code-mentions?split=") == 2
+    lines = [line.partition("# ")[2] for line in path.read_text().splitlines() if line[:2] == "# "]
+    for option in ("task_labels", "stop"):
+        [line] = [line for line in lines if line.startswith(option)]
+        parse_config(yaml.safe_load(path.read_text()) | yaml.safe_load(line))
+
+
+def test_there_is_no_template_for_what_no_built_in_data_serve(tmp_path):
+    with pytest.raises(ValueError, match=r"no template for causal-lm, .*token-classification"):
+        write_template(tmp_path / "run.yaml", task="causal-lm")
 
 
 def test_the_template_is_a_config_that_passes(tmp_path):
