@@ -53,17 +53,42 @@ def white_box(assignment: Assignment, canaries: int, made: int, key: bytes) -> G
         BadGuesses: if there are fewer canaries than guesses.
         NoPlaceForCanaries: if the trained tensors are too small, or no plain layers' weights.
     """
+    refuse_senseless(canaries, made)
+    present = tossed(canaries, key)
+    scores = _scores(assignment, canaries, present, NoiseStream(key, assignment.digest()))
+    return guessed(scores, present, made)
+
+
+def refuse_senseless(canaries: int, made: int) -> None:
+    """Refuse an attack before its cost.
+
+    Raises:
+        BadGuesses: if there are fewer canaries than guesses.
+    """
     if not 1 <= made <= canaries:
         raise BadGuesses(f"guesses must be from 1 to the {canaries} canaries, got {made}")
+
+
+def tossed(canaries: int, key: bytes) -> Tensor:
+    """Return which canaries are in the data, each by a fair coin: their numbers, ascending."""
     coins = NoiseStream(key, "which canaries are in")  # no digest, so independent of the noise
-    present = coins.poisson_sample(0, canaries, 0.5)
-    scores = _scores(assignment, canaries, present, NoiseStream(key, assignment.digest()))
+    return coins.poisson_sample(0, canaries, 0.5)
+
+
+def guessed(scores: Tensor, present: Tensor, made: int) -> Guesses:
+    """Guess of the highest scores that they were in, and of the lowest that they were not.
+
+    Args:
+        scores: the higher, the more likely in, ``[canaries]``.
+        present: numbers of those that were.
+        made: how many guesses, half of them each way.
+    """
     order = scores.argsort(descending=True, stable=True)
-    told_in, told_out = order[: made // 2], order[canaries - (made - made // 2) :]
-    member = torch.zeros(canaries, dtype=torch.bool)
+    told_in, told_out = order[: made // 2], order[len(scores) - (made - made // 2) :]
+    member = torch.zeros(len(scores), dtype=torch.bool)
     member[present] = True
     right = int(member[told_in].sum()) + int((~member[told_out]).sum())
-    return Guesses(canaries, made, right)
+    return Guesses(len(scores), made, right)
 
 
 def _scores(a: Assignment, canaries: int, present: Tensor, stream: NoiseStream) -> Tensor:

@@ -82,6 +82,30 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
         return found
 
 
+def example_losses(assignment: Assignment) -> list[float]:
+    """Return the loss of each of the assignment's examples, in order: for public data alone.
+
+    Args:
+        assignment: which tensors, which data.
+
+    Raises:
+        ValueError: if the data are not public: a single example's loss tells of it.
+        clients.data.BadRecord: if a record is malformed.
+    """
+    if not assignment.public:
+        raise ValueError("the losses of single examples are told of public data alone")
+    examples = data.examples(assignment.data, assignment.model)
+    found = torch.empty(len(examples))
+    with opened(assignment) as session, torch.no_grad():
+        session.write(assignment.broadcast.tensors)
+        session.model.eval()
+        encoded = data.encode(examples, session.base.tokenizer, assignment.model)
+        for chunk, batch in _batches(assignment, session, encoded, unheard):
+            logits, allowed = session.model(batch), allowed_labels(assignment)
+            found[chunk] = session.model.example_losses(logits, batch, allowed).cpu()
+    return found.tolist()
+
+
 def _batches(
     assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Iterator[tuple[list[int], data.Batch]]:

@@ -1,8 +1,10 @@
 """An audit: what an attack on a run's privacy finds, beside the ε that is claimed.
 
-The attack is :mod:`clients.canaries`', on the steps that one client of the run makes: with its
-noise, sample rate, clipping and trained tensors, and over all its rounds. It reads nobody's data,
-so that nothing is spent, and anybody may audit a run on anybody's data.
+The *white-box* attack is :mod:`clients.canaries`', on the steps that one client of the run makes:
+with its noise, sample rate, clipping and trained tensors, and over all its rounds. It reads
+nobody's data, so that nothing is spent, and anybody may audit a run on anybody's data. The
+*black-box* one (:mod:`orchestrator.planting`) makes the whole run, on public data with canaries
+among them.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from clients.one_run import Guesses, lower_bound
 from clients.starting import initial_update
 from orchestrator.beginning import rehearse
 from orchestrator.budgets import most_rounds, planned_spends
-from orchestrator.config import BadConfig, load_config
+from orchestrator.config import BadConfig, RunConfig, load_config
 from orchestrator.coordinator import planned
 from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
 from orchestrator.plan import Participant, Plan, RoundInputs, plan_round
+from orchestrator.sections import PrivacyConfig
 from orchestrator.workspace import Workspace
 from storage.refs import did_you_mean
 from strategies import STRATEGIES
@@ -44,7 +47,7 @@ class Attack:
     Attributes:
         canaries: how many, >= 1; the more, the more can be proved.
         guesses: of how many coins a guess is made; None for an eighth of the canaries.
-        client: whose privacy; None for that of the client with the largest claim.
+        client: whose privacy (white box); None for that of the client with the largest claim.
         delta: at which ε is claimed and bounded; None for the run's.
         confidence: that the bound is right, in [0.5, 1).
     """
@@ -73,6 +76,7 @@ class Audit:
         confidence: that it is no larger than the true ε.
         guesses: what was guessed, and right.
         sample_rate: with which a step took a canary.
+        white_box: whether canaries were gradients in its steps; else examples in a whole run.
         version: id of the version it is recorded on, or None.
     """
 
@@ -83,6 +87,7 @@ class Audit:
     confidence: float
     guesses: Guesses
     sample_rate: float
+    white_box: bool = True
     version: str | None = None
 
     @property
@@ -157,14 +162,9 @@ def audit(workspace: Workspace, plan: Plan, attack: Attack) -> Audit:
         clients.canaries.NoPlaceForCanaries: if it trains what no canary can be made for.
         clients.one_run.BadGuesses: if the attack is senseless.
     """
-    privacy = plan.config.dp_sgd
-    if privacy is None:
-        what = "whole clients alone" if plan.central else "nobody: it has no privacy section"
-        raise BadConfig(
-            f"an audit attacks the noise that hides examples, and {plan.config.name} hides {what}"
-        )
+    privacy = hiding_examples(plan.config)
     delta = privacy.delta if attack.delta is None else attack.delta
-    who, claim = _claimed(plan, attack.client, delta)
+    who, claim = claimed(plan, attack.client, delta)
     assert who.privacy is not None
     seed = privacy.insecure_seed
     key = new_key() if seed is None else insecure_key(seed, "audit")
@@ -175,8 +175,26 @@ def audit(workspace: Workspace, plan: Plan, attack: Attack) -> Audit:
     return Audit(plan.config.name, who.name, claim, bound, attack.confidence, guesses, rate)
 
 
-def _claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, Epsilon]:
-    """Return whose privacy is attacked, and what is claimed of it."""
+def hiding_examples(config: RunConfig) -> PrivacyConfig:
+    """Return the privacy of a run that hides examples.
+
+    Raises:
+        BadConfig: if it hides none.
+    """
+    if config.dp_sgd is None:
+        what = "whole clients alone" if config.privacy else "nobody: it has no privacy section"
+        raise BadConfig(
+            f"an audit attacks the noise that hides examples, and {config.name} hides {what}"
+        )
+    return config.dp_sgd
+
+
+def claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, Epsilon]:
+    """Return whose privacy is attacked, and what is claimed of it.
+
+    Raises:
+        BadConfig: if there is no such client.
+    """
     people = {who.name: who for who in plan.participants}
     if client is not None and client not in people:
         hint = did_you_mean(client, list(people)) or f"; they are {', '.join(list(people)[:5])} …"

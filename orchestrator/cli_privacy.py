@@ -162,6 +162,13 @@ def budget(
 def audit(  # noqa: PLR0913  (one option each)
     target: Annotated[str, typer.Argument(help="A run's file, or a run: its id or name.")],
     overrides: Set = [],  # noqa: B006
+    white_box: Annotated[
+        bool,
+        typer.Option(
+            "--white-box/--black-box",
+            help="Gradients in the run's steps; or examples in a whole run on public data.",
+        ),
+    ] = True,
     canaries: Annotated[int, typer.Option(min=1, help="How many; more prove more.")] = 1000,
     guesses: Annotated[
         int | None, typer.Option(min=1, help="Of how many canaries; an eighth by default.")
@@ -177,14 +184,20 @@ def audit(  # noqa: PLR0913  (one option each)
 ) -> None:
     """Attack a run's noise by canaries; exit 1 if that proves a larger ε than is claimed.
 
-    Nobody's data are read. What is found on a run is recorded on its newest version.
+    By white box nobody's data are read; what is found on a run is recorded on its newest version.
     """
-    from orchestrator import auditing
-    from orchestrator.config import BadConfig
+    from orchestrator import auditing, planting
+    from orchestrator.config import BadConfig, load_config
 
     attack = auditing.Attack(canaries, guesses, client, delta, confidence)
-    if Path(target).is_file():
+    is_file = Path(target).is_file()
+    if is_file and white_box:
         found = auditing.audit_config(workspace_here(), Path(target), attack, overrides)
+    elif is_file:
+        config = load_config(target, overrides)
+        found = planting.audit_by_training(workspace_here(), config, attack)
+    elif not white_box:
+        raise BadConfig(f"{target} is no file: a black-box audit trains what a run's file asks for")
     elif overrides:
         raise BadConfig(f"{target} is no file, and a run that there is cannot be changed by --set")
     else:
@@ -203,8 +216,9 @@ def _print_audit(found: Audit) -> None:
 
     claim, made = found.claim, found.guesses
     line(
-        f"{found.name}: {made.right} of {made.made} guesses right, of {made.canaries} gradient "
-        f"canaries among the data of {found.client}"
+        f"{found.name}: {made.right} of {made.made} guesses right, of {made.canaries} "
+        f"{'gradient' if found.white_box else 'mislabelled'} canaries among the data of "
+        f"{found.client}"
     )
     line(f"claimed  {claim}")
     line(f"proved   ε >= {found.bound:.2f} at that δ, with confidence {found.confidence:g}")

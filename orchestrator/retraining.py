@@ -79,13 +79,13 @@ def retrain(workspace: Workspace, run: str, backend: Backend | None = None) -> R
         )
     if record.version is None:
         raise NotRetrained(f"run {record.id} has committed no version yet")
-    chain = _chain(workspace.store, record.version)
+    chain = versions_of(workspace.store, record.version)
     with tempfile.TemporaryDirectory(prefix="weft-replay-") as scratch:
         Site(scratch).share_data_key(Site(workspace.home / "sites"))
         return _Retraining(workspace, plan, backend or InlineBackend(), scratch).compare(chain)
 
 
-def _chain(store: AdapterStore, last: str) -> list[Version]:
+def versions_of(store: AdapterStore, last: str) -> list[Version]:
     """Return a run's versions, the start first."""
     chain = [store.version(last)]
     while chain[-1].recipe["kind"] != "start":

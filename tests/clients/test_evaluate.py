@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clients.assignment import ModelSpec
-from clients.evaluate import NothingToScore, evaluate
+from clients.evaluate import NothingToScore, evaluate, example_losses
 from clients.site import Site
 from strategies.base import Broadcast
 
@@ -116,3 +116,11 @@ def test_language_modelling_is_scored_as_transformers_scores_it(assign, tiny_dec
     num_bytes = len(" sings") + 2  # é is two bytes
     expected = nats / math.log(2) / num_bytes
     assert found.metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_single_losses_are_told_of_public_data_alone_and_add_up_to_the_mean(assign):
+    asked = assign(action="evaluate")
+    with pytest.raises(ValueError, match="public data alone"):
+        example_losses(asked)
+    found = example_losses(replace(asked, public=True))
+    assert sum(found) / len(found) == pytest.approx(evaluate(asked).metrics["loss"], rel=1e-5)
