@@ -164,6 +164,20 @@ class Privacy:
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """Where a client finds what it kept of earlier tasks, and how it draws what it keeps.
+
+    Attributes:
+        update: digest of the newest update of its own that the run goes on from, which names what
+            it kept then; empty for none.
+        seed: of what it keeps of this task, the same in every round.
+    """
+
+    update: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """What a worker is asked to do for one client.
 
@@ -206,6 +220,7 @@ class Assignment:
             is to keep nothing either. How tensors travel determines no bytes.
         answer_tokens: to ``evaluate`` a causal model, tokens at most of the answers that are held
             against the completions; 0 for none.
+        past: where what it kept of earlier tasks is, for regularizers that rehearse; else None.
     """
 
     action: Literal["init", "train", "evaluate"]
@@ -238,6 +253,7 @@ class Assignment:
     uplink: tuple[PluginChoice, ...] = ()
     held: Mapping[str, str] | None = None
     answer_tokens: int = 0
+    past: Past | None = None
 
     @property
     def private(self) -> bool:
@@ -248,8 +264,8 @@ class Assignment:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation,
-        ``held``, with which nothing may be left out any more, and ``answer_tokens``, since an
-        evaluation draws no noise.
+        ``held``, with which nothing may be left out any more, ``answer_tokens``, since an
+        evaluation draws no noise, and ``past`` where there is none.
         A tensor that several assignments share is read once: see :mod:`clients.digests`.
 
         Raises:
@@ -263,5 +279,7 @@ class Assignment:
                 "digest is of a whole one; expand it first"
             )
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        unbound = ("run", "site", "held", "answer_tokens")
+        unbound = {"run", "site", "held", "answer_tokens"}
+        if self.past is None:
+            unbound.add("past")
         return digest_of({k: v for k, v in named.items() if k not in unbound})

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
+from clients.regularizers import REGULARIZERS, Regularizer
 from clients.seeds import seed_for
 from clients.starting import initial_tensors
 from clients.worker import perform
@@ -149,6 +150,13 @@ def _asked(
         )
     if template.uplink:
         raise NotInFlower("uplink must be empty in a Flower run: nobody decodes what is sent there")
+    for choice in template.regularizers:
+        method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
+        if method.holds or method.rehearsal is not None:
+            raise NotInFlower(
+                f"regularizer {choice.name!r} goes on from earlier tasks, and a Flower run has no "
+                "lineage that says which; leave it out, or train with weft run"
+            )
     try:
         round_ = int(content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]
         arrays = content.array_records[ARRAYS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -127,18 +127,23 @@ def singles(batch: Batch) -> list[Batch]:
     """Return the examples of a batch, each as a batch of one; views of its memory.
 
     Args:
-        batch: a tensor ``[batch, ...]``, or a tuple or dataclass of nothing but batches.
+        batch: a tensor ``[batch, ...]``, or a tuple, mapping or dataclass of nothing but batches;
+            a dataclass's empty mapping is in each of its parts.
     """
     if isinstance(batch, Tensor):
         return list(torch.split(batch, 1))  # type: ignore[arg-type]
     if isinstance(batch, tuple):
         return list(zip(*map(singles, batch), strict=True))  # type: ignore[arg-type]
+    if isinstance(batch, Mapping):
+        each = zip(*map(singles, batch.values()), strict=True)
+        return [dict(zip(batch, values, strict=True)) for values in each]  # type: ignore[misc]
     if not is_dataclass(batch) or isinstance(batch, type):
         raise TypeError(
-            f"a batch is tensors, in a tuple or a dataclass, got {type(batch).__name__}"
+            f"a batch is tensors, in a tuple, mapping or dataclass, got {type(batch).__name__}"
         )
-    names = [field.name for field in fields(batch)]
-    parts = zip(*(singles(getattr(batch, name)) for name in names), strict=True)
+    own = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    names = [name for name, part in own.items() if not isinstance(part, Mapping) or part]
+    parts = zip(*(singles(own[name]) for name in names), strict=True)
     return [replace(batch, **dict(zip(names, values, strict=True))) for values in parts]
 
 

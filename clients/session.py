@@ -46,6 +46,38 @@ class Session:
         """Return the live parameters of adapter and head by weft's names."""
         return {**self.adapter.parameters(self.model.backbone), **self.model.head_parameters()}
 
+    def outputs_with(self, tensors: Tensors, batch: Batch) -> Tensor:
+        """Return the logits of a batch with another adapter and head, in evaluation mode.
+
+        Leaves no trace: no gradient, no random number drawn, and every parameter the same object
+        with the same memory, so that optimizers and measured gradients know nothing of it.
+
+        Args:
+            tensors: of the same adapter, as :meth:`read` returns them.
+            batch: on the model's device.
+
+        Raises:
+            ValueError: if they are of another shape.
+        """
+        live, modes = self.parameters(), {m: m.training for m in self.model.modules()}
+        own = {name: parameter.data for name, parameter in live.items()}
+        for name, data in own.items():
+            if name not in tensors or tensors[name].shape != data.shape:
+                found = list(tensors[name].shape) if name in tensors else "none"
+                raise ValueError(f"{name} must be {list(data.shape)} in a teacher, got {found}")
+        try:
+            for name, parameter in live.items():
+                parameter.data = tensors[name].to(own[name])
+            self.model.eval()
+            with torch.no_grad():
+                outputs: Tensor = self.model(batch)
+        finally:
+            for name, parameter in live.items():
+                parameter.data = own[name]
+            for module, training in modes.items():
+                module.training = training
+        return outputs
+
 
 @contextmanager
 def opened(assignment: Assignment) -> Iterator[Session]:

@@ -1,10 +1,14 @@
-"""What stays at a client: private keys, the outbox of finished updates, personal tensors.
+"""What stays at a client: private keys, the outbox of finished updates, personal tensors, examples.
 
 Everything lies under one folder that no Update, Version, log or recipe ever shows.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +21,7 @@ from clients.noise import insecure_key
 from strategies.base import Tensors
 
 _BROADCAST = "broadcast.safetensors"
+_EXAMPLES = "examples"
 
 
 class UpdateGone(RuntimeError):
@@ -136,9 +141,55 @@ class Site:
         own = {k: v.detach().cpu().clone() for k, v in tensors.items()}  # none shares its memory
         write_durably(path, save(own))
 
+    def kept_examples(self, client: str, update: str) -> dict[str, bytes]:
+        """Return what :meth:`keep_examples` kept with an update of a client's, or nothing."""
+        folder = self._examples_of(client)
+        try:
+            parts = json.loads((folder / f"update-{update}").read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        return {name: (folder / sha256).read_bytes() for name, sha256 in parts.items()}
+
+    def keep_examples(self, client: str, update: str, parts: Mapping[str, bytes]) -> None:
+        """Keep a client's own examples, for the tasks that go on from one of its updates.
+
+        They are found by that update's digest, which is in the recipe of the version it became part
+        of: so a run that goes on from any version, or again from an old one, finds what was kept
+        then, and nobody else can. What several updates share is there once. Doing it again for the
+        same update writes the same.
+
+        Args:
+            client: whose they are.
+            update: digest of the update.
+            parts: the bytes, by name.
+        """
+        folder = self._examples_of(client)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        named = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(parts.items())}
+        for name, sha256 in named.items():
+            if not (folder / sha256).exists():
+                write_durably(folder / sha256, parts[name])
+        write_durably(folder / f"update-{update}", json.dumps(named).encode())
+
+    def forget_examples(self, client: str) -> int:
+        """Delete all examples that a client kept, for good; return how many files those were."""
+        folder = self._examples_of(client)
+        found = [path for path in folder.glob("*") if not path.name.startswith("update-")]
+        shutil.rmtree(folder, ignore_errors=True)
+        return len(found)
+
+    def share_examples(self, other: Site) -> None:
+        """Know the examples that ``other`` keeps; for training again what was trained there."""
+        kept = other._folder / _EXAMPLES
+        if kept.is_dir():
+            shutil.copytree(kept, self._folder / _EXAMPLES, dirs_exist_ok=True)
+
     def note_error(self, client: str, text: str) -> None:
         """Keep the newest unexpected error of a client, which may hold data and so stays here."""
         (self._folder / f"error-{client}.txt").write_text(text, "utf-8")
+
+    def _examples_of(self, client: str) -> Path:
+        return self._folder / _EXAMPLES / hashlib.sha256(client.encode()).hexdigest()[:32]
 
     def _run_folder(self, run: str, client: str) -> Path:
         folder = run_folder(self._folder, run, client)

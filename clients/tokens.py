@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -43,11 +43,13 @@ class Batch:
         attention_mask: ``[batch, length]`` int64, 0 on padding.
         labels: ``[batch]`` class indices, or ``[batch, length]`` with -100 where nothing is
             learned.
+        taught: what teachers say of the examples, ``[batch, ...]`` each, by ``PLUGIN/NAME``.
     """
 
     input_ids: Tensor = field(repr=False)
     attention_mask: Tensor = field(repr=False)
     labels: Tensor = field(repr=False)
+    taught: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,7 +57,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
         return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device)
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            {name: tensor.to(device) for name, tensor in self.taught.items()},
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from clients.per_example import engines_of
 from clients.pruning import Ranks
 from clients.pruning import kept as kept_ranks
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
+from clients.rehearsal import Rehearser, fingerprint, kept_before
 from clients.report import noised
 from clients.selection import Selection
 from clients.session import (
@@ -47,6 +48,7 @@ from clients.session import (
 from clients.site import Site
 from clients.units import OfUnits, packed
 from clients.verification import chosen as chosen_engine
+from clients.wire import digest as digest_of
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
 from strategies.bounded import shortened
@@ -82,6 +84,7 @@ def train(
         UpdateGone: if it was sent before a later round's, and is no longer kept.
         NothingToTrain: if there is no example or no trainable tensor.
         clients.data.BadRecord: if a record is malformed.
+        clients.rehearsal.UncountedRehearsal: if it would rehearse with privacy.
     """
     site = Site(assignment.site)
     digest = assignment.digest()
@@ -93,16 +96,18 @@ def train(
         raise NothingToTrain(f"{assignment.client} has no example for this task")
     stepped(0, assignment.steps or 0)  # the base model may take long to load
     secret = site.data_key(assignment.privacy.insecure_seed if assignment.privacy else None)
-    fingerprint = data.fingerprint(assignment.data, examples, None if assignment.public else secret)
+    before = kept_before(assignment, site)
+    data_digest = fingerprint(assignment, examples, before, secret)
     with opened(assignment) as session:
         kept = _kept(assignment, site)
         ranks = Ranks.of(assignment, kept)
         session.write(ranks.start(_starting_tensors(assignment, kept)))
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        loop = _Loop(assignment, session, encoded, stepped, kept, ranks)
+        rehearser = Rehearser.of(assignment, session, before)
+        loop = _Loop(assignment, session, encoded, stepped, kept, ranks, rehearser)
         if checkpoint_s is not None:
             run, client = assignment.run, assignment.client
-            loop.keep(Checkpoints(site, run, client, digest, fingerprint, checkpoint_s))
+            loop.keep(Checkpoints(site, run, client, digest, data_digest, checkpoint_s))
         privacy = assignment.privacy
         metrics: dict[str, float] = {}
         spends: tuple[PrivacySpend, ...] = ()
@@ -115,6 +120,7 @@ def train(
             spends = loop.run_private(stream, units)
             metrics = loop.report(stream, units)
         trained = session.read()
+        remembered = rehearser.parts_after(examples, encoded)
     now = ranks.after(trained)
     lower = cut(trained, now)
     tensors = compact({n: lower[n] for n in returned_names(assignment)}, loop.chosen)
@@ -123,7 +129,7 @@ def train(
     own |= loop.learned
     if assignment.central is not None:
         tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.bound)
-        metrics, fingerprint = {}, ""
+        metrics, data_digest = {}, ""
     sent, seed = assignment.broadcast, assignment.seed
     tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
     own |= left
@@ -136,12 +142,15 @@ def train(
         metrics=metrics,
         memory={},
         spends=spends,
-        fingerprint=fingerprint,
+        fingerprint=data_digest,
     )
+    sealed = pack(update)
+    if remembered:
+        site.keep_examples(assignment.client, digest_of(sealed), remembered)
     if own:
         site.store_state(assignment.run, assignment.client, assignment.round, own)
     private = privacy is not None
-    site.store_update(assignment.run, assignment.client, digest, pack(update), private)
+    site.store_update(assignment.run, assignment.client, digest, sealed, private)
     return update
 
 
@@ -205,12 +214,14 @@ class _Loop:
     stepped: Stepped
     kept: Tensors
     ranks: Ranks
+    rehearser: Rehearser
     params: dict[str, nn.Parameter] = field(init=False)
     mask: dict[str, Tensor] = field(init=False)
     reference: dict[str, Tensor] = field(init=False)
     sent: dict[str, Tensor] = field(init=False)
     memory: dict[str, Tensor] = field(init=False)
     regularizers: list[tuple[str, Regularizer]] = field(init=False)
+    teachers: dict[str, Tensors] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     correction: Correction = field(init=False)
     loss_sum: Tensor = field(init=False)
@@ -240,6 +251,7 @@ class _Loop:
         self.regularizers = [
             (r.name, REGULARIZERS.get(r.name).build(**r.options)) for r in a.regularizers
         ]
+        self.teachers = {n: r.teacher(recall(self.memory, n)) for n, r in self.regularizers}
         self.optimizer = OPTIMIZERS.get(a.optimizer.name).build(
             list(self.params.values()), **a.optimizer.options
         )
@@ -295,6 +307,7 @@ class _Loop:
             return {}
         for batch in self._plain_batches():
             plain_step(self.params, self._microbatches(batch), self._counted, len(batch), self.mask)
+            self.rehearser.add(self.params, self.mask, self.step)
             self._finish_step()
         loss = float(self.loss_sum) / max(self.num_seen, 1)
         return {"loss": loss} if math.isfinite(loss) else {}
@@ -393,7 +406,8 @@ class _Loop:
         logits = model(batch)
         losses = model.example_losses(logits, batch, allowed_labels(self.assignment))
         for name, regularizer in self.regularizers:
-            term = regularizer.example_loss(model, batch, logits, recall(self.memory, name))
+            own = replace(batch, taught=recall(batch.taught, name))
+            term = regularizer.example_loss(model, own, logits, recall(self.memory, name))
             losses = losses if term is None else losses + term
         return losses
 
@@ -486,8 +500,13 @@ class _Loop:
 
     def _collated(self, indices: Sequence[int]) -> data.Batch:
         pad = data.padding_id(self.session.base.tokenizer)
-        batch = data.collate([self.encoded[i] for i in indices], pad)
-        return move(batch, self.assignment.device)
+        batch = move(data.collate([self.encoded[i] for i in indices], pad), self.assignment.device)
+        taught = {
+            f"{name}/outputs": self.session.outputs_with(teacher, batch)
+            for name, teacher in self.teachers.items()
+            if teacher
+        }
+        return replace(batch, taught=taught) if taught else batch
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

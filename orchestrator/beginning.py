@@ -11,7 +11,7 @@ from clients.initialisations import OFFSET
 from clients.regularizers import recall
 from clients.seeds import seed_for
 from orchestrator.cohort import asked_a_round, roster
-from orchestrator.committed import Committed, initialised
+from orchestrator.committed import Committed, begun, initialised
 from orchestrator.growing import grown, grown_memory
 from orchestrator.library import adapters
 from orchestrator.merging import beneath as lying_beneath
@@ -52,6 +52,7 @@ def begin(
     state = strategy.init(adapter, setting_of(plan, store))
     if start.mode == "continue" and start.version:
         state = _over(state, beneath(store.auxiliary(start.version)))
+    memory = begun(plan, state.adapter, memory)
     edge = "init" if start.mode == "fresh" else start.mode
     parents = dict.fromkeys(plan.library, "recycle")
     parents |= {start.version: edge} if start.version else {}

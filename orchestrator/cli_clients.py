@@ -128,13 +128,22 @@ def clients_remove(name: str) -> None:
     out.print(f"removed {name}", highlight=False)
 
 
+@clients_app.command("forget")
+def clients_forget(name: str) -> None:
+    """Delete the examples that a client kept to rehearse in later tasks, at the site here."""
+    from orchestrator.withdrawing import forget_examples
+
+    count = forget_examples(workspace_here(), name)
+    out.print(f"{name}: {count} files of kept examples deleted", highlight=False, markup=False)
+
+
 @clients_app.command("withdraw")
 def clients_withdraw(
     name: str,
     why: Annotated[str, typer.Option(help="For the record.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Stop using a client for good, bury its stored updates, and list where it is deployed."""
+    """Stop using a client for good, bury what it sent and kept, and list where it is deployed."""
     from dataclasses import asdict
 
     from orchestrator import service
@@ -145,6 +154,9 @@ def clients_withdraw(
         print_json({**asdict(done), "record": record})
         return
     out.print(f"{name} withdrew; {done.buried} stored updates are buried", highlight=False)
+    if done.forgotten:
+        line = f"{done.forgotten} files of examples that it kept are deleted"
+        out.print(line, highlight=False)
     for run in done.later:
         out.print(f"run {run} buries what it holds after its round", highlight=False)
     for one in done.deployed:

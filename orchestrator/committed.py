@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from clients.assignment import PluginChoice
-from clients.regularizers import REGULARIZERS, namespaced, recall
+from clients.regularizers import REGULARIZERS, Beginning, namespaced, recall
 from orchestrator.merging import beneath, stacked
 from orchestrator.plan import Plan
 from storage.store import AdapterStore
@@ -91,13 +91,30 @@ def initialised(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
     return adapter
 
 
+def begun(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
+    """Return the memory that every round of a run has, once its first tensors are known."""
+    labels, start = plan.model.labels, plan.start
+    known = tuple(i for i, label in enumerate(labels) if label in start.seen_labels)
+    beginning = Beginning(adapter, first=start.mode == "fresh", known=known)
+    for choice in plan.regularizers:
+        method = REGULARIZERS.get(choice.name).build(**choice.options)
+        own = method.begin(beginning, recall(memory, choice.name))
+        memory = _with(memory, choice.name, own)
+    return memory
+
+
 def consolidated(
     regularizers: Sequence[PluginChoice], adapter: Tensors, memory: Tensors
 ) -> Tensors:
     """Return the memory after the task, from the final adapter alone."""
-    result = dict(memory)
     for choice in regularizers:
         method = REGULARIZERS.get(choice.name).build(**choice.options)
         own = method.consolidate(adapter, recall(memory, choice.name))
-        result |= namespaced(own, choice.name)
-    return result
+        memory = _with(memory, choice.name, own)
+    return memory
+
+
+def _with(memory: Tensors, name: str, own: Tensors) -> Tensors:
+    """Return a memory in which the plug-in ``name`` has ``own`` and nothing else."""
+    others = {key: tensor for key, tensor in memory.items() if not key.startswith(f"{name}/")}
+    return {**others, **namespaced(own, name)}

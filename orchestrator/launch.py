@@ -29,6 +29,7 @@ from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
 from orchestrator.registering import rounded
+from orchestrator.rehearsed import with_past
 from orchestrator.relating import relate_planned
 from orchestrator.sections import RankRule, Simulate
 from orchestrator.weighing import weighed, weighing_label
@@ -85,6 +86,7 @@ def make_plan(
         _with_privacy(weighed(p, label), plan, budgets.on(p.population)) for p in participants
     ]
     plan = replace(plan, participants=tuple(sorted(private, key=lambda p: p.name)))
+    plan = with_past(plan, store, budgets)
     plan = replace(plan, central=central_terms(plan, budgets))
     plan = within_budgets(plan, budgets)
     refuse_impossible_rounds(plan)

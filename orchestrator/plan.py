@@ -9,7 +9,15 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
-from clients.assignment import NO_DATA, Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
+from clients.assignment import (
+    NO_DATA,
+    Assignment,
+    DataSpec,
+    ModelSpec,
+    Past,
+    PluginChoice,
+    Privacy,
+)
 from clients.seeds import seed_for
 from orchestrator.config import RunConfig
 from orchestrator.ranks import adapter_at
@@ -32,6 +40,7 @@ class Participant:
         public: whether its data are public.
         privacy: its DP-SGD, calibrated once for the whole run; None without DP.
         declared: what its updates count, by an operator's label; None where none is asked for.
+        past: where it finds what it kept of earlier tasks; None where nothing is rehearsed.
     """
 
     name: str
@@ -43,6 +52,7 @@ class Participant:
     public: bool = False
     privacy: Privacy | None = None
     declared: float | None = None
+    past: Past | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,4 +298,5 @@ def _assignment(
         public=who.public,
         uplink=plan.uplink,
         held={} if config.downlink == "held" else None,
+        past=who.past,
     )

@@ -18,6 +18,7 @@ from clients.records import listed
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.cohort import goal, quorum, roster
 from orchestrator.config import BadConfig, RunConfig
+from orchestrator.continual_refusals import refuse_continual
 from orchestrator.merging import stacked
 from orchestrator.plan import Plan
 from orchestrator.strategy_refusals import (
@@ -152,6 +153,7 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
     refuse_strategy(plan, adapter)
     refuse_uplink(plan)
     trained = trained_names(plan, shapes(plan.model, adapter))
+    refuse_continual(plan, shapes(plan.model, adapter), trained)
     refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
         _refuse_moved_start(plan, shapes(plan.model, adapter))

@@ -81,7 +81,8 @@ def retrain(workspace: Workspace, run: str, backend: Backend | None = None) -> R
         raise NotRetrained(f"run {record.id} has committed no version yet")
     chain = versions_of(workspace.store, record.version)
     with tempfile.TemporaryDirectory(prefix="weft-replay-") as scratch:
-        Site(scratch).share_data_key(Site(workspace.home / "sites"))
+        Site(scratch).share_data_key(sites := Site(workspace.home / "sites"))
+        Site(scratch).share_examples(sites)
         return _Retraining(workspace, plan, backend or InlineBackend(), scratch).compare(chain)
 
 

@@ -1,5 +1,7 @@
 """A client withdraws: it is used no more, what it sent is buried, and who has it by now is told.
 
+What it keeps of its own examples (:mod:`clients.reservoir`) is deleted at the site that is here.
+
 Nothing is unlearned: versions that were made with its updates stay what they are, and their ids and
 lineages stay true.
 """
@@ -12,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from clients.site import Site
 from orchestrator.history import History
 from orchestrator.retention import bury_waiting, folder_of
 from orchestrator.workspace import Workspace
@@ -35,12 +38,14 @@ class Withdrawn:
         later: runs that still need one of its updates for the round they are in, or are being
             driven; they bury it when that round is committed.
         deployed: aliases that point at versions with its updates in their history.
+        forgotten: how many files of examples that it kept were deleted.
     """
 
     record: Withdrawal
     buried: int
     later: tuple[str, ...]
     deployed: tuple[Deployment, ...]
+    forgotten: int = 0
 
 
 def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
@@ -69,7 +74,16 @@ def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
         deployed = workspace.store.deployed_with(name)
     except UnknownContributor:
         deployed = []
-    return Withdrawn(record, buried, later, tuple(deployed))
+    return Withdrawn(record, buried, later, tuple(deployed), forget_examples(workspace, name))
+
+
+def forget_examples(workspace: Workspace, name: str) -> int:
+    """Delete what a client kept of its examples for later tasks; return how many files that was.
+
+    Runs that go on from its tasks then rehearse nothing of them. At a site that is elsewhere, its
+    owner does this there.
+    """
+    return Site(workspace.sites).forget_examples(name)
 
 
 def _all_runs(workspace: Workspace) -> list[RunRecord]:

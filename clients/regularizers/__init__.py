@@ -1,8 +1,8 @@
 """Regularizers: what a method cannot see, it cannot leak.
 
-The argument lists are the privacy contract. Only ``example_loss`` and ``consolidate_from_data``
-see data; the first is clipped and noised with the loss, the second is refused under DP. Everything
-else is a function of released values, and free.
+The argument lists are the privacy contract. Only ``example_loss``, ``rehearsal_loss`` and
+``consolidate_from_data`` see data; the first is clipped and noised with the loss, the other two are
+refused under DP. Everything else is a function of released values, and free.
 
 ``memory`` is plain tensors by the plug-in's own names; the caller keeps them namespaced
 (``o-lora/NAME``) with :func:`recall` and :func:`namespaced`, and versions them beside the adapter.
@@ -11,7 +11,8 @@ else is a function of released values, and free.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from strategies.plugins import Family
 
@@ -21,6 +22,39 @@ if TYPE_CHECKING:  # a config only asks which plug-ins there are
     from strategies.base import Tensors
 
 REGULARIZERS = Family("regularizer", "clients.regularizers")
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a run starts from, before its round 1.
+
+    Attributes:
+        adapter: the tensors of adapter and head that round 1 is sent.
+        first: whether nothing was learned in them yet.
+        known: indices of the labels that they can tell apart, ascending.
+    """
+
+    adapter: Tensors
+    first: bool = True
+    known: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a client keeps of its examples for later tasks, and how it trains on them again.
+
+    Attributes:
+        size: how many it keeps at most, of all tasks together, >= 1.
+        batch: how many of those of earlier tasks go with each step, >= 1.
+        outputs: whether each is kept with the logits that it had when it was kept.
+        labels: which take part in the softmax of a kept example: all that its client has ``seen``,
+            in this task and those that it keeps examples of, or those of its ``task``.
+    """
+
+    size: int
+    batch: int
+    outputs: bool = False
+    labels: Literal["seen", "task"] = "seen"
 
 
 class Regularizer:
@@ -33,15 +67,35 @@ class Regularizer:
             that trains one of them is refused.
         starts: how a task of a stream starts from the one before, unless the stream's file says:
             ``continue``, ``stack`` or ``fresh``.
+        holds: what of the run's start every round is held against: its ``tensors`` one by one, its
+            ``outputs``, or nothing; what does not keep them comparable is refused.
     """
 
     acts_on: ClassVar[str] = ".*"
     freezes: str = ""
     starts: ClassVar[str] = "continue"
+    holds: ClassVar[Literal["", "tensors", "outputs"]] = ""
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """What is kept of a client's examples, by the client alone; None for nothing."""
+        return None
 
     def initialise(self, adapter: Tensors, memory: Tensors) -> Tensors:
         """Return the adapter's first tensors, changed before round 1. Parameters only: free."""
         return adapter
+
+    def begin(self, start: Beginning, memory: Tensors) -> Tensors:
+        """Return the memory that every round of the run has. Parameters only: free."""
+        return memory
+
+    def teacher(self, memory: Tensors) -> Tensors:
+        """Return the adapter and head whose logits ``example_loss`` needs; empty for none.
+
+        They come with its batch, as ``batch.taught["outputs"]``, from a pass in evaluation mode
+        that leaves no gradient and draws no random number. Parameters only: free.
+        """
+        return {}
 
     def penalty(
         self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
@@ -60,6 +114,19 @@ class Regularizer:
     ) -> Tensor | None:
         """Return ``[batch]`` values to add to the examples' losses; clipped with them."""
         return None
+
+    def rehearsal_loss(self, losses: Tensor, outputs: Tensor, kept: Tensor) -> Tensor:
+        """Return ``[batch]``: what kept examples add to the loss. Refused under DP.
+
+        Only where ``rehearsal`` says that there are any.
+
+        Args:
+            losses: the cross entropy of each, ``[batch]``.
+            outputs: their logits now.
+            kept: their logits when they were kept, where those are kept, else empty; NaN for labels
+                that took no part in the softmax then.
+        """
+        raise NotImplementedError(f"{type(self).__name__} rehearses and does not say how")
 
     def project(self, grads: Tensors, memory: Tensors) -> Tensors:
         """Return changed gradients, after clipping and noise."""

@@ -136,6 +136,8 @@ def test_our_client_evaluates_for_both(ran, flown):
     [
         ({"privacy": Privacy(1.0, 1.0, 0.5)}, "with privacy cannot be trained in a Flower run"),
         ({"uplink": (PluginChoice("float16"),)}, "uplink must be empty"),
+        ({"regularizers": (PluginChoice("lwf"),)}, "'lwf' goes on from earlier tasks"),
+        ({"regularizers": (PluginChoice("replay"),)}, "'replay' goes on from earlier tasks"),
     ],
 )
 def test_what_flower_cannot_give_fails_at_the_client_and_changes_nothing(kept, why, ran, flown):

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from clients.regularizers import REGULARIZERS, namespaced, recall
+from clients.assignment import ModelSpec, PluginChoice, Privacy
+from clients.regularizers import REGULARIZERS, Beginning, Regularizer, namespaced, recall
+from clients.trainer import train
 
 EVERY = pytest.mark.parametrize("name", REGULARIZERS.names())
+
+JUDGES = pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in REGULARIZERS.names()
+        if REGULARIZERS.get(name).factory.example_loss is not Regularizer.example_loss
+    ],
+)
+"""Those that add to an example's loss."""
 
 
 def adapter(seed=0):
@@ -95,6 +108,70 @@ def test_its_memory_round_trips_through_its_namespace(name):
 
 
 @EVERY
+def test_what_a_run_begins_with_is_plain_tensors_that_go_when_its_task_is_consolidated(name):
+    """But for what the task leaves: a run never finds the beginning of another."""
+    regularizer = build(name)
+    for start in (Beginning(adapter()), Beginning(adapter(), False, (0, 2))):
+        begun = regularizer.begin(start, remembering(name))
+        assert all(type(t) is torch.Tensor and not t.requires_grad for t in begun.values())
+        assert same(recall(namespaced(begun, name), name), begun)
+        after = regularizer.consolidate(adapter(), begun)
+        assert after.keys() == regularizer.consolidate(adapter(), remembering(name)).keys()
+
+
+@EVERY
+def test_a_teacher_is_a_whole_adapter_and_only_where_something_was_learned_before(name):
+    regularizer = build(name)
+    assert regularizer.teacher(regularizer.begin(Beginning(adapter()), {})) == {}
+    begun = regularizer.begin(Beginning(adapter(), first=False, known=(0, 1)), {})
+    taught = regularizer.teacher(begun)
+    assert not taught or same(taught, adapter())
+
+
+@JUDGES
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["classification", "causal-lm"])
+def test_what_it_adds_to_an_examples_loss_is_clipped_with_it_exactly(
+    name, kind, method, assign, tiny_decoder
+):
+    """A private step, whose clip binds no example, is the plain one: as is its loss term."""
+    causal = ModelSpec(str(tiny_decoder), kind, max_length=16)
+    rows = [{"text": f"{word} cat sings"} for word in ("a", "the", "one")]
+    adapter = PluginChoice(method, {"r": 2})
+    base = assign(adapter=adapter)
+    if kind == "causal-lm":
+        base = assign(rows, model=causal, adapter=adapter)
+    generator = torch.Generator().manual_seed(4)
+    learned = {
+        n: t if n.endswith(".scaling") else t + torch.randn(t.shape, generator=generator) / 2
+        for n, t in base.broadcast.tensors.items()
+    }
+    known = () if kind == "causal-lm" else (0, 2)
+    begun = build(name).begin(Beginning(learned, first=False, known=known), {})
+
+    def step(privacy):
+        count = 10 if kind == "classification" else 3
+        asked = replace(
+            base,
+            regularizers=(PluginChoice(name),),
+            memory=namespaced(begun, name),
+            optimizer=PluginChoice("sgd", {"lr": 0.1}),
+            steps=1,
+            batch_size=count,
+            num_examples=count,
+            privacy=privacy,
+            run=f"{privacy}",
+        )
+        sent = asked.broadcast.tensors
+        return {n: t - sent[n] for n, t in train(asked).tensors.items()}
+
+    unbound = Privacy(noise_multiplier=1e-12, max_grad_norm=1e4, sample_rate=1.0)
+    plain, private = step(None), step(unbound)
+    for tensor, expected in plain.items():
+        torch.testing.assert_close(private[tensor], expected, rtol=1e-3, atol=1e-5)
+
+
+@EVERY
 def test_consolidating_live_parameters_remembers_plain_tensors(name):
     memory = build(name).consolidate(trainable(adapter()), {})
     assert not any(tensor.requires_grad for tensor in memory.values())
@@ -115,6 +192,7 @@ def test_it_changes_none_of_its_arguments(name):
     given = [memory, params, reference, grads]
     before = [copies(x) for x in given]
     regularizer.initialise(params, memory)
+    regularizer.begin(Beginning(params, first=False, known=(0,)), memory)
     regularizer.penalty(trainable(params), reference, memory)
     regularizer.project(grads, memory)
     regularizer.observe(grads, reference, params, memory)

@@ -1,0 +1,76 @@
+"""What a run's clients find of what they kept in the runs that it goes on from.
+
+It is read from the lineage alone: what a client kept is named by the update that it sent then, and
+a recipe has the digests of the updates that its version is made of. So a run that starts from an
+old version, or forks, finds what was kept by then; a client that took no part in a task finds what
+it kept in the last in which it did; of a merge it is what lies the fewest versions back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from clients.assignment import Past, PluginChoice
+from clients.regularizers import REGULARIZERS
+from clients.seeds import seed_for
+from orchestrator.budgets import Budgets, check_limits
+from orchestrator.plan import Participant, Plan
+from storage.lineage import Lineage
+from storage.store import AdapterStore
+
+_BEHIND = ("init", "round", "continue", "stack", "merge")
+"""Kinds of parents whose tasks a version has learned: not those that only gave it a basis."""
+
+
+def rehearses(choice: PluginChoice) -> bool:
+    """Return whether a regularizer has clients keep examples; not one that is unknown here."""
+    if choice.name not in REGULARIZERS.names():
+        return False
+    return REGULARIZERS.get(choice.name).build(**choice.options).rehearsal is not None
+
+
+def with_past(plan: Plan, store: AdapterStore, budgets: Budgets) -> Plan:
+    """Return a plan whose clients know where they find what they kept; as it is without rehearsal.
+
+    Raises:
+        BadConfig: if people whose examples a client kept have a budget that this run does not keep.
+    """
+    if not any(rehearses(choice) for choice in plan.regularizers):
+        return plan
+    behind = plan.start.version
+    leaves = _leaves(store.lineage(behind)) if behind else {}
+    people = []
+    for who in plan.participants:
+        own = leaves.get(who.name, [])
+        for population in sorted({leaf["population"] for leaf in own} - {who.population}):
+            earlier: Participant = replace(who, population=population)
+            check_limits(earlier, plan, budgets.on(population))
+        update = own[0]["digest"] if own else ""
+        seed = seed_for(plan.config.seed, "past", who.name, update)
+        people.append(replace(who, past=Past(update, seed)))
+    return replace(plan, participants=tuple(people))
+
+
+def _leaves(lineage: Lineage) -> dict[str, list[Mapping[str, Any]]]:
+    """Return by client the leaves of rounds in which it kept examples, the nearest first."""
+    parents = defaultdict(set)
+    for edge in lineage.edges:
+        if edge.kind in _BEHIND:
+            parents[edge.child].add(edge.parent)
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    level, seen = [lineage.root], {lineage.root}
+    while level:
+        for version in level:
+            for leaf in _kept_in(lineage.nodes[version].recipe):
+                found[leaf["client"]].append(leaf)
+        level = sorted({p for version in level for p in parents[version]} - seen)
+        seen |= set(level)
+    return found
+
+
+def _kept_in(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    choices = [PluginChoice(c["name"], c["options"]) for c in recipe.get("regularizers", ())]
+    return list(recipe["updates"]) if any(rehearses(choice) for choice in choices) else []
