@@ -183,7 +183,7 @@ class Assignment:
 
     Attributes:
         action: ``init`` makes the adapter's first tensors, ``train`` an Update, ``evaluate`` an
-            Evaluation.
+            Evaluation; ``prepare`` and ``consolidate`` make an Update that holds only memory.
         run: the run's id; names the client's private key and state, and determines no bytes.
         client: the client's name.
         round: >= 1; 0 for ``init``.
@@ -223,7 +223,7 @@ class Assignment:
         past: where what it kept of earlier tasks is, for regularizers that rehearse; else None.
     """
 
-    action: Literal["init", "train", "evaluate"]
+    action: Literal["init", "train", "evaluate", "prepare", "consolidate"]
     run: str
     client: str
     round: int

@@ -32,6 +32,7 @@ from clients.pace import Stepped, unheard
 from clients.per_example import engines_of
 from clients.pruning import Ranks
 from clients.pruning import kept as kept_ranks
+from clients.reading import observing, remembered, to_keep
 from clients.regularizers import REGULARIZERS, Regularizer, namespaced, recall
 from clients.rehearsal import Rehearser, fingerprint, kept_before
 from clients.report import noised
@@ -189,7 +190,7 @@ def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:
     sent = assignment.broadcast
     asked = corrections(sent.extra) or assignment.uplink or pruning_of(sent.extra)
     own = personal_names(assignment, sent.tensors) or _learns_bound(assignment)
-    if not (asked or own):
+    if not (asked or own or observing(assignment)):
         return {}
     return site.state(assignment.run, assignment.client, assignment.round - 1)
 
@@ -247,7 +248,8 @@ class _Loop:
             self._mask(name, own)
         self.reference = {name: p.detach().clone() for name, p in self.params.items()}
         self.sent = {n: t.to(a.device) for n, t in a.broadcast.tensors.items()} | self.reference
-        self.memory = {name: tensor.to(a.device) for name, tensor in a.memory.items()}
+        memory = {**a.memory, **remembered(self.kept)}
+        self.memory = {name: tensor.to(a.device) for name, tensor in memory.items()}
         self.regularizers = [
             (r.name, REGULARIZERS.get(r.name).build(**r.options)) for r in a.regularizers
         ]
@@ -296,10 +298,11 @@ class _Loop:
 
     @property
     def learned(self) -> dict[str, Tensor]:
-        """What a later round goes on with, and nobody else sees: a bound that was learned."""
-        if not _learns_bound(self.assignment):
-            return {}
-        return {_BOUND: torch.tensor(self.bound, dtype=torch.float64)}
+        """What a later round goes on with, and nobody else sees: a bound, what was observed."""
+        own = to_keep(self.memory, self.assignment.memory)
+        if _learns_bound(self.assignment):
+            own[_BOUND] = torch.tensor(self.bound, dtype=torch.float64)
+        return own
 
     def run_plain(self) -> dict[str, float]:
         """Train without noise; return the mean loss over all examples seen, if it is a number."""

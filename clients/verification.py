@@ -51,7 +51,7 @@ def chosen(
     before = {name: p.grad for name, p in params.items()}
     failure = NoPerExampleGradient("no engine was declared to measure per-example gradients")
     try:
-        with _shaken(params), _deterministic(model):
+        with _shaken(params), deterministic(model):
             reference = _reference(params, batch, losses_fn)
             for engine in engines:
                 try:
@@ -133,7 +133,7 @@ def _shaken(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _deterministic(model: nn.Module) -> Iterator[None]:
+def deterministic(model: nn.Module) -> Iterator[None]:
     """Switch dropout off, and keep torch's generators as they are.
 
     What trains stays in train mode, and so does the layer around it: Opacus skips others, and

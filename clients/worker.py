@@ -10,6 +10,7 @@ from clients.assignment import Assignment
 from clients.downlink import expanded
 from clients.evaluate import Evaluation, evaluate
 from clients.pace import GivenUp, Stepped, unheard
+from clients.reading import read
 from clients.site import Site
 from clients.starting import initial_update
 from clients.trainer import train
@@ -50,4 +51,6 @@ def _perform(
         return evaluate(assignment, stepped)
     if assignment.action == "init":
         return initial_update(assignment)
+    if assignment.action != "train":
+        return read(assignment, assignment.action, stepped)
     return train(expanded(assignment), stepped, checkpoint_s)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.files import write_durably
+from clients.reading import wanted as wanted_parts
+from clients.regularizers import When
 from clients.report import names
 from clients.session import returned_names
 from clients.trainer import spend_of
@@ -72,12 +74,16 @@ def refusal(
         max_update_norm: how far all its tensors together may lie from those that were sent
             (Euclidean norm, > 0); None for any distance.
     """
-    wanted = {name: assignment.broadcast.tensors[name] for name in returned_names(assignment)}
     if (update.round, update.base) != (assignment.round, assignment.base):
         return (
             f"the update is of round {update.round} from {update.base[:12]}, expected round "
             f"{assignment.round} from {assignment.base[:12]}"
         )
+    if assignment.action in ("prepare", "consolidate"):
+        return _misread(update, assignment, assignment.action)
+    if update.memory:
+        return f"{min(update.memory)} is not asked for"
+    wanted = {name: assignment.broadcast.tensors[name] for name in returned_names(assignment)}
     try:
         whole = decoded_update(update, assignment)
     except BadEncoding as error:
@@ -108,6 +114,28 @@ def unfit(update: Update, wanted: Tensors, max_update_norm: float | None = None)
         if odd_values := _odd_values(tensor):
             return f"{name}: {odd_values}"
     return _too_far(update, wanted, max_update_norm) or _odd_numbers(update)
+
+
+def _misread(update: Update, assignment: Assignment, when: When) -> str | None:
+    """Return why an update is not what a reading asked for, or None if it is."""
+    wanted = wanted_parts(assignment, when)
+    odd = sorted(update.tensors) or sorted(wanted.keys() ^ update.memory.keys())
+    if odd:
+        return f"{odd[0]} is {'missing' if odd[0] in wanted else 'not asked for'}"
+    for name, part in sorted(update.memory.items()):
+        if part.shape != wanted[name] or part.dtype != torch.float32:
+            return (
+                f"{name} is {part.dtype} {list(part.shape)}, expected torch.float32 "
+                f"{list(wanted[name])}"
+            )
+        if odd_values := _odd_values(part):
+            return f"{name}: {odd_values}"
+    if update.spends or update.metrics:
+        return "an update of a reading says nothing but its memory, and this one does"
+    declared = assignment.num_examples
+    if assignment.private and (update.fingerprint or update.num_examples != declared):
+        return "under DP an update carries the declared size and no metrics, and this one differs"
+    return _odd_numbers(update)
 
 
 def _too_far(update: Update, sent: Tensors, most: float | None) -> str | None:
@@ -267,4 +295,6 @@ def _accepted(update: Update, sha256: str, who: Participant, path: Path) -> Acce
         leaf["declared"] = who.declared
     if who.rank is not None:
         leaf["rank"] = who.rank
+    if who.privacy is not None and not update.spends:
+        leaf["released"] = True  # a function of what earlier updates released, and spends nothing
     return Accepted(leaf, update.round, path)

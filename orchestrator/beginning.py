@@ -48,7 +48,7 @@ def begin(
     if start.mode != "continue":
         kept = split_head(adapter)[1] if start.mode == "stack" else {}  # rows of earlier tasks
         made, offset, read = _split(plan, commit, make(memory))
-        adapter = initialised(plan, {**made, **kept}, memory)
+        adapter = initialised(plan.regularizers, {**made, **kept}, memory)
     state = strategy.init(adapter, setting_of(plan, store))
     if start.mode == "continue" and start.version:
         state = _over(state, beneath(store.auxiliary(start.version)))

@@ -152,7 +152,8 @@ class Collector:
             full = opened.closed is not None or self._count(opened) >= opened.goal
             if full and not self._lost:
                 return "enough"
-            if self.plan.config.asynchronous is not None and opened.closed is None:
+            asks_more = self.plan.config.asynchronous is not None and not opened.reading
+            if asks_more and opened.closed is None:
                 self._refill()
             if not self._sent:
                 return "nobody left"
@@ -248,7 +249,8 @@ class Collector:
 
     def _close(self, opened: Open, end: End) -> list[Accepted]:
         """Decide what is aggregated and what becomes of the others, and write it down."""
-        stale, waiting = self.plan.config.stale, sorted(client for client, _ in self._sent)
+        stale = None if opened.reading else self.plan.config.stale  # nothing comes after it
+        waiting = sorted(client for client, _ in self._sent)
         gone = self.ledger.withdrawals.names()
         missed = waiting if end == "deadline" else []
         for client, _ in list(self._taken):

@@ -83,9 +83,9 @@ class Commits:
         return done
 
 
-def initialised(plan: Plan, adapter: Tensors, memory: Tensors) -> Tensors:
+def initialised(regularizers: Sequence[PluginChoice], adapter: Tensors, memory: Tensors) -> Tensors:
     """Return a new adapter as the run's regularizers want it to begin."""
-    for choice in plan.regularizers:
+    for choice in regularizers:
         method = REGULARIZERS.get(choice.name).build(**choice.options)
         adapter = dict(method.initialise(adapter, recall(memory, choice.name)))
     return adapter

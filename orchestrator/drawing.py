@@ -202,6 +202,8 @@ def _version_parts(version: Version) -> list[str]:
     what = {
         "round": f"round {recipe.get('round')} of {recipe.get('strategy', {}).get('name')}",
         "start": f"start of {_method(recipe)} ({recipe.get('start')})",
+        "prepared": f"start of {_method(recipe)}, prepared from data",
+        "final": f"round {recipe.get('round')} with the memory of its task",
         "merge": f"merge by {recipe.get('merge', {}).get('name')}",
         "offset": f"offset of {_method(recipe)}",
         "import": f"import of {_method(recipe)}",

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
+from clients.regularizers import When
 from orchestrator.acceptance import OPEN, Accepted, decoded_update, lazily, moved
 from orchestrator.availability import absent
 from orchestrator.backends.base import Backend, Failure, Result
@@ -36,8 +37,10 @@ from orchestrator.plan import (
     plan_round,
 )
 from orchestrator.policy import TRAIN_LOSS
-from orchestrator.recipes import final_recipe, round_recipe
+from orchestrator.reading import opening, plan_reading
+from orchestrator.recipes import round_recipe
 from orchestrator.relating import relate_again
+from orchestrator.remembering import Remembering
 from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
 from orchestrator.spending import note_unprotected
 from orchestrator.stopping import best, exhausted
@@ -90,6 +93,7 @@ class Federation:
     _known: History = field(default_factory=History, init=False)
     _commits: Commits = field(init=False)
     _central: Central | None = field(init=False)
+    _remembering: Remembering = field(init=False)
     _absent: tuple[int, set[str]] = field(default=(0, set()), init=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +119,7 @@ class Federation:
             unreachable=self._unreachable,
             seal=OPEN if self._central is None else self._central.seal,
         )
+        self._remembering = Remembering(plan, self.store, self._read, self._log, self._history)
 
     def run(self) -> str:
         """Run what is left of the plan and return the id of the final version.
@@ -129,6 +134,7 @@ class Federation:
             self._central.refuse_lost_key(self._history())
         try:
             done = self._last_commit() or self._begin()
+            done = self._commits.add(self._remembering.prepared(done), self._awaited())
             self._evaluate(done)
             while done.round < self.plan.config.rounds and not self._stops():
                 self._heed()
@@ -145,7 +151,7 @@ class Federation:
         accepted = self._collector.collect(opened)
         state = self._aggregated(opened, accepted, done)
         self.observe("aggregated", {"round": opened.round, **state.metrics})
-        last = opened.round == self.plan.config.rounds and not self._chooses
+        last = opened.round == self.plan.config.rounds and not self._remembering.ends_apart
         memory = done.memory
         if last:
             memory = consolidated(self.plan.regularizers, state.adapter, memory)
@@ -205,17 +211,32 @@ class Federation:
         assert history.open is not None
         return history.open
 
+    def _read(self, base: Committed, when: When) -> list[Accepted]:
+        """Ask everybody what a version is to remember of their data; return what they say."""
+        self._heed()
+        self._collector.close()
+        history = self._history()
+        if history.open is None:
+            facts = opening(self.plan, self._roster, history, self._unreachable(), base)
+            self._log("reading", {**facts, "reading": when})
+            history = self._history()
+        assert history.open is not None
+        relate_again(self.plan, history.open.cohort, self.ledger, Path(self._sites))
+        return self._collector.collect(history.open)
+
     def _assignments(
         self, round_: int, base: str, cohort: Sequence[Participant]
     ) -> list[Assignment]:
         """Return what a round's clients are asked, from a base version: the same every time."""
-        start = self._commits.of(base)
+        start, opened = self._commits.of(base), self._history().open
         inputs = self._inputs(round_, start)
 
         def broadcast(client: ClientSpec) -> Broadcast:
             return self.strategy.broadcast(start.state, client)
 
         plan = self.plan
+        if opened is not None and opened.reading:
+            return plan_reading(plan, inputs, broadcast, cohort, opened.reading)
         if self._central is not None:
             plan = replace(plan, central=self._central.terms_for(start.state))
         return plan_round(plan, inputs, broadcast, cohort)
@@ -262,7 +283,7 @@ class Federation:
             judge = self.plan.config.judge
             top = best(self._history().scored(judge.metric), judge)
             result = self._commits.of(top.version) if top else done
-        version = self._settled(result)
+        version = self._remembering.settled(result)
         document = self.plan.config.model_dump(mode="json")
         drop_after_close(self.store, self.plan.run, self.home, document)
         name = self.store.name(self.plan.config.name, version)
@@ -277,23 +298,6 @@ class Federation:
         folder, retention = self._collector.folder, self.plan.config.retention
         drop_after_round(self.store, self.plan.run, folder, retention, round_)
         self.store.updates.bury()
-
-    @property
-    def _chooses(self) -> bool:
-        """Whether it is known only at the end which version is the result."""
-        return self.plan.config.stop is not None or self.plan.config.select == "best"
-
-    def _settled(self, result: Committed) -> str:
-        """Return the result with the memory of its task, which is a version of its own then."""
-        if not (self._chooses and self.plan.regularizers):
-            return result.version
-        return self.store.commit(
-            result.state.adapter,
-            auxiliary=result.state.auxiliary,
-            memory=consolidated(self.plan.regularizers, result.state.adapter, result.memory),
-            parents={result.version: "round"},
-            recipe=final_recipe(self.store.version(result.version).recipe),
-        )
 
     def _last_commit(self) -> Committed | None:
         version = self._history().version

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
 
+from clients.regularizers import When
 from orchestrator.policy import TRAIN_LOSS
 from storage.records import Event
 
@@ -92,6 +93,7 @@ class Open:
         assigned: who was asked in it.
         refused: who was asked in it, and failed.
         closed: what is aggregated, in order; None while the round takes updates.
+        reading: which reading this is, or None for a round in which clients train.
     """
 
     round: int
@@ -102,6 +104,7 @@ class Open:
     assigned: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
     closed: tuple[Taken, ...] | None = None
+    reading: When | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class History:
         told: what the clients of each round told on average, oldest first.
         judged: the last round that was evaluated, or whose evaluation failed.
         stopped: why the run stops early, or None.
+        consolidated: by version: the one that has, besides, the memory of the task.
     """
 
     seq: int = 0
@@ -139,6 +143,7 @@ class History:
     told: tuple[Score, ...] = ()
     judged: int = 0
     stopped: str | None = None
+    consolidated: Mapping[str, str] = field(default_factory=dict)
 
     def scored(self, metric: str) -> tuple[Score, ...]:
         """Return the scores that have a metric, or may have: of evaluations, or of rounds."""
@@ -180,10 +185,21 @@ def _round(h: History, data: Mapping[str, Any]) -> History:
     return replace(h, open=opened)
 
 
+def _reading(h: History, data: Mapping[str, Any]) -> History:
+    """Nobody trains meanwhile: who still owes an update is not waited for any more."""
+    opened = _round(h, data).open
+    assert opened is not None
+    return replace(
+        h, open=replace(opened, reading=data["reading"]), pending={}, taken={}, losses={}
+    )
+
+
 def _assigned(h: History, data: Mapping[str, Any]) -> History:
     round_, names = data["round"], data["assigned"]
     fresh = [name for name in names if h.asked.get(name, Times(0, 0)).last != round_]
     pending = {name: Asked(name, round_, data["base"]) for name in names}
+    if h.open is not None and h.open.reading:
+        fresh = []  # that it is read with is no participation
     counted = {name: Times(h.asked.get(name, Times(0, 0)).rounds + 1, round_) for name in fresh}
     opened = h.open
     if opened is not None and opened.round == round_:
@@ -199,7 +215,8 @@ def _assigned(h: History, data: Mapping[str, Any]) -> History:
 def _accepted(h: History, data: Mapping[str, Any]) -> History:
     one = Taken(data["client"], data["round"], data["base"], data["digest"])
     held = h.held.get(one.client)
-    newer = held is None or held.round <= one.round
+    trained = h.open is None or not h.open.reading
+    newer = trained and (held is None or held.round <= one.round)
     asked = Asked(one.client, one.round, one.base)
     return replace(
         h,
@@ -244,6 +261,15 @@ def _committed(h: History, data: Mapping[str, Any]) -> History:
     return replace(now, losses={}, told=told)
 
 
+def _prepared(h: History, data: Mapping[str, Any]) -> History:
+    return replace(h, version=data["version"], open=None, taken={})
+
+
+def _consolidated(h: History, data: Mapping[str, Any]) -> History:
+    known = {**h.consolidated, data["base"]: data["version"]}
+    return replace(h, consolidated=known, open=None, taken={})
+
+
 def _evaluated(h: History, data: Mapping[str, Any]) -> History:
     assert h.version is not None
     score = Score(data["round"], h.version, {k: v for k, v in data.items() if k != "round"})
@@ -265,6 +291,9 @@ def _forgiven(h: History, data: Mapping[str, Any]) -> History:
 _FOLDS = {
     "started": _started,
     "round": _round,
+    "reading": _reading,
+    "prepared": _prepared,
+    "consolidated": _consolidated,
     "assigned": _assigned,
     "accepted": _accepted,
     "refused": _refused,

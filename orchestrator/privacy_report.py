@@ -164,7 +164,9 @@ class _Facts:
 def _is_bare(version: Version) -> bool:
     """Return whether somebody's data that are not public went into a version without DP."""
     leaves = version.recipe.get("updates", ())
-    return any(not leaf["public"] and not leaf["spends"] for leaf in leaves)
+    return any(
+        not (leaf["public"] or leaf["spends"] or leaf.get("released", False)) for leaf in leaves
+    )
 
 
 def _sections(workspace: Workspace, facts: _Facts) -> Iterator[Section]:

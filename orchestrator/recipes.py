@@ -71,9 +71,23 @@ def round_recipe(
     return {**made, "kind": "round", "round": round_, "updates": list(updates)}
 
 
-def final_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe of a run's result that is a round's version and the memory of its task."""
-    return {**recipe, "kind": "final", "updates": []}
+def final_recipe(
+    recipe: Mapping[str, Any], updates: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return the recipe of a run's result that is a round's version and the memory of its task.
+
+    ``updates`` are the leaves of its reading, in client order.
+    """
+    return {**recipe, "kind": "final", "updates": list(updates)}
+
+
+def prepared_recipe(
+    recipe: Mapping[str, Any], updates: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the recipe of a run's start with what a reading before round 1 made of it."""
+    unread = ("library", "init_data")  # of the start itself, which is a parent
+    made = {name: value for name, value in recipe.items() if name not in unread}
+    return {**made, "kind": "prepared", "updates": list(updates)}
 
 
 def merge_recipe(

@@ -19,6 +19,7 @@ from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.cohort import goal, quorum, roster
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.continual_refusals import refuse_continual
+from orchestrator.memory_refusals import refuse_memory
 from orchestrator.merging import stacked
 from orchestrator.plan import Plan
 from orchestrator.strategy_refusals import (
@@ -152,15 +153,18 @@ def refuse_senseless(plan: Plan, shapes: Shapes = models.shapes) -> None:
     OPTIMIZERS.get(plan.optimizer.name).build([torch.zeros(1)], **plan.optimizer.options)
     refuse_strategy(plan, adapter)
     refuse_uplink(plan)
-    trained = trained_names(plan, shapes(plan.model, adapter))
-    refuse_continual(plan, shapes(plan.model, adapter), trained)
+    adapter_shapes = shapes(plan.model, adapter)
+    trained = trained_names(plan, adapter_shapes)
+    refuse_continual(plan, adapter_shapes, trained)
     refuse_ranks(plan, adapter)
     if "zero-b" not in adapter.capabilities and plan.start.mode != "continue":
-        _refuse_moved_start(plan, shapes(plan.model, adapter))
-    _refuse_regularizers(plan, trained)
+        _refuse_moved_start(plan, adapter_shapes)
+    _refuse_regularizers(plan, trained, adapter_shapes)
 
 
-def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
+def _refuse_regularizers(
+    plan: Plan, trained: Sequence[str], adapter_shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     for choice in plan.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
         moved = [n for n in trained if method.freezes and re.fullmatch(method.freezes, n)]
@@ -175,20 +179,7 @@ def _refuse_regularizers(plan: Plan, trained: Sequence[str]) -> None:
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
             )
-        strategy = strategy_of(plan)
-        keeps = type(method).consolidate is not Regularizer.consolidate
-        if keeps and "beneath" in strategy.capabilities:
-            raise BadConfig(
-                f"regularizer {choice.name!r} remembers a task by its final adapter, and strategy "
-                f"{plan.strategy.name!r} lays a part of it beneath; use fedsvd, ffa-lora or "
-                "flexlora, or leave the regularizer out"
-            )
-        reads = type(method).consolidate_from_data is not Regularizer.consolidate_from_data
-        if reads and plan.config.privacy is not None:
-            raise BadConfig(
-                f"regularizer {choice.name!r} computes its memory from data, which is not "
-                "private; leave it out or run without privacy"
-            )
+        refuse_memory(plan, choice.name, method, adapter_shapes, trained)
 
 
 def refuse_impossible_rounds(plan: Plan) -> None:

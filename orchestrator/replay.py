@@ -13,15 +13,16 @@ from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
 from orchestrator.plan import head_masked
+from orchestrator.reading import prepared, settled
 from orchestrator.recipes import drift
 from orchestrator.weighing import declared
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
 from storage.updates import UpdateGone
 from strategies import STRATEGIES
-from strategies.base import ClientSpec, ServerState, Strategy, Update
+from strategies.base import ClientSpec, ServerState, Strategy, Tensors, Update
 
-_AGGREGATED = ("round", "final")
+_AGGREGATED = ("round", "final", "prepared")
 
 
 class NotReplayable(ValueError):
@@ -90,11 +91,11 @@ def _replayed(workspace: Workspace, version: Version) -> Replayed:
 def reached(workspace: Workspace, version: Version, updates: Sequence[Update]) -> set[str]:
     """Return the ids that aggregating ``updates``, for all they say, can lead to.
 
-    There are two, because only a run's end puts its task into the memory.
+    Of a round there are two, because only a run's end puts its task into the memory.
 
     Args:
         workspace: where the version's parent is.
-        version: of kind ``round`` or ``final``; its recipe says how.
+        version: of kind ``round``, ``final`` or ``prepared``; its recipe says how.
         updates: in its recipe's order.
     """
     store, recipe = workspace.store, version.recipe
@@ -108,8 +109,14 @@ def reached(workspace: Workspace, version: Version, updates: Sequence[Update]) -
         after = strategy.aggregate(
             before, _onto(workspace, parent, before, recipe, strategy, updates)
         )
-    memory = store.memory(parent)
+    memory: Tensors = store.memory(parent)
     choices = [PluginChoice(one["name"], one["options"]) for one in recipe["regularizers"]]
+    memories = [memory, consolidated(choices, after.adapter, memory)]
+    if recipe["kind"] == "final":
+        memories = [settled(choices, after.adapter, memory, updates)]
+    elif recipe["kind"] == "prepared":
+        adapter, memory = prepared(choices, recipe["start"], after.adapter, memory, updates)
+        after, memories = replace(after, adapter=adapter), [memory]
     return {
         store.identify(
             after.adapter,
@@ -118,7 +125,7 @@ def reached(workspace: Workspace, version: Version, updates: Sequence[Update]) -
             parents=version.parents,
             recipe=recipe,
         )
-        for kept in (memory, consolidated(choices, after.adapter, memory))
+        for kept in memories
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clients.assignment import Assignment
+from clients.regularizers import When
 from clients.site import Site
 from clients.wire import digest, pack
 from orchestrator.backends.base import Backend, Failure, complete
@@ -16,12 +17,16 @@ from orchestrator.beginning import rehearse
 from orchestrator.committed import Commits
 from orchestrator.coordinator import planned
 from orchestrator.plan import Plan, RoundInputs, plan_round
+from orchestrator.reading import plan_reading
 from orchestrator.replay import asked_round, reached
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies import STRATEGIES
 from strategies.base import Broadcast, ClientSpec, Strategy, Tensors, Update
+
+_READINGS: Mapping[str, When] = {"prepared": "prepare", "final": "consolidate"}
+"""Of which reading the updates are that a version of this kind is made of."""
 
 
 class NoiseSecret(ValueError):
@@ -114,7 +119,7 @@ class _Retraining:
         for done, version in enumerate(rest, 1):
             updates: list[Update] = []
             for leaf in version.recipe["updates"]:
-                update = self._trained(leaf)
+                update = self._sent(leaf, _READINGS.get(version.recipe["kind"]))
                 if digest(pack(update)) != leaf["digest"]:
                     where = f"round {update.round}, {leaf['client']}: {_difference(update, leaf)}"
                     return Retrained(done, count, where)
@@ -132,8 +137,8 @@ class _Retraining:
     def _made(self, assignment: Assignment) -> Update:
         return self._run([assignment])
 
-    def _trained(self, leaf: Mapping[str, Any]) -> Update:
-        """Return the update that a leaf's client sends today."""
+    def _sent(self, leaf: Mapping[str, Any], when: When | None) -> Update:
+        """Return the update that a leaf's client sends today, of a round or of a reading."""
         start = self._commits.of(leaf["base"])
         underlay = self._commits.below(leaf["base"])
         round_ = asked_round(self._workspace, leaf)
@@ -143,6 +148,8 @@ class _Retraining:
             return self._strategy.broadcast(start.state, client)
 
         who = [self._people[leaf["client"]]]
+        if when is not None:
+            return self._run(plan_reading(self._plan, inputs, broadcast, who, when))
         return self._run(plan_round(self._plan, inputs, broadcast, who))
 
     def _run(self, assignments: Sequence[Assignment]) -> Update:

@@ -122,7 +122,7 @@ def reserve(
         log: told who was refused, then who is asked.
         sent: by client: its assignment as it travels; None where they travel as they are.
     """
-    private = [a for a in assignments if a.private]
+    private = [a for a in assignments if a.private and a.action == "train"]  # no other spends
     rows = [_row(a, people[a.client].population) for a in private]
     over, low = _recorded(rows, ledger)
     for row in rows:

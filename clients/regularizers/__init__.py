@@ -1,27 +1,41 @@
 """Regularizers: what a method cannot see, it cannot leak.
 
-The argument lists are the privacy contract. Only ``example_loss``, ``rehearsal_loss`` and
-``consolidate_from_data`` see data; the first is clipped and noised with the loss, the other two are
-refused under DP. Everything else is a function of released values, and free.
+The argument lists are the privacy contract. Only ``example_loss``, ``rehearsal_loss``,
+``prepare_from_data`` and ``consolidate_from_data`` see data; the first is clipped and noised with
+the loss, the others are refused under DP. Everything else is a function of released values, and
+free.
 
 ``memory`` is plain tensors by the plug-in's own names; the caller keeps them namespaced
 (``o-lora/NAME``) with :func:`recall` and :func:`namespaced`, and versions them beside the adapter.
+
+A *reading* is a round in which clients train nothing: ``prepare``, before round 1, and
+``consolidate``, of the result. Each client sends what a hook of that name returns, and ``combine``
+makes the memory of it. It takes place where a method of the run overrides such a hook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from strategies.plugins import Family
 
 if TYPE_CHECKING:  # a config only asks which plug-ins there are
     from torch import Tensor, nn
 
-    from strategies.base import Tensors
+    from clients.reading import Reading
+    from strategies.base import Tensors, Update
 
 REGULARIZERS = Family("regularizer", "clients.regularizers")
+
+When: TypeAlias = Literal["prepare", "consolidate"]
+"""Which reading: before round 1, or of the result."""
+
+_DATA_HOOKS: Mapping[When, str] = {
+    "prepare": "prepare_from_data",
+    "consolidate": "consolidate_from_data",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +83,14 @@ class Regularizer:
             ``continue``, ``stack`` or ``fresh``.
         holds: what of the run's start every round is held against: its ``tensors`` one by one, its
             ``outputs``, or nothing; what does not keep them comparable is refused.
+        anchored: whether memory is compared with the trained tensors entry by entry, so that an
+            entry must mean the same in every round and task; what changes that is refused.
     """
 
     acts_on: ClassVar[str] = ".*"
     freezes: str = ""
     starts: ClassVar[str] = "continue"
+    anchored: ClassVar[bool] = False
     holds: ClassVar[Literal["", "tensors", "outputs"]] = ""
 
     @property
@@ -133,18 +150,87 @@ class Regularizer:
         return grads
 
     def observe(self, grads: Tensors, before: Tensors, after: Tensors, memory: Tensors) -> Tensors:
-        """Return the memory after an optimizer step on released gradients."""
+        """Return the memory after an optimizer step on released gradients.
+
+        What it adds under names that the run's memory has not stays at the client, which finds it
+        again in its next round, and in :meth:`consolidate_observed`.
+        """
         return memory
 
     def consolidate(self, params: Tensors, memory: Tensors) -> Tensors:
         """Return the memory after a task, from the final adapter alone."""
         return memory
 
-    def consolidate_from_data(
-        self, model: nn.Module, batches: Iterable[Any], memory: Tensors
+    def prepare_from_data(self, reading: Reading, memory: Tensors) -> Tensors:
+        """Return what a client sends before round 1, from its data. Refused under DP."""
+        return {}
+
+    def consolidate_from_data(self, reading: Reading, memory: Tensors) -> Tensors:
+        """Return what a client sends of the result, from its data. Refused under DP."""
+        return {}
+
+    def consolidate_observed(self, params: Tensors, memory: Tensors) -> Tensors:
+        """Return what a client sends of the result, from what it observed of released gradients.
+
+        Free under example-level DP.
+
+        Args:
+            params: those of the result's tensors that are trained and travel.
+            memory: the run's, with what :meth:`observe` added at this client; if it never trained,
+                nothing.
+        """
+        return {}
+
+    def parts(
+        self, when: When, params: Tensors, returned: Collection[str]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of what a client must send in a reading, by name; all are float32.
+
+        Args:
+            when: which reading.
+            params: the adapter that is read with.
+            returned: the names of those of its tensors that are trained and travel.
+        """
+        return {}
+
+    def combine(
+        self, when: When, params: Tensors, memory: Tensors, updates: Iterable[Update]
     ) -> Tensors:
-        """Return the memory after a task, from data. Refused under DP if overridden."""
+        """Return the memory after a reading, from what the clients sent and from nothing else.
+
+        Args:
+            when: which reading.
+            params: the adapter that was read with.
+            memory: before it; of the result, after :meth:`consolidate`.
+            updates: in client order and to be read once; ``tensors`` is what :meth:`parts` names.
+        """
         return memory
+
+
+def reads_data(method: Regularizer, when: When) -> bool:
+    """Return whether a method sees clients' data in a reading."""
+    return _overrides(method, _DATA_HOOKS[when])
+
+
+def takes_part(method: Regularizer, when: When) -> bool:
+    """Return whether a method needs a reading."""
+    observed = when == "consolidate" and _overrides(method, "consolidate_observed")
+    return observed or reads_data(method, when)
+
+
+def from_data(method: Regularizer, when: When, reading: Reading, memory: Tensors) -> Tensors:
+    """Return what a method makes of a client's data in a reading."""
+    found: Tensors = getattr(method, _DATA_HOOKS[when])(reading, memory)
+    return found
+
+
+def observes(method: Regularizer) -> bool:
+    """Return whether a method keeps something of every step."""
+    return _overrides(method, "observe")
+
+
+def _overrides(method: Regularizer, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Regularizer, hook)
 
 
 def recall(memory: Tensors, name: str) -> dict[str, Tensor]:

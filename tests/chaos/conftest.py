@@ -98,6 +98,20 @@ def private_run(document: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+@pytest.fixture
+def reading_run(document: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """A run of three clients and one round, whose result remembers what they read of their data."""
+    return document(
+        adapter={"name": "lora", "r": 2, "layers": [0], "target_modules": ["query", "value"]},
+        strategy="fedavg",
+        regularizers=["ewc", "si"],
+        rounds=1,
+        steps=1,
+        batch_size=4,
+        retention="all",
+    )
+
+
 @pytest.fixture(scope="session")
 def sampled() -> Callable[[int], list[int]]:
     """Chooses which of ``n`` points to fail at: all, or ``WEFT_CHAOS_POINTS`` of them by seed."""
@@ -162,7 +176,8 @@ def _left(workspace: Workspace) -> Left:
             with suppress(UpdateGone):
                 data = store.updates.read(leaf["digest"])
                 unpack(data)
-                kept[f"round-{version.recipe['round']}/{leaf['client']}"] = digest(data)
+                made = f"{version.recipe['kind']}-{version.recipe['round']}"
+                kept[f"{made}/{leaf['client']}"] = digest(data)
     problems += [f"no kept update hashes to {d}" for d in recorded - set(kept.values())]
     problems += [f"{path} was left behind" for path in home.glob("runs/*/round-*/*.safetensors")]
     return Left(

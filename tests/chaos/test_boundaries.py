@@ -67,6 +67,32 @@ def test_a_run_killed_again_while_it_resumes_ends_at_the_same_version(
     assert not problems, "\n".join(problems[:40])
 
 
+def test_a_run_killed_at_any_boundary_of_its_reading_ends_at_the_same_version(
+    driver, reading_run, left, sampled, tmp_path
+) -> None:
+    driver(warm=reading_run)
+    whole = driver(home=str(tmp_path / "whole"), config=reading_run)
+    assert whole["error"] is None
+    wanted = left(tmp_path / "whole")
+    assert wanted.problems == ()
+    assert [
+        len([k for k in wanted.kept if k.startswith(made)]) for made in ("round-1", "final-1")
+    ] == [3, 3]
+    problems = []
+    for point in sampled(len(whole["boundaries"])):
+        home = tmp_path / f"killed-{point}"
+        job = {"home": str(home), "config": reading_run}
+        where = f"{point} ({whole['boundaries'][point - 1]})"
+        if driver(**job, fail="kill", at=point)["signal"] != 9:
+            problems.append(f"{where}: it was not killed")
+        answer = driver(**job)
+        if answer["error"]:
+            problems.append(f"{where}: it cannot be resumed: {answer['error']}")
+        problems += [f"{where}: {p}" for p in _differences(left(home), wanted)]
+        shutil.rmtree(home)
+    assert not problems, "\n".join(problems[:40])
+
+
 @pytest.mark.parametrize("fail", ["full", "outage"])
 def test_a_run_that_meets_a_full_disk_or_a_lost_database_says_so_and_can_be_resumed(
     driver, private_run, reference, left, understated, sampled, tmp_path, fail

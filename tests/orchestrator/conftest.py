@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from clients.assignment import DataSpec
 from clients.evaluate import Evaluation
+from clients.reading import wanted
 from orchestrator import cli
 from orchestrator.backends.base import Failure
 from orchestrator.config import parse_config
@@ -349,6 +350,8 @@ class Imagined:
         if asked.action == "evaluate":
             return Evaluation(asked.client, asked.round, 1, self.scores.get(asked.round, {}))
         generator = torch.Generator().manual_seed(asked.seed)
+        if asked.action in ("prepare", "consolidate"):
+            return self.answer_reading(asked, generator)
         sent = asked.broadcast
         trained = {
             name: tensor + torch.randn(tensor.shape, generator=generator)
@@ -357,6 +360,12 @@ class Imagined:
         }
         size = 1 + ord(asked.client[-1]) % 7
         return Update(asked.client, asked.round, asked.base, trained, size, fingerprint="ab")
+
+    def answer_reading(self, asked, generator):
+        shapes = sorted(wanted(asked, asked.action).items())
+        parts = {name: torch.rand(shape, generator=generator) for name, shape in shapes}
+        size = 1 + ord(asked.client[-1]) % 7
+        return Update(asked.client, asked.round, asked.base, {}, size, memory=parts)
 
     def close(self):
         pass

@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from clients.assignment import ModelSpec, PluginChoice, Privacy
-from clients.regularizers import REGULARIZERS, Beginning, Regularizer, namespaced, recall
+from clients.regularizers import (
+    REGULARIZERS,
+    Beginning,
+    Regularizer,
+    namespaced,
+    observes,
+    recall,
+    takes_part,
+)
 from clients.trainer import train
+from strategies.base import Update
 
 EVERY = pytest.mark.parametrize("name", REGULARIZERS.names())
 
@@ -53,8 +62,32 @@ def build(name):
     return REGULARIZERS.get(name).build()
 
 
-def remembering(name):
-    return build(name).consolidate(adapter(seed=1), {})
+def told(regularizer, when, seed):
+    """Return what two clients might say in a reading: of the shapes that are asked for."""
+    params = adapter(seed=1)
+    shapes = regularizer.parts(when, params, trainable(params))
+    generator = torch.Generator().manual_seed(seed)
+    for client, count in (("a", 3), ("b", 9)):
+        parts = {n: torch.rand(s, generator=generator) for n, s in sorted(shapes.items())}
+        yield Update(client, 1, "", parts, count)
+
+
+def remembering(name, seed=0):
+    """Return the memory after a whole task, with the readings that the method needs."""
+    regularizer, memory, params = build(name), {}, adapter(seed=1)
+    if takes_part(regularizer, "prepare"):
+        memory = regularizer.combine("prepare", params, memory, told(regularizer, "prepare", seed))
+    memory = regularizer.consolidate(params, memory)
+    if takes_part(regularizer, "consolidate"):
+        answers = told(regularizer, "consolidate", seed)
+        memory = regularizer.combine("consolidate", params, memory, answers)
+    return memory
+
+
+def observed(regularizer, memory):
+    params, before = adapter(seed=3), adapter(seed=4)
+    grads = {key: torch.ones_like(tensor) for key, tensor in params.items()}
+    return regularizer.observe(grads, before, params, memory)
 
 
 def test_o_lora_and_proximal_are_there():
@@ -197,6 +230,9 @@ def test_it_changes_none_of_its_arguments(name):
     regularizer.project(grads, memory)
     regularizer.observe(grads, reference, params, memory)
     regularizer.consolidate(params, memory)
+    regularizer.consolidate_observed(params, memory)
+    for when in ("prepare", "consolidate"):
+        regularizer.combine(when, params, memory, told(regularizer, when, 0))
     assert all(same(x, y) for x, y in zip(given, before, strict=True))
 
 
@@ -206,3 +242,39 @@ def test_it_is_deterministic(name):
     assert same(remembering(name), memory)
     one, two = (build(name).initialise(adapter(), memory) for _ in range(2))
     assert same(one, two)
+
+
+@EVERY
+@pytest.mark.parametrize("when", ["prepare", "consolidate"])
+def test_it_says_what_it_wants_of_a_reading_that_it_takes_part_in(name, when):
+    regularizer, params = build(name), adapter()
+    shapes = regularizer.parts(when, params, trainable(params))
+    assert shapes or not takes_part(regularizer, when)
+    assert all(isinstance(side, int) for shape in shapes.values() for side in shape)
+    assert all(type(shape) is tuple for shape in shapes.values())
+
+
+@EVERY
+def test_what_it_observes_it_can_say_of_every_tensor_that_travels(name):
+    regularizer, memory = build(name), remembering(name)
+    grown = observed(regularizer, memory)
+    assert (grown.keys() != memory.keys()) == observes(regularizer)
+    assert all(grown[key] is memory[key] for key in memory)  # what it adds has names of its own
+    params = {n: t for n, t in adapter().items() if not n.endswith(".scaling")}
+    for known in (grown, memory):  # trained, and never trained
+        found = regularizer.consolidate_observed(params, known)
+        if found:
+            asked = regularizer.parts("consolidate", params, params)
+            assert {n: tuple(t.shape) for n, t in found.items()}.items() <= dict(asked).items()
+        assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@EVERY
+def test_what_it_remembers_of_a_reading_follows_from_what_clients_said(name):
+    regularizer = build(name)
+    if not any(takes_part(regularizer, when) for when in ("prepare", "consolidate")):
+        return
+    assert not same(remembering(name, seed=1), remembering(name, seed=2))
+    if regularizer.anchored:
+        params = trainable(adapter())
+        assert regularizer.penalty(params, adapter(), remembering(name)) > 0

@@ -154,6 +154,16 @@ def test_a_run_on_ray_ends_at_the_inline_run_s_version(
     assert service.launch(workspace, travelling, backend=trainers) == inline
 
 
+def test_what_clients_read_on_ray_is_remembered_as_inline(workspace, tiny, notes, trainers):
+    for shift, name in enumerate("abc"):
+        record = ClientRecord(name, notes(name, shift=shift), name, num_examples=12)
+        workspace.ledger.add_client(record)
+    config = tiny(strategy="fedavg", regularizers=["ewc", "si"])
+    inline = service.launch(workspace, config)
+    assert workspace.store.memory(inline)
+    assert service.launch(workspace, config, backend=trainers) == inline
+
+
 def test_tensors_arrive_and_come_back_bit_for_bit(actors, ask):
     sent = {
         "half": torch.randn(3, 2).to(torch.bfloat16),
