@@ -358,6 +358,8 @@ class _Loop:
 
     def _counted(self, batch: data.Batch) -> Tensor:
         """Return :meth:`_losses`, and add them up."""
+        if not self.assignment.private:  # with privacy nobody may learn that
+            self.session.adapter.refuse_batch(self.session.model.backbone, batch.input_ids)
         losses = self._losses(batch)
         self.loss_sum = self.loss_sum + losses.detach().sum()
         self.num_seen += len(losses)

@@ -90,6 +90,13 @@ class Adapter(Protocol):
         """
         ...
 
+    def refuse_batch(self, model: nn.Module, input_ids: Tensor) -> None:
+        """Raise a ValueError if this batch, ``[batch, length]``, cannot teach the adapter anything.
+
+        Asked before each step, but never where nobody may learn that: under privacy.
+        """
+        ...
+
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names, scalings excepted."""
         ...

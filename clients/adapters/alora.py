@@ -5,19 +5,20 @@ its key-value cache serves every adapter. In a sequence without the invocation t
 nothing; of several, the last counts.
 
 PEFT finds the invocation in ``PeftModel.forward``, which weft does not call: a hook on the base
-model does it here, and tells every adapted layer from where on to act. The invocation is part of
-the adapter, as ``NAME.invocation`` (token ids, int64) beside every layer's factors: without it the
-same factors are another function. It never trains, and no merge, stack or export can lose it.
+model does it here, and tells every adapted layer from where on to act. PEFT's layer flattens a
+batch to the tokens that are acted on; here the change is zero on all others instead, so that every
+product is a linear layer's, of whole examples, and each example has a gradient of its own.
 
-PEFT flattens a batch to the tokens that are acted on, so that no per-example gradient can be
-measured: this does not go with DP.
+The invocation is part of the adapter, as ``NAME.invocation`` (token ids, int64) beside every
+layer's factors: without it the same factors are another function. It never trains, and no merge,
+stack or export can lose it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ ALORA = Method(
     "LoRA that acts from an invocation in the prompt on, and shares the base model's cache.",
     "2504.12397",
     {},
-    frozenset({"causal-only", "zero-b"}),
+    frozenset({"causal-only", "dp-taps", "zero-b"}),
 )
 _INVOCATION = ".invocation"
 
@@ -84,7 +85,22 @@ class ALoRA(PeftLora):
         hook.handle = model.register_forward_pre_hook(hook, with_kwargs=True)
         for layer in lora_layers.adapted(model, TRAINED).values():
             layer.register_forward_pre_hook(hook.tell, with_kwargs=True)
+            layer.lora_variant[TRAINED] = _activated()
         return model
+
+    def refuse_batch(self, model: nn.Module, input_ids: Tensor) -> None:
+        """Refuse a batch that the adapter acts on nowhere.
+
+        Raises:
+            NotInvoked: if no sequence has the invocation.
+        """
+        (hook,) = _activations(model)
+        if not counts(input_ids, hook.invocation).any():
+            raise NotInvoked(
+                f"none of a batch's {len(input_ids)} sequences has the invocation "
+                f"{hook.invocation} (token ids), so nothing would be learned from it; put it into "
+                "every prompt"
+            )
 
     def detach(self, model: nn.Module) -> nn.Module:
         """Take the adapter and its hook out of ``model`` (in place) and return it as it was."""
@@ -128,38 +144,50 @@ class ALoRA(PeftLora):
 class _Activation:
     """Finds the invocation in the base model's input, and tells the adapted layers.
 
-    In training mode an input without any raises :class:`NotInvoked`.
-
     What was found stays until the next input: gradient checkpointing runs layers once more in the
     backward pass.
 
     Attributes:
         invocation: token ids.
-        offsets: for each sequence of the last input the tokens from the invocation on, or None.
+        acting: ``[batch, length, 1]`` of the last input, whether a token is acted on.
         handle: removes the hook from the base model.
     """
 
     invocation: list[int]
-    offsets: list[int | None] = field(default_factory=list)
+    acting: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 1, dtype=torch.bool))
     handle: torch.utils.hooks.RemovableHandle | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self.offsets = offsets(ids, self.invocation)
-        if model.training and all(offset is None for offset in self.offsets):
-            raise NotInvoked(
-                f"none of a batch's {len(ids)} sequences has the invocation {self.invocation} "
-                "(token ids), so nothing would be learned from it; put it into every prompt"
-            )
+        first = ids.shape[1] - counts(ids, self.invocation)
+        self.acting = (torch.arange(ids.shape[1], device=ids.device) >= first[:, None])[..., None]
 
     def tell(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return a layer's arguments with the offsets that PEFT's layer asks for."""
-        return args, {**kwargs, "alora_offsets": self.offsets}
+        """Return a layer's arguments with which tokens to act on, by the name that PEFT passes."""
+        return args, {**kwargs, "alora_offsets": self.acting}
 
 
-def offsets(ids: Tensor, invocation: list[int]) -> list[int | None]:
+@cache
+def _activated() -> Any:
+    """Return what PEFT's layer asks of a variant: its own for aLoRA, with another forward pass."""
+    from peft.tuners.lora.variants import ALoraLinearVariant
+
+    class Activated(ALoraLinearVariant):  # type: ignore[misc]
+        @staticmethod
+        def forward(
+            module: Any, active_adapter: str, x: Tensor, result: Tensor, *, alora_offsets: Tensor
+        ) -> Tensor:
+            down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            inputs = module.lora_dropout[active_adapter](x.to(down.weight.dtype))
+            delta = (up(down(inputs)) * module.scaling[active_adapter]).to(result.dtype)
+            return result + torch.where(alora_offsets, delta, delta.new_zeros(()))
+
+    return Activated()
+
+
+def counts(ids: Tensor, invocation: list[int]) -> Tensor:
     """Return how many tokens of each sequence there are from its last invocation on.
 
     Args:
@@ -167,16 +195,16 @@ def offsets(ids: Tensor, invocation: list[int]) -> list[int | None]:
         invocation: token ids, at least one.
 
     Returns:
-        A number at least ``len(invocation)``, or None where there is no invocation.
+        ``[batch]`` int64, at least ``len(invocation)`` each, or 0 where there is no invocation.
     """
     length = ids.shape[1]
     if length < len(invocation):
-        return [None] * len(ids)
+        return torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
     wanted = torch.tensor(invocation, device=ids.device)
     found = (ids.unfold(1, len(invocation), 1) == wanted).all(-1)
     starts = torch.arange(found.shape[1], device=ids.device)
-    last = torch.where(found, starts, -1).amax(1).tolist()
-    return [length - start if start >= 0 else None for start in last]
+    last = torch.where(found, starts, -1).amax(1)
+    return torch.where(last >= 0, length - last, 0)
 
 
 def _activations(model: nn.Module) -> list[_Activation]:

@@ -83,7 +83,7 @@ class Lora(PeftLora):
     def capabilities(self) -> frozenset[str]:
         """What is true of the method and of how it starts."""
         own = self.method.capabilities | init_of(self.init).traits
-        return own - LOW_RANK | {"merge"} if self._shifts else own
+        return own - LOW_RANK | {"merge", "dp-vmap"} if self._shifts else own
 
     @property
     def _shifts(self) -> bool:

@@ -231,6 +231,9 @@ class PeftLora:
         """Return None: the loss is the task's."""
         return None
 
+    def refuse_batch(self, model: nn.Module, input_ids: Tensor) -> None:
+        """Refuse nothing: any text teaches it."""
+
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the live parameters behind :meth:`read`, by the same names."""
         return lora_layers.parameters(model, TRAINED)

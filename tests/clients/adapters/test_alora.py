@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from transformers import AutoTokenizer
 
 from clients import models
 from clients.adapters import ADAPTERS
-from clients.adapters.alora import NotInvoked, offsets
+from clients.adapters.alora import NotInvoked, counts
 from clients.adapters.peft import UnsupportedUnderlay
-from clients.assignment import ModelSpec
+from clients.assignment import ModelSpec, PluginChoice, Privacy
 from clients.export import NotExportable, export_peft
 from clients.lora_layers import AdapterMismatch
+from clients.trainer import train
 from strategies.plugins import BadOptions
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -106,7 +108,8 @@ def test_offsets_are_those_of_peft(invocation):
     from peft import LoraConfig
 
     config = LoraConfig(alora_invocation_tokens=invocation, task_type="CAUSAL_LM")
-    assert offsets(IDS, invocation) == calculate_alora_offsets({"a": config}, "a", IDS)
+    theirs = calculate_alora_offsets({"a": config}, "a", IDS)
+    assert counts(IDS, invocation).tolist() == [offset or 0 for offset in theirs]
 
 
 def test_tokens_before_the_invocation_give_no_gradient_to_the_layers(attach):
@@ -119,15 +122,27 @@ def test_tokens_before_the_invocation_give_no_gradient_to_the_layers(attach):
     assert all(not p.grad.any() for p in adapter.parameters(model).values())
 
 
-def test_a_training_batch_without_any_invocation_is_refused(attach):
-    _, model, _ = attach(invocation=[42])
-    model.train()
-    try:
-        with pytest.raises(NotInvoked, match=r"none of a batch's 3 sequences has .* \[42\]"):
-            model(input_ids=IDS, attention_mask=MASK)
-    finally:
-        model.eval()
-    assert logits(model).isfinite().all()
+def test_a_batch_without_any_invocation_is_refused(attach):
+    adapter, model, _ = attach(invocation=[42])
+    with pytest.raises(NotInvoked, match=r"none of a batch's 3 sequences has .* \[42\]"):
+        adapter.refuse_batch(model, IDS)
+    adapter.detach(model)
+    adapter, model, _ = attach(invocation=[11, 12])
+    adapter.refuse_batch(model, IDS)  # two of them have it
+
+
+def test_training_says_that_the_data_lack_the_invocation_but_not_under_privacy(
+    assign, tiny_decoder
+):
+    plain = assign(
+        rows=[{"prompt": "a cat", "completion": "sings"}],
+        model=ModelSpec(str(tiny_decoder), "causal-lm", max_length=16),
+        adapter=PluginChoice("alora", {"r": 2, "invocation": [9, 9, 9]}),
+    )
+    with pytest.raises(NotInvoked):
+        train(plain)
+    private = replace(plain, privacy=Privacy(0.5, 1.0, 1.0, insecure_seed=1))
+    assert train(private).spends
 
 
 def test_gradient_checkpointing_recomputes_the_same(attach, spec, tiny_decoder):

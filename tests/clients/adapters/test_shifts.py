@@ -11,6 +11,8 @@ from clients.adapters import ADAPTERS
 from clients.adapters.peft import UnsupportedUnderlay
 from clients.assignment import ModelSpec
 from clients.lora_layers import AdapterMismatch
+from clients.per_example import engines_of
+from clients.verification import chosen
 from strategies.plugins import BadOptions
 from strategies.terms import BadMerge, merge_terms
 
@@ -163,3 +165,19 @@ def test_a_parameter_that_two_layers_share_is_refused():
     model["second"].weight = model["first"].weight
     with pytest.raises(BadOptions, match="first and second share one weight"):
         shifts.places(model, [], "none", ["second"])
+
+
+def test_each_example_has_its_own_gradient_of_every_change(attached, adapter):
+    changed(attached, adapter)
+    live = adapter.parameters(attached)
+    ids = torch.tensor([[5, 9, 11, 40], [6, 7, 30, 8]])
+
+    def losses(rows: torch.Tensor) -> torch.Tensor:
+        out = attached(input_ids=rows, attention_mask=torch.ones_like(rows)).last_hidden_state
+        return out[..., ::2].square().flatten(1).sum(1)
+
+    try:
+        engines = engines_of(adapter.capabilities)
+        assert chosen(attached.train(), live, engines, ids, losses) == "vmap"
+    finally:
+        attached.eval()
