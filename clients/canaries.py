@@ -4,7 +4,8 @@ Source: arXiv 2305.08846 (white-box attack with Dirac canaries). A canary is an 
 gradient is as long as clipping lets it be, and lies along a number of the trained tensors that is
 no other canary's. Each is in the data or not by a fair coin. They go through the
 step that training makes: a backward pass through the model's own trained layers, the engine's
-measuring, clip, Poisson sample and noise. The attacker sees what each step releases, adds up what
+measuring (where more trains than plain linear layers, one example at a time, straight at the
+tensors), clip, Poisson sample and noise. The attacker sees what each step releases, adds up what
 it says along each canary, and guesses the clearest: the highest to be in, the lowest to be out.
 
 Nobody's data are read: what bounds a real example's influence bounds a canary's, and no other
@@ -51,7 +52,7 @@ def white_box(assignment: Assignment, canaries: int, made: int, key: bytes) -> G
 
     Raises:
         BadGuesses: if there are fewer canaries than guesses.
-        NoPlaceForCanaries: if the trained tensors are too small, or no plain layers' weights.
+        NoPlaceForCanaries: if the trained tensors are too small.
     """
     refuse_senseless(canaries, made)
     present = tossed(canaries, key)
@@ -102,7 +103,7 @@ def _scores(a: Assignment, canaries: int, present: Tensor, stream: NoiseStream) 
         mask = {n: a.broadcast.mask[n].to(a.device) for n in params if n in a.broadcast.mask}
         places = _Places.of(a, session.model, params, mask, canaries)
         session.model.train()
-        with private_gradient(a, session.model, params, mask, stream) as engine:
+        with private_gradient(a, session.model, params, mask, stream, places.engine) as engine:
             for step in range(a.steps):
                 bound = engine.bound
                 taken = stream.poisson_sample(step, len(present), a.privacy.sample_rate)
@@ -125,11 +126,13 @@ class _Places:
     """Where each canary's gradient lies.
 
     Attributes:
-        layers: all that train.
-        entries: numbers of their weights, one layer's after the other's, ``[parts, canaries]``: a
+        homes: the trained tensors in which canaries lie.
+        layers: plain linear layers, whose weights these are; none where more than such trains.
+        entries: numbers of the homes, one tensor's after the other's, ``[parts, canaries]``: a
             canary has one of each part, and no other canary has it.
     """
 
+    homes: Sequence[Tensor]
     layers: Sequence[nn.Linear]
     entries: Tensor
 
@@ -147,17 +150,16 @@ class _Places:
         by_layer = a.privacy.clipping.mode == "per-layer"
         names = {id(p): name for name, p in params.items()}
         layers = _layers(model, params)
+        homes: list[Tensor] = [layer.weight for layer in layers] or list(params.values())
         generator = torch.Generator().manual_seed(a.seed)
         # where each layer is clipped by itself, only a canary in all of them is as long as may be
         groups: dict[str, list[Tensor]] = {}
         start = 0
-        for layer in layers:
-            name = names[id(layer.weight)]
-            free = (
-                torch.ones(layer.weight.numel()) if name not in mask else mask[name].flatten().cpu()
-            )
+        for home in homes:
+            name = names[id(home)]
+            free = torch.ones(home.numel()) if name not in mask else mask[name].flatten().cpu()
             own = start + free.nonzero().flatten()
-            start += layer.weight.numel()
+            start += home.numel()
             groups.setdefault(layer_of(name) if by_layer else "", []).append(own)
         parts = [torch.cat(parts) for _, parts in sorted(groups.items())]
         largest = max((len(part) for part in parts), default=0)
@@ -171,7 +173,12 @@ class _Places:
             for part in parts
             if len(part) >= canaries
         ]
-        return cls(layers, torch.stack(chosen))
+        return cls(homes, layers, torch.stack(chosen))
+
+    @property
+    def engine(self) -> str:
+        """What measures the canaries' gradients."""
+        return "taps" if self.layers else "alone"
 
     def losses(self, batch: Tensor, norm: float) -> Tensor:
         """Return losses ``[batch]`` whose gradients are the canaries', ``norm`` long in each part.
@@ -184,48 +191,53 @@ class _Places:
         """
         losses = torch.zeros(len(batch))
         start = 0
-        for layer in self.layers:
-            width, count = layer.in_features, layer.weight.numel()
-            inputs = torch.zeros(len(batch), width)
-            wanted = torch.zeros(len(batch), layer.out_features)
-            for entries in self.entries:
-                local = entries[batch] - start
-                (here,) = ((local >= 0) & (local < count)).nonzero(as_tuple=True)
-                inputs[here, local[here] % width] = _LOUD
-                wanted[here, local[here] // width] = norm / _LOUD
-            start += count
-            like = layer.weight
-            outputs = layer(inputs.to(like)).float()
-            losses = losses.to(outputs) + (outputs * wanted.to(outputs)).sum(1)
+        for number, home in enumerate(self.homes):
+            local = self.entries[:, batch] - start
+            part, here = ((local >= 0) & (local < home.numel())).nonzero(as_tuple=True)
+            start += home.numel()
+            if self.layers:
+                own = _through(self.layers[number], local[part, here], here, len(batch), norm)
+            else:
+                own = torch.zeros(len(batch)).to(home)
+                values = norm * home.flatten()[local[part, here]]
+                own = own.index_add(0, here.to(home.device), values)
+            losses = losses.to(own.device) + own.float()
         return losses
 
     def read(self) -> Tensor:
-        """Return what the gradients at the layers say along each canary, float64 ``[canaries]``."""
-        released = torch.cat([_gradient(layer).flatten() for layer in self.layers]).double().cpu()
+        """Return what the gradients at the homes say along each canary, float64 ``[canaries]``."""
+        released = torch.cat([_gradient(home).flatten() for home in self.homes]).double().cpu()
         return released[self.entries].sum(0)
 
 
-def _gradient(layer: nn.Linear) -> Tensor:
-    return torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+def _through(layer: nn.Linear, local: Tensor, here: Tensor, batch: int, norm: float) -> Tensor:
+    """Return losses ``[batch]``, some of which have one number of a layer's weight as gradient.
+
+    Args:
+        layer: run on as many inputs.
+        local: numbers of its weight, flattened.
+        here: each one's example.
+        batch: number of examples.
+        norm: of the gradients.
+    """
+    inputs = torch.zeros(batch, layer.in_features)
+    wanted = torch.zeros(batch, layer.out_features)
+    inputs[here, local % layer.in_features] = _LOUD
+    wanted[here, local // layer.in_features] = norm / _LOUD
+    outputs = layer(inputs.to(layer.weight)).float()
+    return (outputs * wanted.to(outputs)).sum(1)
+
+
+def _gradient(home: Tensor) -> Tensor:
+    return torch.zeros_like(home) if home.grad is None else home.grad
 
 
 def _layers(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[nn.Linear]:
-    """Return the plain linear layers whose weights train.
-
-    Raises:
-        NoPlaceForCanaries: if anything else trains, which canaries would have no gradient of.
-    """
+    """Return the plain linear layers whose weights train; none if anything else trains too."""
     found = [
         module
         for module in model.modules()
         if isinstance(module, nn.Linear) and tappable(module) and module.weight.requires_grad
     ]
     known = {id(p) for layer in found for p in (layer.weight, layer.bias)}
-    strange = sorted(name for name, p in params.items() if id(p) not in known)
-    if strange:
-        raise NoPlaceForCanaries(
-            f"gradient canaries are made for the weights of plain linear layers, and "
-            f"{strange[0]!r} is trained, which is none; audit the same privacy with adapter lora: "
-            "clip, sample and noise are the same"
-        )
-    return found
+    return found if all(id(p) in known for p in params.values()) else []

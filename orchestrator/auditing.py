@@ -127,7 +127,7 @@ def audit_config(
 
     Raises:
         BadConfig: if it cannot be run, or has no privacy.
-        clients.canaries.NoPlaceForCanaries: if it trains what no canary can be made for.
+        clients.canaries.NoPlaceForCanaries: if it trains fewer numbers than canaries.
     """
     config = load_config(path, overrides)
     plan = make_plan(config, workspace.store, workspace.ledger, workspace.sites)
@@ -159,7 +159,7 @@ def audit(workspace: Workspace, plan: Plan, attack: Attack) -> Audit:
 
     Raises:
         BadConfig: if the plan has no privacy of examples, or no such client.
-        clients.canaries.NoPlaceForCanaries: if it trains what no canary can be made for.
+        clients.canaries.NoPlaceForCanaries: if it trains fewer numbers than canaries.
         clients.one_run.BadGuesses: if the attack is senseless.
     """
     privacy = hiding_examples(plan.config)
