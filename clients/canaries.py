@@ -225,7 +225,8 @@ def _through(layer: nn.Linear, local: Tensor, here: Tensor, batch: int, norm: fl
     inputs[here, local % layer.in_features] = _LOUD
     wanted[here, local // layer.in_features] = norm / _LOUD
     outputs = layer(inputs.to(layer.weight)).float()
-    return (outputs * wanted.to(outputs)).sum(1)
+    losses: Tensor = (outputs * wanted.to(outputs)).sum(1)
+    return losses
 
 
 def _gradient(home: Tensor) -> Tensor:

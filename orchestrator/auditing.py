@@ -1,7 +1,8 @@
 """An audit: what an attack on a run's privacy finds, beside the ε that is claimed.
 
 The *white-box* attack is :mod:`clients.canaries`', on the steps that one client of the run makes:
-with its noise, sample rate, clipping and trained tensors, and over all its rounds. It reads
+with its noise, sample rate, clipping and trained tensors, and over all its rounds; or, where whole
+clients are hidden, :mod:`orchestrator.client_canaries`', on the sums of those rounds. It reads
 nobody's data, so that nothing is spent, and anybody may audit a run on anybody's data. The
 *black-box* one (:mod:`orchestrator.planting`) makes the whole run, on public data with canaries
 among them.
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from clients.assignment import Assignment
-from clients.canaries import white_box
+from clients.canaries import refuse_senseless, white_box
 from clients.keys import new_key
 from clients.noise import insecure_key
 from clients.one_run import Guesses, lower_bound
 from clients.starting import initial_update
 from orchestrator.beginning import rehearse
 from orchestrator.budgets import most_rounds, planned_spends
+from orchestrator.central import Central
+from orchestrator.client_canaries import attack_sums
 from orchestrator.config import BadConfig, RunConfig, load_config
 from orchestrator.coordinator import planned
 from orchestrator.epsilons import Epsilon, composed
@@ -35,6 +38,7 @@ from orchestrator.workspace import Workspace
 from storage.refs import did_you_mean
 from strategies import STRATEGIES
 from strategies.base import Strategy
+from strategies.spends import CLIENT_UNIT
 
 RECORDED = "audit/"
 """What the names of an audit's metrics begin with."""
@@ -91,6 +95,13 @@ class Audit:
     version: str | None = None
 
     @property
+    def kind(self) -> str:
+        """What the canaries are."""
+        if not self.white_box:
+            return "mislabelled examples"
+        return "canary clients" if self.claim.unit == CLIENT_UNIT else "gradient canaries"
+
+    @property
     def refuted(self) -> bool:
         """Whether the claim cannot be true, but by a chance of 1 - confidence."""
         return self.bound > self.claim.epsilon
@@ -111,7 +122,7 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON."""
-        return {**asdict(self), "refuted": self.refuted}
+        return {**asdict(self), "kind": self.kind, "refuted": self.refuted}
 
 
 def audit_config(
@@ -155,24 +166,45 @@ def audit_run(workspace: Workspace, run: str, attack: Attack) -> Audit:
 
 
 def audit(workspace: Workspace, plan: Plan, attack: Attack) -> Audit:
-    """Attack the steps of one client of a plan, and return what that proves.
+    """Attack what is released of one client in a plan's rounds, and return what that proves.
 
     Raises:
-        BadConfig: if the plan has no privacy of examples, or no such client.
+        BadConfig: if the plan has no privacy, or no such client.
         clients.canaries.NoPlaceForCanaries: if it trains fewer numbers than canaries.
         clients.one_run.BadGuesses: if the attack is senseless.
     """
-    privacy = hiding_examples(plan.config)
+    privacy = plan.config.privacy
+    if privacy is None:
+        raise _nothing_hidden(plan.config)
+    refuse_senseless(attack.canaries, attack.made)
     delta = privacy.delta if attack.delta is None else attack.delta
     who, claim = claimed(plan, attack.client, delta)
-    assert who.privacy is not None
-    seed = privacy.insecure_seed
+    seed, rounds = privacy.insecure_seed, most_rounds(plan)
     key = new_key() if seed is None else insecure_key(seed, "audit")
-    assignment = _whole(workspace, plan, who)
-    guesses = white_box(assignment, attack.canaries, attack.made, key)
+    with tempfile.TemporaryDirectory(prefix="weft-audit-") as scratch:
+        asked = _asked(workspace, plan, who, scratch)
+        if plan.central is not None:
+            central = Central(plan.central, plan.run, Path(scratch), seed)
+            guesses = attack_sums(central, asked, rounds, attack.canaries, attack.made, key)
+        else:
+            whole = replace(asked, steps=(asked.steps or 1) * rounds)
+            guesses = white_box(whole, attack.canaries, attack.made, key)
     bound = lower_bound(guesses, delta, attack.confidence)
-    rate = who.privacy.sample_rate
+    rate = who.privacy.sample_rate if who.privacy else 1.0
     return Audit(plan.config.name, who.name, claim, bound, attack.confidence, guesses, rate)
+
+
+def _asked(workspace: Workspace, plan: Plan, who: Participant, site: str) -> Assignment:
+    """Return what a client is asked in round 1: what is released along a canary of its is constant.
+
+    Nothing is committed.
+    """
+    choice = plan.strategy
+    strategy: Strategy = STRATEGIES.get(choice.name).build(**choice.options)
+    begun = rehearse(plan, workspace.store, strategy, initial_update, site)
+    inputs = RoundInputs(1, begun.version, {}, {}, site)
+    [asked] = plan_round(plan, inputs, partial(strategy.broadcast, begun.state), [who])
+    return asked
 
 
 def hiding_examples(config: RunConfig) -> PrivacyConfig:
@@ -181,12 +213,21 @@ def hiding_examples(config: RunConfig) -> PrivacyConfig:
     Raises:
         BadConfig: if it hides none.
     """
+    if config.privacy is None:
+        raise _nothing_hidden(config)
     if config.dp_sgd is None:
-        what = "whole clients alone" if config.privacy else "nobody: it has no privacy section"
         raise BadConfig(
-            f"an audit attacks the noise that hides examples, and {config.name} hides {what}"
+            f"a black-box audit's canaries are examples, and {config.name} hides whole clients; "
+            "audit it by --white-box"
         )
     return config.dp_sgd
+
+
+def _nothing_hidden(config: RunConfig) -> BadConfig:
+    return BadConfig(
+        f"{config.name} has no privacy section, so that there is no claim to audit; add one, such "
+        "as --set privacy.epsilon=3"
+    )
 
 
 def claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, Epsilon]:
@@ -209,17 +250,3 @@ def claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, 
     }
     name = max(claims, key=lambda one: claims[one].epsilon)  # the first of equals
     return people[name], claims[name]
-
-
-def _whole(workspace: Workspace, plan: Plan, who: Participant) -> Assignment:
-    """Return one assignment with the steps of all a client's rounds.
-
-    From the run's start: what is released along a canary does not depend on the tensors.
-    """
-    choice = plan.strategy
-    strategy: Strategy = STRATEGIES.get(choice.name).build(**choice.options)
-    with tempfile.TemporaryDirectory(prefix="weft-audit-") as scratch:
-        begun = rehearse(plan, workspace.store, strategy, initial_update, scratch)
-        inputs = RoundInputs(1, begun.version, {}, {}, scratch)
-        [asked] = plan_round(plan, inputs, partial(strategy.broadcast, begun.state), [who])
-    return replace(asked, steps=(asked.steps or 1) * most_rounds(plan))

@@ -217,8 +217,7 @@ def _print_audit(found: Audit) -> None:
     claim, made = found.claim, found.guesses
     line(
         f"{found.name}: {made.right} of {made.made} guesses right, of {made.canaries} "
-        f"{'gradient' if found.white_box else 'mislabelled'} canaries among the data of "
-        f"{found.client}"
+        f"{found.kind}, for {found.client}"
     )
     line(f"claimed  {claim}")
     line(f"proved   ε >= {found.bound:.2f} at that δ, with confidence {found.confidence:g}")

@@ -304,8 +304,8 @@ def _proved(measured: Mapping[str, float]) -> str:
     claimed = number.get("epsilon_claimed", math.inf)
     refuted = number["epsilon_at_least"] > claimed
     return (
-        f"The steps were attacked by {number['canaries']:.0f} gradient canaries, each in the data "
-        f"or not by a fair coin. Of {number['guesses']:.0f} guesses which were in, "
+        f"What is released was attacked by {number['canaries']:.0f} canaries, each there or not "
+        f"by a fair coin. Of {number['guesses']:.0f} guesses which were in, "
         f"{number['right']:.0f} were right, which proves ε >= {number['epsilon_at_least']:.2f} "
         f"(δ = {number['delta']:g}, confidence {number['confidence']:g}). Claimed was ε = "
         f"{claimed:.2f}. "

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from clients import gradients
+from clients.canaries import NoPlaceForCanaries
 from orchestrator import auditing
 from orchestrator.auditing import Attack, audit_config, audit_run
 from orchestrator.config import BadConfig
@@ -12,8 +13,17 @@ from orchestrator.launch import make_plan as plan_of
 from orchestrator.privacy_report import privacy_report, written
 from orchestrator.service import launch
 from storage.ledger import ClientRecord
+from strategies.spends import ClientLevel
 
 DP = {"epsilon": 3.0, "delta": 1e-5, "accountant": "rdp", "insecure_seed": 5}
+CLIENTS = {
+    "level": "client",
+    "epsilon": 3.0,
+    "clip": 0.5,
+    "delta": 1e-5,
+    "accountant": "rdp",
+    "insecure_seed": 5,
+}
 WIDE = {"name": "lora", "r": 16, "target_modules": ["query", "value"]}
 
 
@@ -91,19 +101,26 @@ def test_another_delta_is_another_claim(plan, home):
     assert claim.epsilon > 3.0
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"privacy": None}, "task-1 hides nobody: it has no privacy section"),
-        (
-            {"privacy": {"level": "client", "noise_multiplier": 9.0, "clip": 1.0, "delta": 1e-3}},
-            "hides whole clients alone",
-        ),
-    ],
-)
-def test_a_run_that_hides_no_example_is_refused(plan, home, changes, said):
-    with pytest.raises(BadConfig, match=said):
-        auditing.audit(home, plan(**changes), Attack())
+def test_a_run_without_privacy_has_no_claim_to_audit(plan, home):
+    with pytest.raises(BadConfig, match="task-1 has no privacy section"):
+        auditing.audit(home, plan(privacy=None), Attack())
+
+
+@pytest.mark.parametrize("more", [{}, {"clip_quantile": 0.5}])
+def test_whole_clients_are_attacked_in_the_sums_of_their_rounds(plan, home, monkeypatch, more):
+    whole = {**CLIENTS, **more}
+    found = auditing.audit(home, plan(privacy=whole, strategy="ffa-lora", rounds=2), Attack())
+    assert (found.claim.unit, found.claim.adjacency) == ("client", "zero-out")
+    assert 0.1 < found.bound < found.claim.epsilon <= 3.0
+
+    right = ClientLevel.sum_std.fget
+    monkeypatch.setattr(ClientLevel, "sum_std", property(lambda terms: right(terms) / 4))
+    assert auditing.audit(home, plan(privacy=whole, strategy="ffa-lora"), Attack()).refuted
+
+
+def test_more_canaries_than_clients_send_numbers_are_refused(plan, home):
+    with pytest.raises(NoPlaceForCanaries, match="and there are 2180"):
+        auditing.audit(home, plan(privacy=CLIENTS, strategy="ffa-lora"), Attack(canaries=9999))
 
 
 def test_nothing_is_trained_spent_or_left_by_an_audit_of_a_file(workspace, run_file):

@@ -10,6 +10,7 @@ from orchestrator.config import BadConfig
 from orchestrator.planting import audit_by_training
 
 DP = {"epsilon": 0.25, "delta": 1e-5, "accountant": "rdp", "insecure_seed": 5}
+CLIENTS = {"level": "client", "noise_multiplier": 9.0, "clip": 1.0, "delta": 1e-5}
 TWENTY = Attack(canaries=20, guesses=10)
 SYLLABLES = ("ba", "do", "ki", "lu", "me", "no", "pa", "ri", "su", "ta")
 
@@ -69,7 +70,8 @@ def test_nothing_of_it_is_left_where_it_was_asked_for(workspace, config):
     ("changes", "attack", "said"),
     [
         ({"public": False}, TWENTY, "part-0: .* these are not public"),
-        ({"privacy": None}, TWENTY, "hides nobody"),
+        ({"privacy": None}, TWENTY, "no privacy section"),
+        ({"privacy": CLIENTS, "strategy": "ffa-lora"}, TWENTY, "hides whole clients"),
         ({"start_from": "bot:v1", "start": "continue"}, TWENTY, "from the base model alone"),
         ({"privacy": {**DP, "unit": "ward"}}, TWENTY, "are each a unit"),
         ({}, Attack(canaries=21, guesses=8), "21 canaries are more than half of the 40 examples"),
