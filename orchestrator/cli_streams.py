@@ -78,7 +78,7 @@ def stream_fork(
 ) -> None:
     """Go on from a task of another stream with the tasks of a file."""
     from orchestrator.stream_file import read_stream
-    from orchestrator.streaming import forked
+    from orchestrator.stream_forks import forked
     from storage.ledger import Queueing
 
     workspace = workspace_here()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clients.adapters import ADAPTERS, Adapter
+from orchestrator.growing import is_beginning
 from storage.lineage import Version
 from storage.store import AdapterStore
 from strategies.base import Tensors
@@ -157,20 +158,25 @@ def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
     for version in versions:
         refuse_offset(version)
         refuse_personal(version)
-    first = versions[0].recipe
+    first, longest = versions[0].recipe, widest(versions)
     for ref, version in zip(refs, versions, strict=True):
         recipe = version.recipe
         for what, ours, theirs in (
             ("base model hash", first["model"]["hash"], recipe["model"]["hash"]),
             ("task kind", first["model"]["kind"], recipe["model"]["kind"]),
-            ("label set", first["model"]["labels"], recipe["model"]["labels"]),
             ("pooling", first["model"]["pooling"], recipe["model"]["pooling"]),
         ):
             if ours != theirs:
                 raise BadMerge(
                     f"{refs[0]} and {ref} have different {what}s: {_short(ours)} and "
-                    f"{_short(theirs)}; only adapters of one base model, task and label set merge"
+                    f"{_short(theirs)}; only adapters of one base model and task merge"
                 )
+        labels, most = recipe["model"]["labels"], longest.recipe["model"]["labels"]
+        if not is_beginning(labels, most):
+            raise BadMerge(
+                f"{refs[versions.index(longest)]} and {ref} have different label sets: "
+                f"{_short(most)} and {_short(labels)}; the longest must begin with the others"
+            )
         if "low-rank" not in adapter_of(version).capabilities:
             name = recipe["adapter"]["name"]
             raise BadMerge(f"{ref} is a {name} adapter, which is not a plain product B A")
@@ -182,13 +188,14 @@ def merged_heads(
     """Return one head that takes each label's row from the versions that learned it.
 
     A row learned by several is their weighted mean, without those that another of them was stacked
-    on: it went on from their row. One learned by none is the first version's.
+    on: it went on from their row. One learned by none is that of the version with most labels.
     """
     if not heads or not heads[0]:
         return {}
-    labels = versions[0].recipe["model"]["labels"]
+    last = widest(versions)
+    labels = last.recipe["model"]["labels"]
     rows = {}
-    for name, first in heads[0].items():
+    for name, first in heads[versions.index(last)].items():
         merged = first.clone()
         for index, label in enumerate(labels):
             owners = _owners(label, versions)
@@ -198,6 +205,11 @@ def merged_heads(
                 merged[index] = (torch.stack(parts).sum(dim=0) / total).to(first.dtype)
         rows[name] = merged
     return rows
+
+
+def widest(versions: Sequence[Version]) -> Version:
+    """Return the version with most labels, the first of several: with all that any other has."""
+    return max(versions, key=lambda version: len(version.recipe["model"]["labels"]))
 
 
 def _owners(label: str, versions: Sequence[Version]) -> list[int]:

@@ -104,7 +104,7 @@ def merge_recipe(
         method: the merge and its options.
         stack: versions that stay frozen underneath the result.
     """
-    first = next(iter(parts.values()))
+    first = max(parts.values(), key=lambda recipe: len(recipe["model"]["labels"]))
     labels = first["model"]["labels"]
     seen = {label for recipe in parts.values() for label in recipe["seen_labels"]}
     return {

@@ -15,11 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients import data
-from clients.assignment import DataSpec
+from clients.assignment import DataSpec, PluginChoice
 from clients.regularizers import REGULARIZERS
-from orchestrator.config import BadConfig, RunConfig, parse_config, with_values
+from orchestrator.config import BadConfig, Choice, RunConfig, parse_config, with_values
 from orchestrator.policy import ANSWERS, LOWER_IS_BETTER, METRICS
 from orchestrator.stream_file import (
+    Method,
     StreamFile,
     TaskFile,
     anchored_run,
@@ -27,6 +28,7 @@ from orchestrator.stream_file import (
     read_stream,
 )
 from strategies import STRATEGIES
+from strategies.plugins import BadOptions, UnknownPlugin
 
 STREAM, TASK = "stream", "task"
 """The labels of a stream's runs: the stream's name, and the task's."""
@@ -84,6 +86,8 @@ class Stream:
         library: whether a task's library is the versions before it.
         metric: what the matrix is of.
         general: text of no task, as a column beside the matrix; None for none.
+        merge: what makes one version of those of all tasks so far; None for nothing.
+        merge_weight: what each of them counts; None for one part of as many.
     """
 
     name: str
@@ -95,6 +99,8 @@ class Stream:
     library: bool
     metric: str
     general: Task | None = None
+    merge: PluginChoice | None = None
+    merge_weight: float | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -155,17 +161,39 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     sets = _label_sets(base.get("labels", ()), file.tasks)
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
+    start = file.method.start or _natural_start(configs[-1])
     return Stream(
         name=file.name,
         document=anchored,
         tasks=tuple(_task(task, sets[-1]) for task in file.tasks),
         stages=tuple(stages),
         labels=sets[-1],
-        start=file.method.start or _natural_start(configs[-1]),
+        start=start,
         library=_recycles(configs[-1]) if file.method.library is None else file.method.library,
         metric=_metric(file, configs[-1].task, where),
         general=_general(file, configs[-1].task, where),
+        merge=_merge(file.method.merge, where),
+        merge_weight=_merge_weight(file.method, start),
     )
+
+
+def _merge(chosen: Choice | None, where: str) -> PluginChoice | None:
+    """Return a merge, checked; None for none.
+
+    Raises:
+        BadConfig: if there is none of this name, or it is wrongly set.
+    """
+    try:
+        return None if chosen is None else chosen.checked("merge")
+    except (UnknownPlugin, BadOptions) as error:
+        raise BadConfig(f"{where}: method.merge: {error}") from None
+
+
+def _merge_weight(method: Method, start: str) -> float | None:
+    """Return what each version counts in a merge: adapters that go on are whole, others parts."""
+    if method.merge_weight is None:
+        return None if start == "continue" else 1.0
+    return None if method.merge_weight == "mean" else method.merge_weight
 
 
 def _metric(file: StreamFile, kind: str, where: str) -> str:

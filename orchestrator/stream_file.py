@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from clients import data
-from orchestrator.config import read_document
+from orchestrator.config import PluginField, read_document
 from orchestrator.policy import Strict
 from orchestrator.sections import Held
 
@@ -20,6 +20,10 @@ _PRESETS = {
     "joint": "joint",
     "fresh": "fresh",
 }
+
+
+_OF_STREAMS = ("start", "library", "merge", "merge_weight")
+"""What of a method is no key of a run's file."""
 
 
 def _held(value: Any) -> Any:
@@ -51,7 +55,8 @@ class Method(Strict):
     ``start``: ``continue`` goes on with the adapter of the task before, ``stack`` freezes it under
     a new one, ``fresh`` starts anew with the memory of the tasks before, ``isolated`` without,
     ``joint`` trains all tasks at once. ``library``: whether the versions of the tasks before are
-    what the strategy starts from.
+    what the strategy starts from. ``merge``: what makes one version of those of all tasks so far,
+    after each task; each counts ``merge_weight``, or one part of as many (``mean``).
     """
 
     start: Literal["continue", "stack", "fresh", "isolated", "joint"] | None = None
@@ -60,10 +65,22 @@ class Method(Strict):
     regularizers: tuple[str | dict[str, Any], ...] | None = None
     optimizer: str | dict[str, Any] | None = None
     library: bool | None = None
+    merge: PluginField | None = None
+    merge_weight: float | Literal["mean"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Method:
+        if self.merge is not None and self.start == "joint":
+            raise ValueError(
+                "joint training has one version, and nothing to merge; leave merge out"
+            )
+        if self.merge is None and self.merge_weight is not None:
+            raise ValueError("merge_weight is of a merge; give merge, or leave it out")
+        return self
 
     def overrides(self) -> dict[str, Any]:
         """Return what of a run's file the method says."""
-        found = self.model_dump(exclude={"start", "library"}, exclude_none=True)
+        found = self.model_dump(exclude=set(_OF_STREAMS), exclude_none=True)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
 
@@ -127,7 +144,7 @@ def anchored_stream(file: StreamFile, base: Mapping[str, Any]) -> dict[str, Any]
     document["base"] = dict(base)
     if "general" in document:
         document["general"]["data"] = data.absolute(document["general"]["data"])
-    document["method"] = {"start": file.method.start, "library": file.method.library}
+    document["method"] = file.method.model_dump(mode="json", include=set(_OF_STREAMS))
     for task in document["tasks"]:
         if "data" in task:
             task["data"] = data.absolute(task["data"])

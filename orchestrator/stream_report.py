@@ -105,7 +105,7 @@ def line(workspace: Workspace, name: str) -> dict[str, Any]:
     """Return one stream as a line of a list."""
     found = report(workspace, name)
     document = found.to_json()
-    done = [step.version for step in found.steps if step.version is not None]
+    done = [step.result for step in found.steps if step.version is not None]
     return {
         "stream": name,
         "tasks": len(found.stream.tasks),
@@ -157,7 +157,7 @@ def steps_table(found: Sequence[Step]) -> Table:
     for step in found:
         run = "-" if step.record is None else step.record.id
         error = "" if step.record is None else step.record.error or ""
-        facts = (step.stage.name, step.status, run, (step.version or "-")[:12], error)
+        facts = (step.stage.name, step.status, run, (step.result or "-")[:12], error)
         table.add_row(*(escape(text) for text in facts))
     return table
 

@@ -11,15 +11,15 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.backends.base import Backend
-from orchestrator.config import BadConfig, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.coordinator import Driving, claim, drive
 from orchestrator.federation import Observe
 from orchestrator.launch import anchored
-from orchestrator.service import submit
+from orchestrator.service import merge, submit
 from orchestrator.signing import admitted
 from orchestrator.steering import requeue
 from orchestrator.stream import STREAM, TASK, Stage, Stream, parse_stream
@@ -52,12 +52,15 @@ class Step:
     Attributes:
         stage: the stage.
         record: its run, or None where there is none (yet).
-        version: the version that it ended with, or None.
+        version: the version that its training ended with, or None.
+        result: the version that is the stream's after it: the same, or a merge of those so far;
+            None also where that is to be merged yet.
     """
 
     stage: Stage
     record: RunRecord | None = None
     version: str | None = None
+    result: str | None = None
 
     @property
     def status(self) -> str:
@@ -74,6 +77,7 @@ class Step:
             "status": self.status,
             "run": record and record.id,
             "version": self.version,
+            "result": self.result,
             "error": record and record.error,
         }
 
@@ -118,8 +122,8 @@ def steps(workspace: Workspace, stream: Stream) -> list[Step]:
     for number, stage in enumerate(stream.stages):
         if stage.version is not None:
             version = admitted(workspace, stage.version).id
-            found.append(Step(stage, None, version))
             results.append(version)
+            found.append(Step(stage, None, version, _result(workspace, stream, results)))
             continue
         made = newest.get(stage.name)
         if made is None or len(results) < number:
@@ -127,8 +131,46 @@ def steps(workspace: Workspace, stream: Stream) -> list[Step]:
             continue
         _refuse_changed(stream, stage, made, stream.config(number, results))
         done = made.version if made.status == "completed" else None
-        found.append(Step(stage, made, done))
         results += [done] if done else []
+        result = _result(workspace, stream, results) if done else None
+        found.append(Step(stage, made, done, result))
+    return found
+
+
+def _result(workspace: Workspace, stream: Stream, trained: Sequence[str]) -> str | None:
+    """Return the stream's version after so many trained ones; None if it is to be merged yet."""
+    if stream.merge is None or len(trained) == 1:
+        return trained[-1]
+    wanted, weights = dict.fromkeys(trained, "merge"), _weights(stream, trained)
+    for version in workspace.store.descendants(trained[-1], depth=1).nodes.values():
+        recipe, parents = version.recipe, {p.id: p.kind for p in version.parents}
+        same = recipe.get("merge") == asdict(stream.merge) and recipe.get("weights") == weights
+        if parents == wanted and same:
+            return version.id
+    return None
+
+
+def _weights(stream: Stream, trained: Sequence[str]) -> dict[str, float]:
+    weight = stream.merge_weight
+    return dict.fromkeys(trained, 1 / len(trained) if weight is None else weight)
+
+
+def settle(workspace: Workspace, stream: Stream) -> list[Step]:
+    """Merge and name what the tasks that are done ended with, and return how the stream stands."""
+    found = steps(workspace, stream)
+    named = {v.id for v in workspace.store.versions(name=stream.name, limit=10_000)}
+    trained: list[str] = []
+    for number, step in enumerate(found):
+        if step.version is None:
+            break
+        trained.append(step.version)
+        if step.result is None:
+            weights = list(_weights(stream, trained).values())
+            assert stream.merge is not None
+            merged = merge(workspace, trained, stream.merge, stream.name, weights)
+            found[number] = replace(step, result=merged)
+        elif step.result not in named:
+            workspace.store.name(stream.name, step.result)
     return found
 
 
@@ -175,7 +217,7 @@ def _flat(document: Mapping[str, Any], before: str = "") -> dict[str, str]:
 
 def rows(workspace: Workspace, stream: Stream, found: Sequence[Step]) -> list[Row]:
     """Return a stream's versions as rows of its matrix; the first is that before training."""
-    done = [step for step in found if step.version is not None]
+    done = [step for step in found if step.result is not None]
     if not done:
         return []
     own: dict[str, str] = {}
@@ -186,7 +228,7 @@ def rows(workspace: Workspace, stream: Stream, found: Sequence[Step]) -> list[Ro
     for step in done:
         if stream.start in ("fresh", "isolated"):
             own[step.stage.name] = str(step.version)
-        made.append(Row(step.stage.trained, str(step.version), dict(own)))
+        made.append(Row(step.stage.trained, str(step.result), dict(own)))
     return made
 
 
@@ -219,12 +261,8 @@ def advance(
         BadConfig: if the task cannot be run; nothing was queued.
         ChangedTask: as :func:`steps`.
     """
-    found = steps(workspace, stream)
+    found = settle(workspace, stream)
     results = [step.version for step in found if step.version is not None]
-    named = {v.id for v in workspace.store.versions(name=stream.name, limit=10_000)}
-    for version in results:
-        if version not in named:
-            workspace.store.name(stream.name, version)
     waiting = next((step for step in found if step.version is None), None)
     if waiting is None:
         return None
@@ -310,52 +348,9 @@ def follow(workspace: Workspace, record: RunRecord) -> None:
         return
     try:
         stream = recorded(workspace, name)
+        settle(workspace, stream)
         measure(workspace, stream)
         advance(workspace, stream)
     except Exception as error:  # one stream's error must not keep the others waiting
         ours = type(error).__module__.partition(".")[0] in _OURS
         _LOG.error("stream %s goes no further: %s", name, error, exc_info=not ours)
-
-
-def forked(workspace: Workspace, origin: str, document: Mapping[str, Any], at: str) -> Stream:
-    """Return the stream in a file that goes on from a task of another stream.
-
-    The tasks up to it are the other's, by their versions; what the file says of them is not read.
-
-    Args:
-        workspace: where.
-        origin: name of the other stream.
-        document: of a stream's file, with a name of its own and the tasks that follow.
-        at: the last task that both have in common.
-
-    Raises:
-        UnknownStream: if there is no such stream.
-        BadConfig: if the task is not done, or the file cannot be run.
-    """
-    old = recorded(workspace, origin)
-    done = {step.stage.name: step.version for step in steps(workspace, old)}
-    names = [task.name for task in old.tasks]
-    if at not in names or done.get(at) is None:
-        reached = ", ".join(n for n in names if done.get(n)) or "none"
-        raise BadConfig(
-            f"stream {origin!r} has no result of a task {at!r} to go on from (done: {reached})"
-        )
-    if document.get("name") == origin:
-        raise BadConfig(f"a fork needs a name of its own, and {origin!r} is taken; give --name NEW")
-    common = names[: names.index(at) + 1]
-    past = {task["name"]: task for task in old.document["tasks"]}
-    known = [{**past[name], "version": done[name]} for name in common]
-    listed = document.get("tasks") or ()
-    new = [t for t in listed if not (isinstance(t, Mapping) and t.get("name") in common)]
-    if not new:
-        raise BadConfig(f"the file has no task after {at!r}; a fork goes on with another")
-    base = document.get("base")
-    ours = {"labels": _labels(old, len(common), base)} if isinstance(base, Mapping) else {}
-    merged = {**base, **ours} if isinstance(base, Mapping) else base
-    return parse_stream({**document, "base": merged, "tasks": [*known, *new]})
-
-
-def _labels(old: Stream, common: int, base: Mapping[str, Any]) -> list[str]:
-    """Return the label set that a fork begins with: the common tasks' result's, and the file's."""
-    theirs = list(old.stages[common - 1].document.get("labels", ()))
-    return [*theirs, *(label for label in base.get("labels", ()) if label not in theirs)]

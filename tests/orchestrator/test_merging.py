@@ -178,7 +178,7 @@ def test_a_version_that_is_given_twice_is_refused(commit):
     [
         ({"hash": "1" * 64}, "base model hash"),
         ({"kind": "causal-lm"}, "task kind"),
-        ({"labels": ("cat", "dog")}, "label set"),
+        ({"labels": ("dog", "cat")}, "label set"),
         ({"pooling": "cls"}, "pooling"),
     ],
 )

@@ -15,13 +15,13 @@ from orchestrator.config import BadConfig
 from orchestrator.coordinator import Driving, Serving, Stopped, serve
 from orchestrator.service import evaluate, open_workspace
 from orchestrator.stream import parse_stream
+from orchestrator.stream_forks import forked
 from orchestrator.stream_report import report
 from orchestrator.streaming import (
     ChangedTask,
     UnknownStream,
     advance,
     follow,
-    forked,
     keep,
     recorded,
     run_stream,
@@ -265,6 +265,30 @@ def test_clients_come_with_their_tasks_and_return(workspace, stream, drive, note
     ]
     assert took_part == [["north", "south"], ["west"], ["north", "west"]]
     assert workspace.store.version(versions[2]).recipe["stack"] == versions[:2]
+
+
+def test_versions_are_merged_after_each_task_where_the_method_says(workspace, stream, drive):
+    method = {"start": "isolated", "merge": "cat"}
+    first, second = drive(stream(method=method))
+    store = workspace.store
+    merged = store.version("notes:v2")
+
+    assert store.version("notes:v1").id == first
+    assert {p.id: p.kind for p in merged.parents} == {first: "merge", second: "merge"}
+    assert merged.recipe["model"]["labels"] == [*PETS, *PARTS]
+    head, learned = (store.tensors(v)["head.weight"] for v in (merged.id, first))
+    assert torch.equal(head[:2], learned)
+    assert torch.equal(head[2:], store.tensors(second)["head.weight"][2:])
+    assert [v.id for v in store.versions(name="notes")] == [merged.id, first]
+    drive(stream(method=method))
+    assert store.version("notes").id == merged.id
+
+
+def test_each_task_is_answered_by_its_own_adapter_where_the_task_is_told(workspace, stream, drive):
+    drive(stream(method="isolated"))
+    found = report(workspace, "notes")
+    assert found.task_aware.at(2, 1) == found.task_aware.at(1, 1)
+    assert found.task_free.at(2, 1) == 0  # the newest adapter alone has never heard of pets
 
 
 def test_a_stream_that_there_is_not_is_told(workspace):
