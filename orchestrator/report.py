@@ -13,7 +13,7 @@ from clients.inspection import DataReport
 from orchestrator.card import percent
 from orchestrator.drawing import epsilon_line
 from orchestrator.epsilons import Epsilon
-from orchestrator.suite_metrics import measured
+from orchestrator.suite_metrics import by_task, measured
 from storage.aliases import AliasMove
 from storage.contributions import Deployment
 from storage.ledger import ClientRecord, RunRecord
@@ -50,6 +50,9 @@ def version_table(version: Version, epsilons: Sequence[Epsilon]) -> Table:
     }
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/]", escape(value))
+    for task, scores in by_task(version.metrics).items():
+        told = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+        table.add_row("[bold]on a suite[/]", escape(f"{task.partition('@')[0]}: {told}"))
     for spent in epsilons:
         table.add_row("[bold]ε[/]", epsilon_line(spent))
     return table

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
@@ -33,64 +33,86 @@ from storage.ledger import ClientRecord
 PETS, PARTS = ("cat", "dog"), ("model", "rank")
 
 
-@pytest.fixture
+WORDS = ("the", "a", "learns", "weaves", "thread", "adapter", "private", "data", "round")
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    """Return a function that writes a labelled jsonl file and returns its URI."""
+    folder = tmp_path_factory.mktemp("notes")
+
+    def write(name, size=12, labels=(*PETS, *PARTS), shift=0):
+        rows = []
+        for i in range(size):
+            text = [labels[i % len(labels)], *(WORDS[(i + shift + j) % len(WORDS)] for j in (0, 1))]
+            row = {"text": " ".join(text), "label": text[0], "ward": f"w{i % 2}"}
+            rows.append(json.dumps(row))
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+        return f"jsonl:{folder / name}.jsonl"
+
+    return write
+
+
+@pytest.fixture(scope="module")
 def stream(tiny_encoder, notes):
     """Return a function that makes a stream of two tasks, two labels each, with changes."""
-
-    def make(**changes):
-        base = {
-            "model": {"id": str(tiny_encoder), "max_length": 16},
-            "strategy": "fedavg",
-            "adapter": {"name": "lora", "r": 2, "layers": [0]},
-            "optimizer": {"name": "adamw", "lr": 0.05},
-            "clients": {"simulate": {"by": "column", "column": "ward", "public": True}},
-            "rounds": 1,
-            "steps": 2,
-            "batch_size": 4,
-            "backend": "inline",
+    base = {
+        "model": {"id": str(tiny_encoder), "max_length": 16},
+        "strategy": "fedavg",
+        "adapter": {"name": "lora", "r": 2, "layers": [0]},
+        "optimizer": {"name": "adamw", "lr": 0.05},
+        "clients": {"simulate": {"by": "column", "column": "ward", "public": True}},
+        "rounds": 1,
+        "steps": 2,
+        "batch_size": 4,
+        "backend": "inline",
+    }
+    tasks = [
+        {
+            "name": name,
+            "data": notes(name, labels=labels),
+            "labels": list(labels),
+            "evaluate": notes(f"{name}-test", labels=labels, shift=4),
         }
-        tasks = [
-            {
-                "name": name,
-                "data": notes(name, labels=labels),
-                "labels": list(labels),
-                "evaluate": notes(f"{name}-test", labels=labels, shift=4),
-            }
-            for name, labels in (("pets", PETS), ("parts", PARTS))
-        ]
-        document = {"name": "notes", "base": base, "tasks": tasks}
-        return parse_stream(document | changes)
+        for name, labels in (("pets", PETS), ("parts", PARTS))
+    ]
+    return lambda **changes: parse_stream({"name": "notes", "base": base, "tasks": tasks} | changes)
 
-    return make
+
+def driven(home, stream, stop=None, observe=lambda kind, data: None):
+    """Drive a stream here and return what its tasks ended with."""
+    driving = Driving(InlineBackend(), stop=stop or threading.Event())
+    return [step.version for step in run_stream(home, stream, driving, lambda run: observe)]
+
+
+@pytest.fixture(scope="module")
+def done(stream, tmp_path_factory):
+    """Return a workspace in which the stream is done; nobody may change that."""
+    home = open_workspace(tmp_path_factory.mktemp("done"))
+    driven(home, stream())
+    return home
 
 
 @pytest.fixture
-def drive(workspace):
-    """Return a function that drives a stream here and returns its versions."""
-
-    def run(stream, home=workspace, stop=None, observe=lambda kind, data: None):
-        driving = Driving(InlineBackend(), stop=stop or threading.Event())
-        return [step.version for step in run_stream(home, stream, driving, lambda r: observe)]
-
-    return run
+def versions(done):
+    return [done.store.version(f"notes:v{number}").id for number in (1, 2)]
 
 
-def test_each_task_is_a_run_that_starts_from_the_version_before(workspace, stream, drive):
-    first, second = drive(stream())
-    store = workspace.store
+def test_each_task_is_a_run_that_starts_from_the_version_before(done, stream, versions):
+    first, second = versions
+    store = done.store
 
-    assert store.version("notes:v1").id == first
-    assert store.version("notes:v2").id == second
-    run = workspace.ledger.run("notes.parts")
+    assert [step.result for step in steps(done, stream())] == [first, second]
+    run = done.ledger.run("notes.parts")
     assert (run.config["start"], run.config["start_from"]) == ("continue", first)
     assert run.labels == {"stream": "notes", "task": "parts"}
-    begun = workspace.ledger.last_event(run.id, "started").data["version"]
+    begun = done.ledger.last_event(run.id, "started").data["version"]
     assert [(p.id, p.kind) for p in store.version(begun).parents] == [(first, "continue")]
 
 
-def test_a_growing_head_keeps_its_old_rows_bit_for_bit(workspace, stream, drive):
-    first, second = (workspace.store.version(v) for v in drive(stream()))
-    before, after = (workspace.store.tensors(v.id) for v in (first, second))
+def test_a_growing_head_keeps_its_old_rows_bit_for_bit(done, versions):
+    first, second = (done.store.version(v) for v in versions)
+    before, after = (done.store.tensors(v.id) for v in (first, second))
 
     assert first.recipe["model"]["labels"] == list(PETS)
     assert second.recipe["model"]["labels"] == [*PETS, *PARTS]
@@ -98,13 +120,12 @@ def test_a_growing_head_keeps_its_old_rows_bit_for_bit(workspace, stream, drive)
     for name in ("head.weight", "head.bias"):
         assert after[name].shape[0] == 4
         assert torch.equal(after[name][:2], before[name])
-    begun = workspace.store.version(second.parents[0].id)
+    begun = done.store.version(second.parents[0].id)
     assert begun.recipe["added_labels"] == list(PARTS)
 
 
-def test_the_matrix_has_a_row_before_training_and_one_after_each_task(workspace, stream, drive):
-    drive(stream())
-    found = report(workspace, "notes")
+def test_the_matrix_has_a_row_before_training_and_one_after_each_task(done):
+    found = report(done, "notes")
     free, aware = found.task_free, found.task_aware
 
     assert (free.tasks, free.after) == (("pets", "parts"), (0, 1, 2))
@@ -113,101 +134,90 @@ def test_the_matrix_has_a_row_before_training_and_one_after_each_task(workspace,
     assert aware.at(1, 2) > 0  # told that it is one of two, chance has half of them
     for told, asked in zip(aware.rows, free.rows, strict=True):
         assert all(a >= f for a, f in zip(told, asked, strict=True))
-    stored = by_task(workspace.store.version("notes:v2").metrics)
+    stored = by_task(done.store.version("notes:v2").metrics)
     assert {name.partition("@")[0] for name in stored} == {"pets", "parts"}
     assert all(scores["num_examples"] == 12 for scores in stored.values())
 
 
-def test_what_was_scored_is_what_an_evaluation_of_the_version_says(workspace, stream, drive):
-    made = stream()
-    drive(made)
-    test = DataSpec(made.tasks[0].test.uri, labels=PETS)
-    scored = evaluate(workspace, "notes:v2", test).metrics
-    row = report(workspace, "notes")
+def test_what_was_scored_is_what_an_evaluation_of_the_version_says(done, stream):
+    test = DataSpec(stream().tasks[0].test.uri, labels=PETS)
+    scored = evaluate(done, "notes:v2", test).metrics
+    row = report(done, "notes")
     assert scored["accuracy"] == row.task_free.at(2, 1)
     assert scored["task_accuracy"] == row.task_aware.at(2, 1)
 
 
-def test_a_stream_that_is_done_runs_nothing_again(workspace, stream, drive):
-    versions, runs = drive(stream()), len(workspace.ledger.runs())
-    assert drive(stream()) == versions
-    assert len(workspace.ledger.runs()) == runs
+def test_a_stream_that_is_done_runs_nothing_again(done, stream, versions):
+    runs = len(done.ledger.runs())
+    assert driven(done, stream()) == versions
+    assert len(done.ledger.runs()) == runs
 
 
-@pytest.mark.parametrize("kind", ["round", "committed", "started", "completed"])
+@pytest.mark.parametrize("kind", ["started", "committed", "completed"])
 def test_a_stream_stopped_anywhere_goes_on_to_the_same_versions(
-    workspace, stream, drive, tmp_path, kind
+    workspace, done, stream, versions, kind
 ):
-    whole = drive(stream())
-    home, stop = open_workspace(tmp_path / "other"), threading.Event()
-    seen = []
+    stop, seen = threading.Event(), []
 
     def observe(event, data):
         seen.append(event)
-        if seen.count(kind) == 2:  # in the second task
+        if event == kind:
             stop.set()
 
-    try:
-        drive(stream(), home, stop, observe)
-    except Stopped:
-        assert [step.status for step in steps(home, stream())] == ["completed", "queued"]
-    assert stop.is_set()
-    assert drive(stream(), home) == whole
-    assert report(home, "notes").task_free == report(workspace, "notes").task_free
+    with suppress(Stopped):
+        driven(workspace, stream(), stop, observe)
+    standing = steps(workspace, stream())[0].status
+    assert standing == ("completed" if kind == "completed" else "queued")
+    assert driven(workspace, stream()) == versions
+    assert report(workspace, "notes").task_free == report(done, "notes").task_free
 
 
-def test_a_task_that_arrives_is_appended_and_the_others_stay(workspace, stream, drive, notes):
-    first, second = drive(stream())
-    more = {"name": "pets-again", "data": notes("again", labels=PETS, shift=2)}
-    tasks = [*stream().document["tasks"], {**more, "labels": list(PETS)}]
+def test_a_task_that_arrives_is_appended_and_the_others_stay(workspace, stream, notes):
+    tasks = stream().document["tasks"]
+    [first] = driven(workspace, stream(tasks=tasks[:1]))
+    more = {"name": "again", "data": notes("again", labels=PETS, shift=2), "labels": list(PETS)}
 
-    versions = drive(stream(tasks=tasks))
-    assert versions[:2] == [first, second]
-    assert workspace.store.version("notes:v3").id == versions[2]
-    assert report(workspace, "notes").task_free.after == (0, 1, 2, 3)
+    versions = driven(workspace, stream(tasks=[tasks[0], more]))
+    assert versions[0] == first
+    assert workspace.store.version("notes:v2").id == versions[1]
+    assert report(workspace, "notes").task_free.after == (0, 1, 2)
 
 
-def test_a_task_that_was_run_and_changed_is_refused_by_name(workspace, stream, drive):
-    drive(stream())
+def test_a_task_that_was_run_and_changed_is_refused_by_name(done, stream):
     tasks = [dict(task) for task in stream().document["tasks"]]
     tasks[0]["rounds"] = 2
 
-    with pytest.raises(ChangedTask, match="rounds: 1 was run, 2 is asked for") as e:
-        drive(stream(tasks=tasks))
-    assert str(e.value).startswith("task 'pets' of stream 'notes' was run otherwise")
-    assert "weft stream fork notes FILE --at TASK" in str(e.value)
-    assert recorded(workspace, "notes").document == stream().document
+    with pytest.raises(ChangedTask, match="rounds: 1 was run, 2 is asked for") as error:
+        driven(done, stream(tasks=tasks))
+    assert str(error.value).startswith("task 'pets' of stream 'notes' was run otherwise")
+    assert "weft stream fork notes FILE --at TASK" in str(error.value)
+    assert recorded(done, "notes").document == stream().document
 
 
-def test_a_test_set_may_change_without_a_task_being_run_again(workspace, stream, drive, notes):
-    versions = drive(stream())
-    before = report(workspace, "notes").task_free
-    tasks = [dict(task) for task in stream().document["tasks"]]
+def test_a_fork_goes_on_from_a_task_with_another_method(done, stream, versions):
+    document = dict(stream().document) | {"name": "other", "method": "stacked"}
+    fork = forked(done, "notes", document, at="pets")
+
+    first, second = driven(done, fork)
+    assert first == versions[0]
+    assert second != versions[1]
+    assert done.store.version(second).recipe["stack"] == [first]
+    assert done.store.version("other:v1").id == first
+    ours, theirs = (report(done, name).task_free for name in ("other", "notes"))
+    assert ours.rows[:2] == theirs.rows[:2]
+
+
+def test_a_test_set_may_change_without_a_task_being_run_again(workspace, stream, notes):
+    tasks = [dict(stream().document["tasks"][0])]
+    versions = driven(workspace, stream(tasks=tasks))
     tasks[0]["evaluate"] = notes("longer", size=40, labels=PETS)
 
-    assert drive(stream(tasks=tasks)) == versions
-    after = report(workspace, "notes").task_free
-    assert [row[1] for row in after.rows] == [row[1] for row in before.rows]
-    assert "pets" in str(by_task(workspace.store.version(versions[1]).metrics))
+    assert driven(workspace, stream(tasks=tasks)) == versions
+    scored = by_task(workspace.store.version(versions[0]).metrics)
+    assert sorted(one["num_examples"] for one in scored.values()) == [12, 40]
 
 
-def test_a_fork_goes_on_from_a_task_with_another_method(workspace, stream, drive, notes):
-    first, second = drive(stream())
-    document = dict(stream().document) | {"name": "other", "method": "stacked"}
-    fork = forked(workspace, "notes", document, at="pets")
-
-    versions = drive(fork)
-    assert versions[0] == first
-    assert versions[1] != second
-    assert workspace.store.version(versions[1]).recipe["stack"] == [first]
-    assert workspace.store.version("other:v1").id == first
-    assert (
-        report(workspace, "other").task_free.rows[:2]
-        == report(workspace, "notes").task_free.rows[:2]
-    )
-
-
-def test_a_fork_at_a_task_that_is_not_done_is_refused(workspace, stream, drive):
+def test_a_fork_at_a_task_that_is_not_done_is_refused(workspace, stream):
     keep(workspace, stream())
     advance(workspace, stream())
     document = dict(stream().document) | {"name": "other"}
@@ -215,17 +225,16 @@ def test_a_fork_at_a_task_that_is_not_done_is_refused(workspace, stream, drive):
         forked(workspace, "notes", document, at="pets")
 
 
-def test_a_coordinator_drives_a_stream_to_its_end(workspace, stream, drive, tmp_path):
-    home = open_workspace(tmp_path / "other")
-    advance(home, stream())
+def test_a_coordinator_drives_a_stream_to_its_end(workspace, done, stream, versions):
+    advance(workspace, stream())
 
     def watch():
         return nullcontext(lambda kind, data: None)
 
-    serving = Serving(until_idle=True, after=partial(follow, home))
-    assert serve(home, serving, Driving(InlineBackend()), watch) == 2
-    assert [step.version for step in steps(home, stream())] == drive(stream())
-    assert report(home, "notes").task_free == report(workspace, "notes").task_free
+    serving = Serving(until_idle=True, after=partial(follow, workspace))
+    assert serve(workspace, serving, Driving(InlineBackend()), watch) == 2
+    assert [step.version for step in steps(workspace, stream())] == versions
+    assert report(workspace, "notes").task_free == report(done, "notes").task_free
 
 
 def test_two_who_queue_the_next_task_queue_one_run(workspace, stream):
@@ -233,8 +242,8 @@ def test_two_who_queue_the_next_task_queue_one_run(workspace, stream):
     assert len(workspace.ledger.runs()) == 1
 
 
-def test_joint_training_is_one_run_on_the_data_of_all_tasks(workspace, stream, drive):
-    [version] = drive(stream(name="all", method="joint"))
+def test_joint_training_is_one_run_on_the_data_of_all_tasks(workspace, stream):
+    [version] = driven(workspace, stream(name="all", method="joint"))
     found = report(workspace, "all").task_free
 
     assert found.after == (0, 2)
@@ -245,7 +254,7 @@ def test_joint_training_is_one_run_on_the_data_of_all_tasks(workspace, stream, d
     assert {leaf["num_examples"] for leaf in updates} == {12}
 
 
-def test_clients_come_with_their_tasks_and_return(workspace, stream, drive, notes):
+def test_clients_come_with_their_tasks_and_return(workspace, stream, notes):
     for name in ("north", "south", "west"):
         record = ClientRecord(name, notes(name, labels=(*PETS, *PARTS)), name, num_examples=12)
         workspace.ledger.add_client(record)
@@ -258,7 +267,7 @@ def test_clients_come_with_their_tasks_and_return(workspace, stream, drive, note
             ("pets-again", PETS, ["north", "west"]),
         )
     ]
-    versions = drive(stream(base=base, tasks=tasks, method="stacked"))
+    versions = driven(workspace, stream(base=base, tasks=tasks, method="stacked"))
     took_part = [
         [leaf["client"] for leaf in workspace.store.version(version).recipe["updates"]]
         for version in versions
@@ -267,9 +276,9 @@ def test_clients_come_with_their_tasks_and_return(workspace, stream, drive, note
     assert workspace.store.version(versions[2]).recipe["stack"] == versions[:2]
 
 
-def test_versions_are_merged_after_each_task_where_the_method_says(workspace, stream, drive):
+def test_versions_are_merged_after_each_task_where_the_method_says(workspace, stream):
     method = {"start": "isolated", "merge": "cat"}
-    first, second = drive(stream(method=method))
+    first, second = driven(workspace, stream(method=method))
     store = workspace.store
     merged = store.version("notes:v2")
 
@@ -280,15 +289,11 @@ def test_versions_are_merged_after_each_task_where_the_method_says(workspace, st
     assert torch.equal(head[:2], learned)
     assert torch.equal(head[2:], store.tensors(second)["head.weight"][2:])
     assert [v.id for v in store.versions(name="notes")] == [merged.id, first]
-    drive(stream(method=method))
-    assert store.version("notes").id == merged.id
-
-
-def test_each_task_is_answered_by_its_own_adapter_where_the_task_is_told(workspace, stream, drive):
-    drive(stream(method="isolated"))
-    found = report(workspace, "notes")
+    found = report(workspace, "notes")  # told the task, its own adapter answers
     assert found.task_aware.at(2, 1) == found.task_aware.at(1, 1)
-    assert found.task_free.at(2, 1) == 0  # the newest adapter alone has never heard of pets
+    assert found.task_aware.at(2, 2) > found.task_aware.at(1, 2)
+    driven(workspace, stream(method=method))
+    assert store.version("notes").id == merged.id
 
 
 def test_a_stream_that_there_is_not_is_told(workspace):
@@ -296,24 +301,24 @@ def test_a_stream_that_there_is_not_is_told(workspace):
         recorded(workspace, "nots")
 
 
-def test_a_stream_is_run_extended_and_shown_from_the_command_line(
-    ok, read, tmp_path, stream, notes
+def test_a_stream_is_extended_and_shown_from_the_command_line(
+    ok, read, workspace, tmp_path, stream
 ):
-    document = json.loads(json.dumps(stream().document))
-    document["tasks"] = document["tasks"][:1]
-    file = tmp_path / "stream.yaml"
-    file.write_text(yaml.safe_dump(document))
-    ok("stream", "run", file)
-    task = tmp_path / "task.yaml"
-    task.write_text(yaml.safe_dump(dict(stream().document["tasks"][1])))
+    tasks = stream().document["tasks"]
+    file, task = tmp_path / "stream.yaml", tmp_path / "task.yaml"
+    file.write_text(yaml.safe_dump({**stream().document, "tasks": tasks[:1]}))
+    task.write_text(yaml.safe_dump(tasks[1]))
 
+    ok("stream", "run", file)
     assert "forgetting" in ok("stream", "extend", "notes", "--task", task)
     found = read("stream", "show", "notes")
     assert [t["status"] for t in found["tasks"]] == ["completed", "completed"]
     assert len(found["matrices"]["task-free"]["rows"]) == 3
     [line] = read("stream", "list")
     assert (line["stream"], line["done"], line["tasks"]) == ("notes", 2, 2)
-    assert "suite/" not in ok("show", "notes")
+    shown = ok("show", "notes")
+    assert "suite/" not in shown
+    assert "pets: accuracy" in shown
 
 
 @pytest.fixture
@@ -347,8 +352,8 @@ def instructions(tmp_path, tiny_decoder):
     return parse_stream(document | {"metric": "exact_match"})
 
 
-def test_answers_are_scored_and_general_text_is_watched(workspace, instructions, drive):
-    drive(instructions)
+def test_answers_are_scored_and_general_text_is_watched(workspace, instructions):
+    driven(workspace, instructions)
     found = report(workspace, "talk")
 
     assert found.task_free.rows[0] == (0, 0)  # random weights have no answer
