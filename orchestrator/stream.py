@@ -46,6 +46,7 @@ class Task:
         test: what its column of the matrix is measured on; None for no column.
         version: the version that is its result already, or None.
         answer_tokens: of a causal model's answers at most; 0 where none are asked for.
+        router: public data by which a router knows the task's inputs; None for no router.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     test: DataSpec | None
     version: str | None = None
     answer_tokens: int = 0
+    router: DataSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,11 @@ class Stream:
     general: Task | None = None
     merge: PluginChoice | None = None
     merge_weight: float | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router may choose the adapter that answers."""
+        return self.tasks[0].router is not None
 
     @property
     def lower_is_better(self) -> bool:
@@ -162,6 +169,8 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
     start = file.method.start or _natural_start(configs[-1])
+    if problem := _router_problem(file, start, configs[-1].task):
+        raise BadConfig(f"{where}: router: {problem}")
     return Stream(
         name=file.name,
         document=anchored,
@@ -175,6 +184,24 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         merge=_merge(file.method.merge, where),
         merge_weight=_merge_weight(file.method, start),
     )
+
+
+def _router_problem(file: StreamFile, start: str, kind: str) -> str:
+    """Return why a router has nothing to choose from, or empty."""
+    routed = [task.router is not None for task in file.tasks]
+    if not any(routed):
+        return ""
+    if kind != "classification":
+        return f"it is for classification, and the task is {kind}; leave it out"
+    if start not in ("fresh", "isolated"):
+        return (
+            f"with start: {start} one adapter answers for all tasks, and there is none to choose; "
+            "use method: isolated or fresh, or leave it out"
+        )
+    if not all(routed):
+        lacking = next(task.name for task in file.tasks if task.router is None)
+        return f"task {lacking!r} has none, so that nothing would be sent to it; give all or none"
+    return ""
 
 
 def _merge(chosen: Choice | None, where: str) -> PluginChoice | None:
@@ -344,4 +371,7 @@ def _task(task: TaskFile, labels: Sequence[str]) -> Task:
     if test is not None:
         spec = DataSpec(test.data, dict(test.fields), labels=own)
     tokens = 0 if test is None else test.generate or 0
-    return Task(task.name, own, spec, task.version, tokens)
+    knows = None
+    if task.router is not None:
+        knows = DataSpec(task.router.data, dict(task.router.fields), labels=own)
+    return Task(task.name, own, spec, task.version, tokens, knows)

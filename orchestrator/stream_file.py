@@ -37,6 +37,21 @@ class TestSet(Held):
     generate: int | None = Field(default=None, ge=1)
 
 
+class RouterData(Held):
+    """Data of a task by which a router knows its inputs: public, since what is made of them is."""
+
+    public: bool = False
+
+    @model_validator(mode="after")
+    def _open(self) -> RouterData:
+        if not (self.public or data.is_public(self.data)):
+            raise ValueError(
+                f"{self.data} is not known to be public, and what a router is made of tells of it; "
+                "give data that everyone may see, and say so with public: true"
+            )
+        return self
+
+
 TestField = Annotated[TestSet, BeforeValidator(_held)]
 
 
@@ -98,6 +113,7 @@ class TaskFile(Strict):
     labels: tuple[str, ...] = ()
     rounds: int | None = Field(default=None, ge=1)
     evaluate: TestField | None = None
+    router: Annotated[RouterData, BeforeValidator(_held)] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     version: str | None = None
 
@@ -150,6 +166,8 @@ def anchored_stream(file: StreamFile, base: Mapping[str, Any]) -> dict[str, Any]
             task["data"] = data.absolute(task["data"])
         if "evaluate" in task:
             task["evaluate"]["data"] = data.absolute(task["evaluate"]["data"])
+        if "router" in task:
+            task["router"]["data"] = data.absolute(task["router"]["data"])
         if "clients" in task:
             task["clients"] = anchored_run({"clients": task["clients"]})["clients"]
     return document

@@ -13,6 +13,7 @@ from rich.table import Table
 from orchestrator.continual import Matrix, intransigence
 from orchestrator.stream import Stream
 from orchestrator.stream_gate import Checked
+from orchestrator.stream_routing import routed_matrix
 from orchestrator.streaming import Step, recorded, rows, steps
 from orchestrator.suite import general_perplexity, matrix
 from orchestrator.workspace import Workspace
@@ -39,6 +40,7 @@ class StreamReport:
         task_aware: the matrix where the model is told which task an example is of.
         ceiling: the matrices, likewise, of joint training; None where none was named.
         general: the perplexity on text of no task, by the matrix's rows; empty where none is given.
+        routed: the matrix where a router chooses the adapter that answers; None without one.
     """
 
     stream: Stream
@@ -47,14 +49,17 @@ class StreamReport:
     task_aware: Matrix
     ceiling: tuple[Matrix, Matrix] | None = None
     general: tuple[float | None, ...] = ()
+    routed: Matrix | None = None
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, Matrix | None]]:
         """The matrices that differ, by what the model is told, each with its ceiling."""
         free, aware = self.ceiling or (None, None)
-        found = {"task-free": (self.task_free, free)}
+        found: dict[str, tuple[Matrix, Matrix | None]] = {"task-free": (self.task_free, free)}
         if self.task_aware != self.task_free:
             found["task-aware"] = (self.task_aware, aware)
+        if self.routed is not None:
+            found["routed"] = (self.routed, free)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -98,6 +103,7 @@ def report(workspace: Workspace, name: str, ceiling: str | None = None) -> Strea
         matrix(workspace, stream, lines, told_task=True),
         None if above is None else (above.task_free, above.task_aware),
         tuple(general_perplexity(workspace, stream, lines)),
+        routed_matrix(workspace, stream, lines) if stream.routed else None,
     )
 
 

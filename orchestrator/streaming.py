@@ -23,6 +23,7 @@ from orchestrator.service import merge, submit
 from orchestrator.signing import admitted
 from orchestrator.steering import requeue
 from orchestrator.stream import STREAM, TASK, Stage, Stream, parse_stream
+from orchestrator.stream_routing import route
 from orchestrator.suite import Row, score
 from orchestrator.sweep import said, shown
 from orchestrator.workspace import Workspace
@@ -325,8 +326,9 @@ def run_stream(
 
 
 def measure(workspace: Workspace, stream: Stream, backend: Backend | None = None) -> int:
-    """Score the versions of a stream that were not; see :func:`orchestrator.suite.score`."""
-    return score(workspace, stream, rows(workspace, stream, steps(workspace, stream)), backend)
+    """Score what was not of a stream's versions; return how many scores were missing."""
+    lines = rows(workspace, stream, steps(workspace, stream))
+    return score(workspace, stream, lines, backend) + route(workspace, stream, lines)
 
 
 def keep(workspace: Workspace, stream: Stream) -> None:

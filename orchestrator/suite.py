@@ -73,7 +73,7 @@ def score(
                 continue
             client = f"{len(wanted)}"
             asked = replace(
-                _asked(workspace, found, task.test, stream),
+                asked_of(workspace, found, task.test, stream),
                 client=client,
                 answer_tokens=task.answer_tokens,
             )
@@ -182,7 +182,7 @@ def _has(version: Version, before: str) -> bool:
     return f"{before}num_examples" in version.metrics
 
 
-def _asked(workspace: Workspace, version: Version, test: DataSpec, stream: Stream) -> Assignment:
+def asked_of(workspace: Workspace, version: Version, test: DataSpec, stream: Stream) -> Assignment:
     """Return the evaluation of a version on a task that it may never have heard of.
 
     Labels that came later have rows as they would begin with; they are not answered.

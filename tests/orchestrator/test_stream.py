@@ -144,6 +144,24 @@ def test_what_is_wrong_is_told_with_its_place(file, changes, message):
     assert message in str(error.value)
 
 
+ROUTER = {"data": "jsonl:/mail.jsonl", "public": True}
+
+
+@pytest.mark.parametrize(
+    ("router", "method", "message"),
+    [
+        ("jsonl:/mail.jsonl", "isolated", "jsonl:/mail.jsonl is not known to be public"),
+        (ROUTER, "sequential", "one adapter answers for all tasks"),
+        (ROUTER, "isolated", "task 'chat' has none"),
+    ],
+)
+def test_a_router_that_could_not_choose_is_refused(file, router, method, message):
+    tasks = [dict(task) for task in file()["tasks"]]
+    tasks[0]["router"] = router
+    with pytest.raises(BadConfig, match=message):
+        parse_stream(file(*tasks, method=method))
+
+
 def test_joint_training_of_tasks_that_differ_in_more_than_data_is_refused(file):
     tasks = [dict(task) for task in file()["tasks"]]
     tasks[1]["clients"] = {"names": ["north"]}

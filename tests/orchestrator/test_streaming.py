@@ -296,6 +296,29 @@ def test_versions_are_merged_after_each_task_where_the_method_says(workspace, st
     assert store.version("notes").id == merged.id
 
 
+def test_a_router_chooses_the_adapter_by_public_data(workspace, stream):
+    tasks = [
+        {**task, "router": {"data": task["data"], "public": True}}
+        for task in stream().document["tasks"]
+    ]
+    made = stream(tasks=tasks, method="isolated")
+    versions = driven(workspace, made)
+    found = report(workspace, "notes")
+
+    assert found.routed.after == (1, 2)
+    assert found.routed.at(1, 1) == found.task_aware.at(1, 1)  # there is one adapter to choose
+    assert found.routed.at(1, 2) == 0  # which never heard of the other task
+    scores = by_task(workspace.store.version(versions[1]).metrics)
+    [right] = [
+        s["routing"] for name, s in scores.items() if name.startswith("pets@") and "routing" in s
+    ]
+    assert right > 0.5  # the tasks differ in their words
+    assert found.routed.at(2, 1) <= right
+    before = workspace.store.version(versions[1]).metrics
+    driven(workspace, made)
+    assert workspace.store.version(versions[1]).metrics == before
+
+
 def test_a_stream_that_there_is_not_is_told(workspace):
     with pytest.raises(UnknownStream, match="no stream is called 'nots'"):
         recorded(workspace, "nots")
