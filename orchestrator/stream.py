@@ -169,8 +169,12 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
     start = file.method.start or _natural_start(configs[-1])
-    if problem := _router_problem(file, start, configs[-1].task):
-        raise BadConfig(f"{where}: router: {problem}")
+    for key, problem in (
+        ("router", _router_problem(file, start, configs[-1].task)),
+        ("head", _head_problem(file, configs[-1])),
+    ):
+        if problem:
+            raise BadConfig(f"{where}: {key}: {problem}")
     return Stream(
         name=file.name,
         document=anchored,
@@ -184,6 +188,24 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         merge=_merge(file.method.merge, where),
         merge_weight=_merge_weight(file.method, start),
     )
+
+
+def _head_problem(file: StreamFile, config: RunConfig) -> str:
+    """Return why a stream's head could not do what is asked of it, or empty."""
+    chosen = config.checked_plugins()["strategy"]
+    strategy = STRATEGIES.get(chosen.name).build(**chosen.options)
+    tested = any(task.evaluate is not None for task in file.tasks)
+    if tested and (config.head == "personal" or "personal" in strategy.capabilities):
+        return (
+            "a part of each version stays at the clients, so that none can be scored; leave "
+            "evaluate out, or train without"
+        )
+    if config.head == "freeze" and any(task.labels for task in file.tasks):
+        return (
+            "with head: freeze the rows of labels that tasks bring would stay as they were drawn; "
+            "use head: train, or declare the labels in the base alone"
+        )
+    return ""
 
 
 def _router_problem(file: StreamFile, start: str, kind: str) -> str:

@@ -144,6 +144,20 @@ def test_what_is_wrong_is_told_with_its_place(file, changes, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"head": "personal"}, "none can be scored"),
+        ({"strategy": "fedsa-lora"}, "none can be scored"),
+        ({"head": "freeze"}, "rows of labels that tasks bring would stay as they were drawn"),
+    ],
+)
+def test_a_head_that_cannot_do_what_is_asked_is_refused(file, base, message):
+    tasks = [{**task, "evaluate": "jsonl:/test.jsonl"} for task in file()["tasks"]]
+    with pytest.raises(BadConfig, match=message):
+        parse_stream(file(*tasks, base=base))
+
+
 ROUTER = {"data": "jsonl:/mail.jsonl", "public": True}
 
 

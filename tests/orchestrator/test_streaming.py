@@ -237,6 +237,20 @@ def test_a_coordinator_drives_a_stream_to_its_end(workspace, done, stream, versi
     assert report(workspace, "notes").task_free == report(done, "notes").task_free
 
 
+def test_a_task_that_failed_is_tried_again_and_a_cancelled_one_begins_anew(
+    workspace, stream, versions
+):
+    first = advance(workspace, stream()).id
+    workspace.ledger.record(first, "failed", {}, status="failed", error="out of memory")
+    assert advance(workspace, stream()).status == "failed"
+    assert advance(workspace, stream(), retry=True).status == "queued"
+    workspace.ledger.record(first, "cancelled", {}, status="cancelled")
+
+    one = stream(tasks=stream().document["tasks"][:1])
+    assert driven(workspace, one) == versions[:1]
+    assert workspace.ledger.run("notes.pets").id != first
+
+
 def test_two_who_queue_the_next_task_queue_one_run(workspace, stream):
     assert advance(workspace, stream()).id == advance(workspace, stream()).id
     assert len(workspace.ledger.runs()) == 1

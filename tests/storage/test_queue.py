@@ -57,6 +57,14 @@ def test_runs_are_found_by_a_label_oldest_first(ledger, submit):
         submit(name, **labels)
     assert ledger.queue.labelled("sweep", "rates") == ["b", "a"]
     assert ledger.queue.labelled("sweep", "rate") == []
+    assert ledger.queue.labels("sweep") == ["other", "rates"]
+    assert ledger.queue.labels("stream") == []
+
+
+def test_a_runs_first_event_says_what_is_written_down_with_it(ledger):
+    ledger.create_run("a", "x", {}, {}, queueing=Queueing(facts={"stream": {"name": "desk"}}))
+    [event] = ledger.events("a")
+    assert (event.kind, event.data) == ("queued", {"stream": {"name": "desk"}})
 
 
 def test_a_claimed_run_has_an_owner_a_token_and_a_lease(ledger, submit):
