@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from clients import data, gradients, models
+from clients import data, models
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, PluginChoice, Privacy
 from clients.data import Batch
 from clients.evaluate import NothingToScore, evaluate
-from clients.gradients import PrivateGradient, verify_per_example
-from clients.hooks import hooked
+from clients.gradients import PrivateGradient
 from clients.noise import NoiseStream, insecure_key
-from clients.taps import tapped
+from clients.per_example import ENGINES
 from clients.trainer import train
+from clients.verification import chosen
 from strategies.base import Broadcast
 
 LABELS = ("O", "B-CAT", "I-CAT", "B-DOG")
@@ -109,10 +109,9 @@ def test_an_example_without_a_word_to_learn_has_no_loss_and_no_gradient(model, s
     assert not model.head.weight.grad.any()
 
 
-@pytest.mark.parametrize("measured_by", [tapped, hooked])
-def test_private_gradients_equal_micro_batches_of_one(model, spec, jsonl, measured_by, monkeypatch):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_private_gradients_equal_micro_batches_of_one(model, spec, jsonl, engine):
     """Texts of unlike lengths, so that padded and unlabelled positions are among them."""
-    monkeypatch.setattr(gradients, "measuring", measured_by)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     batch = batch_of(ROWS, jsonl, models.load(spec), spec)
     bound = 0.05
@@ -133,13 +132,13 @@ def test_private_gradients_equal_micro_batches_of_one(model, spec, jsonl, measur
         for name, gradient in zip(params, found, strict=True):
             wanted[name] += gradient * min(1.0, bound / float(norm))
     stream = NoiseStream(insecure_key(0, "c"), "digest")
-    with PrivateGradient(model, params, bound, 0.0, 1.0, stream) as engine:
-        engine.step([part(batch, [0, 1]), part(batch, [2, 3])], losses, 0)
+    with PrivateGradient(model, params, bound, 0.0, 1.0, stream, engine=engine) as step:
+        step.step([part(batch, [0, 1]), part(batch, [2, 3])], losses, 0)
 
     for name, p in params.items():
         assert wanted[name].norm() > 0
         torch.testing.assert_close(p.grad, wanted[name], rtol=1e-5, atol=1e-7)
-    verify_per_example(model, params, batch, [part(batch, [i]) for i in range(4)], losses)
+    assert chosen(model, params, [engine], batch, losses) == engine
 
 
 def test_training_learns_the_tags(tag):
