@@ -18,7 +18,7 @@ from clients import data
 from clients.assignment import DataSpec, PluginChoice
 from clients.regularizers import REGULARIZERS
 from orchestrator.config import BadConfig, Choice, RunConfig, parse_config, with_values
-from orchestrator.policy import ANSWERS, LOWER_IS_BETTER, METRICS
+from orchestrator.policy import ANSWERS, LOWER_IS_BETTER
 from orchestrator.stream_file import (
     Method,
     StreamFile,
@@ -183,7 +183,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         labels=sets[-1],
         start=start,
         library=_recycles(configs[-1]) if file.method.library is None else file.method.library,
-        metric=_metric(file, configs[-1].task, where),
+        metric=_metric(file, configs[-1], where),
         general=_general(file, configs[-1].task, where),
         merge=_merge(file.method.merge, where),
         merge_weight=_merge_weight(file.method, start),
@@ -245,18 +245,19 @@ def _merge_weight(method: Method, start: str) -> float | None:
     return None if method.merge_weight == "mean" else method.merge_weight
 
 
-def _metric(file: StreamFile, kind: str, where: str) -> str:
+def _metric(file: StreamFile, config: RunConfig, where: str) -> str:
     """Return what the matrix is of.
 
     Raises:
         BadConfig: if the tasks are not scored by it.
     """
+    kind = config.task
     tested = [task.evaluate for task in file.tasks if task.evaluate is not None]
     answered = [test for test in tested if test.generate is not None]
     if answered and kind != "causal-lm":
         raise BadConfig(f"{where}: evaluate.generate: {kind} has no answers; leave generate out")
-    allowed = METRICS[kind] + (ANSWERS if answered and len(answered) == len(tested) else ())
-    metric = file.metric or METRICS[kind][0]
+    allowed = config.metrics + (ANSWERS if answered and len(answered) == len(tested) else ())
+    metric = file.metric or config.metrics[0]
     if metric not in allowed:
         listed = ", ".join(allowed)
         more = "; give every evaluate generate: N" if metric in ANSWERS else ""

@@ -85,10 +85,12 @@ def check(
         EvaluationFailed: if a version could not be scored.
     """
     stream = recorded(workspace, name)
-    if stream.metric not in SHARES:
+    words = stream.stages[-1].document.get("task") == "token-classification"
+    if words or stream.metric not in SHARES:
         raise BadConfig(
-            f"stream {name!r} is measured by {stream.metric}, whose interval does not follow from "
-            f"the size of a test set; a fall is checked of {' or '.join(SHARES)}"
+            f"stream {name!r} is measured by {stream.metric}{' of words' if words else ''}, whose "
+            "interval does not follow from the size of a test set; a fall is checked of "
+            f"{' or '.join(SHARES)} of whole examples"
         )
     lines = rows(workspace, stream, steps(workspace, stream))
     done = lines[-1].trained if lines else 0

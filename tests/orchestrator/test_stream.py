@@ -125,6 +125,22 @@ def test_the_base_may_be_a_file_beside_it(file, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("tags", "metric"),
+    [
+        ((["O", "B-CAT", "I-CAT"], ["O", "B-DOG"]), "entity_f1"),
+        ((["NOUN", "VERB"], ["VERB", "DET"]), "accuracy"),
+    ],
+)
+def test_tasks_of_tags_are_measured_by_what_their_tags_mark(file, tags, metric):
+    tasks = [
+        {"name": name, "labels": labels, "data": "jsonl:/a.jsonl"}
+        for name, labels in zip(("cats", "dogs"), tags, strict=True)
+    ]
+    stream = parse_stream(file(*tasks, base={"task": "token-classification"}))
+    assert (stream.metric, stream.lower_is_better) == (metric, False)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tasks": []}, "tasks"),

@@ -19,7 +19,7 @@ TASKS = ("mail", "chat", "calls")
 def learned(workspace, grow, notes, document):
     """Return a function that makes a stream of versions whose scores are given, row by row."""
 
-    def make(*rows, size=1000, metric="accuracy", tested=TASKS):
+    def make(*rows, size=1000, metric="accuracy", tested=TASKS, **base):
         tasks = []
         for number, name in enumerate(TASKS[: len(rows)]):
             version = grow(f"v-{name}", clients=(f"site-{number}",))
@@ -27,7 +27,12 @@ def learned(workspace, grow, notes, document):
             if name in tested:
                 task["evaluate"] = notes(f"{name}-test")
             tasks.append(task)
-        given = {"name": "desk", "base": document(name="desk"), "tasks": tasks, "metric": metric}
+        given = {
+            "name": "desk",
+            "base": document(name="desk", **base),
+            "tasks": tasks,
+            "metric": metric,
+        }
         stream = parse_stream(given)
         labels = {"stream": "desk", "task": "mail"}
         queueing = Queueing(labels=labels, facts={"stream": dict(stream.document)})
@@ -46,6 +51,12 @@ def learned(workspace, grow, notes, document):
 
 def verdicts(found):
     return {one.task: one.verdict for one in found.falls}
+
+
+def test_a_share_of_words_is_no_share_of_a_test_set_s_examples(workspace, learned):
+    learned((0.9, 0), (0.95, 0.9), task="token-classification")
+    with pytest.raises(BadConfig, match=r"by accuracy of words, .* exact_match of whole examples"):
+        check(workspace, "desk", Gate(0.02))
 
 
 def test_past_tasks_are_held_against_the_versions_that_learned_them(workspace, learned):
