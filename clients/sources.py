@@ -414,13 +414,16 @@ def _hub_rows(path: str, options: Mapping[str, str]) -> Iterator[Mapping[str, An
     except datasets.exceptions.DatasetGenerationError:
         raise BadRecord(f"hf:{path} holds files that are not a data set") from None
     # An index belongs to the data set's own label order, which need not be the model's.
-    classes = {k: f for k, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    inner = {k: getattr(f, "feature", f) for k, f in data.features.items()}  # of lists, as of tags
+    classes = {k: f for k, f in inner.items() if isinstance(f, datasets.ClassLabel)}
     return ({**row, **_class_names(row, classes)} for row in data)
 
 
-def _class_names(row: Mapping[str, Any], classes: Mapping[str, Any]) -> dict[str, str | None]:
-    # -1 is the Hub's mark of a hidden label
-    return {
-        name: None if row[name] in (None, -1) else feature.int2str(row[name])
-        for name, feature in classes.items()
-    }
+def _class_names(row: Mapping[str, Any], classes: Mapping[str, Any]) -> dict[str, Any]:
+    def named(value: Any, feature: Any) -> Any:
+        if isinstance(value, list):
+            return [named(one, feature) for one in value]
+        # -1 is the Hub's mark of a hidden label
+        return None if value in (None, -1) else feature.int2str(value)
+
+    return {name: named(row[name], feature) for name, feature in classes.items()}

@@ -113,6 +113,26 @@ def test_a_local_hub_folder_is_read_with_its_own_class_names(tmp_path, monkeypat
         data.examples(DataSpec(f"hf:{tmp_path / 'nowhere'}"), MODEL)
 
 
+def test_tags_of_a_hub_folder_are_read_by_their_names(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features(
+        {
+            "tokens": datasets.List(datasets.Value("string")),
+            "ner_tags": datasets.List(datasets.ClassLabel(names=["B-X", "I-X", "O"])),
+        }
+    )
+    rows = [{"tokens": ["a", "b", "c"], "ner_tags": [2, 0, 1]}]
+    (tmp_path / "folder").mkdir()
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.to_parquet(str(tmp_path / "folder" / "train.parquet"))
+    model = ModelSpec("m", "token-classification", labels=("O", "B-X", "I-X"))
+
+    [found] = data.examples(DataSpec(f"hf:{tmp_path / 'folder'}", {"tags": "ner_tags"}), model)
+
+    assert (found.text, found.tags) == ("a b c", (0, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("scheme", "module", "extra"),
     [("parquet", "pyarrow.parquet", "parquet"), ("hf", "datasets", "hub")],
