@@ -497,7 +497,7 @@ class _Loop:
 
     def _of_units(self, drawn: Sequence[Sequence[int]]) -> Iterator[OfUnits[data.Batch]]:
         """Yield a batch of units in parts, each unit whole."""
-        lengths = [len(encoded.input_ids) for encoded in self.encoded]
+        lengths = {i: len(self.encoded[i].input_ids) for unit in drawn for i in unit}
         for part in packed(drawn, lengths, self.assignment.microbatch):
             self.stepped(self.step, self._num_steps())
             chosen = [index for unit in part for index in unit]

@@ -8,7 +8,7 @@ The examples of a unit are therefore never in two microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -35,13 +35,13 @@ class OfUnits(Generic[Batch]):
 
 
 def packed(
-    drawn: Sequence[Sequence[int]], lengths: Sequence[int], size: int
+    drawn: Sequence[Sequence[int]], lengths: Mapping[int, int], size: int
 ) -> Iterator[list[Sequence[int]]]:
     """Yield the units of a step in parts of at most ``size`` examples and of like length.
 
     Args:
         drawn: the indices of each unit's examples; none is empty.
-        lengths: of all examples, by index.
+        lengths: of these examples, by index.
         size: a unit that has more examples than that is a part by itself.
     """
     part: list[Sequence[int]] = []

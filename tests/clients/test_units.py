@@ -162,7 +162,8 @@ def test_units_are_packed_whole_and_each_once(sizes, size, seed):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(sum(sizes), generator=generator).tolist()
     drawn = [tuple(order.pop() for _ in range(n)) for n in sizes]
-    lengths = torch.randint(1, 50, (sum(sizes),), generator=generator).tolist()
+    drawn_lengths = torch.randint(1, 50, (sum(sizes),), generator=generator).tolist()
+    lengths = dict(enumerate(drawn_lengths))
 
     parts = list(packed(drawn, lengths, size))
 
