@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from clients.assignment import Assignment
 from orchestrator.acceptance import OPEN, Accepted, Seal, refusal, spill, spilled
@@ -133,7 +133,7 @@ class Collector:
         for (round_, base), group in groupby(open_, key=lambda one: (one.round, one.base)):
             assignments = self.assign(round_, base, [self.people[one.client] for one in group])
             sent = {a.client: a for a in self.shortened(assignments)}
-            kept = reserve(assignments, self.people, self.ledger, self.log, sent)
+            kept = reserve(assignments, self.people, self.ledger, self._noted, sent)
             self._sent |= {(a.client, a.round): a for a in kept}
             self._short |= {(a.client, a.round) for a in kept if sent[a.client].held}
             self.desk.ask(sent[a.client] for a in kept)
@@ -229,6 +229,12 @@ class Collector:
         if owed is None or not isinstance(result, Update):
             return None
         return Failure(owed.client, owed.round, str(refusal(result, owed)))
+
+    def _noted(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Log an event, and know why a client is not asked: a budget has too little left."""
+        if kind == "refused":
+            self._reasons[data["client"]] = data["reason"]
+        self.log(kind, data)
 
     def _refuse(self, client: str, round_: int, reason: str) -> None:
         self._lost.pop((client, round_), None)
