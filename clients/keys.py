@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import uuid
 from contextlib import suppress
@@ -38,6 +39,18 @@ def data_key(site: Path) -> bytes:
     """Return the key of what the site in folder ``site`` says of its data; one for all runs."""
     site.mkdir(mode=0o700, parents=True, exist_ok=True)
     return drawn_once(site / "data.key")
+
+
+def site_mark(site: Path) -> str:
+    """Return what tells the site in folder ``site`` from one that has lost its keys.
+
+    A keyed digest: it says nothing of the key. Empty where there is no key (yet, or not here).
+    """
+    try:
+        key = (site / "data.key").read_bytes()
+    except OSError:
+        return ""
+    return hmac.digest(key, b"weft site", "sha256").hex()[:16]
 
 
 def run_folder(site: Path, run: str, client: str) -> Path:

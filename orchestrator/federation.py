@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
+from clients.keys import data_key
 from clients.regularizers import When
 from orchestrator.acceptance import OPEN, Accepted, decoded_update, lazily, moved
 from orchestrator.availability import absent
@@ -132,6 +133,9 @@ class Federation:
         """
         if self._central is not None:
             self._central.refuse_lost_key(self._history())
+        private = self.plan.config.dp_sgd
+        if private is not None and private.insecure_seed is None:
+            data_key(Path(self._sites))  # by which a spend knows its site: before the first
         try:
             done = self._last_commit() or self._begin()
             done = self._commits.add(self._remembering.prepared(done), self._awaited())

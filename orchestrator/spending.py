@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Assignment, Clipping, Privacy, Report
 from clients.downlink import DIGEST_BYTES
+from clients.keys import site_mark
 from clients.trainer import spend_of
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
@@ -113,7 +115,9 @@ def reserve(
     """Put each assignment's spend on the ledger and return those that keep within their budget.
 
     Durable before anything is sent: a crash overstates what was spent and never understates it.
-    A round that is run again after a crash has the same events, which count once.
+    A round that is run again after a crash has the same events, which count once: the sites send
+    again what they have sent, or make it under the same keys. A site whose keys are lost would make
+    another update, with other noise. That is another event, and costs again.
 
     Args:
         assignments: of one round and one base version, at least one.
@@ -123,7 +127,8 @@ def reserve(
         sent: by client: its assignment as it travels; None where they travel as they are.
     """
     private = [a for a in assignments if a.private and a.action == "train"]  # no other spends
-    rows = [_row(a, people[a.client].population) for a in private]
+    marks = {a.site: _mark(a) for a in private}
+    rows = [_row(a, people[a.client].population, marks[a.site]) for a in private]
     over, low = _recorded(rows, ledger)
     for row in rows:
         if row.client in over:
@@ -197,10 +202,18 @@ def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, Budge
     return {}, low
 
 
-def _row(assignment: Assignment, population: str) -> SpendRow:
+def _mark(assignment: Assignment) -> str:
+    """Return which site would make the update; nothing where its noise comes from no key of its."""
+    privacy = assignment.privacy
+    keyed = privacy is not None and privacy.insecure_seed is None
+    return site_mark(Path(assignment.site)) if keyed else ""
+
+
+def _row(assignment: Assignment, population: str, mark: str) -> SpendRow:
     spend = spend_of(assignment)
     digest = assignment.digest()
-    text = "\0".join((assignment.run, assignment.client, str(assignment.round), digest))
+    parts = (assignment.run, assignment.client, str(assignment.round), digest)
+    text = "\0".join((*parts, mark) if mark else parts)
     return SpendRow(
         event=hashlib.sha256(text.encode()).hexdigest(),
         population=population,

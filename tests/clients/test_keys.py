@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clients.assignment import Privacy
-from clients.keys import destroy_key, has_key, run_folder
+from clients.keys import destroy_key, has_key, run_folder, site_mark
 from clients.site import Site, UpdateGone
 from clients.trainer import train
 
@@ -126,3 +126,15 @@ def test_another_key_gives_the_same_assignment_other_noise(assign, tmp_path):
 
     for name, tensor in sent[0].items():
         assert not bool((sent[1][name] == tensor).all()), name
+
+
+def test_a_site_is_known_by_its_keys_and_shows_none_of_them(tmp_path):
+    key = Site(tmp_path / "site").data_key()
+    mark = site_mark(tmp_path / "site")
+
+    assert mark == site_mark(tmp_path / "site") != ""
+    assert mark not in key.hex()
+    (tmp_path / "site" / "data.key").unlink()
+    assert site_mark(tmp_path / "site") == ""
+    Site(tmp_path / "site").data_key()
+    assert site_mark(tmp_path / "site") not in ("", mark)

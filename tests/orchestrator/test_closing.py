@@ -1,5 +1,7 @@
 """Keys are there while a run can go on, and gone when it is closed, whoever dies in between."""
 
+import shutil
+
 import pytest
 
 from orchestrator import service, upkeep
@@ -123,6 +125,29 @@ def test_a_run_without_keys_leaves_no_note(workspace):
     for config in ({}, {"privacy": None}, {"privacy": {**DP, "insecure_seed": 7}}):
         begin_closing(workspace.home, "r", config)
     assert not (workspace.home / "closing").exists()
+
+
+def test_a_round_that_is_asked_again_of_a_site_that_lost_everything_costs_again(home, tiny):
+    def dies(kind, data):
+        if kind == "assigned":
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        service.launch(home, tiny(rounds=2, privacy=DP), dies)
+    run = home.ledger.runs()[0].id
+    before = {row.event for row in home.ledger.spends_of_run(run)}
+    shutil.rmtree(home.sites)
+
+    service.resume(home, run)
+
+    rows = home.ledger.spends_of_run(run)
+    assert sorted((row.client, row.round) for row in rows if row.event not in before) == [
+        ("a", 1),
+        ("a", 2),
+        ("b", 1),
+        ("b", 2),
+    ]
+    assert {row.event for row in rows} > before
 
 
 def test_a_driver_killed_when_its_run_was_completed_is_cleaned_up_after_before_the_run_goes_on(

@@ -7,6 +7,7 @@ import torch
 
 from clients.accounting import BudgetSpent, epsilon
 from clients.assignment import Clipping, Privacy, Report
+from clients.keys import data_key
 from orchestrator import spending
 from orchestrator.epsilons import epsilon_by
 from orchestrator.plan import RoundInputs, plan_round
@@ -157,6 +158,35 @@ def test_a_round_that_is_run_again_spends_once(workspace, round_of):
         )
 
     assert len(workspace.ledger.spends_of_run("run-1")) == 3
+
+
+def test_a_round_that_is_run_again_by_a_site_that_lost_its_keys_spends_again(
+    workspace, round_of, tmp_path
+):
+    def asked(site):
+        plan, assignments = round_of()
+        moved = [replace(a, site=str(site)) for a in assignments]
+        reserve(moved, people(plan), workspace.ledger, lambda k, d: None)
+        return len(workspace.ledger.spends("people-a"))
+
+    for name in ("here", "anew"):
+        data_key(tmp_path / name)
+    assert [asked(tmp_path / name) for name in ("here", "here", "anew", "anew", "here")] == [
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
+
+
+def test_an_insecure_seed_s_noise_is_the_same_at_any_site(workspace, round_of, tmp_path):
+    for name in ("here", "anew"):
+        data_key(tmp_path / name)
+        plan, assignments = round_of(noise=replace(NOISE, insecure_seed=7))
+        moved = [replace(a, site=str(tmp_path / name)) for a in assignments]
+        reserve(moved, people(plan), workspace.ledger, lambda k, d: None)
+    assert len(workspace.ledger.spends("people-a")) == 1
 
 
 def test_another_broadcast_in_the_same_round_spends_again(workspace, round_of, tensors):
