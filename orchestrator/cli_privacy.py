@@ -132,7 +132,12 @@ def plan(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None: 
             highlight=False,
             markup=False,
         )
-    out.print("what the noise costs in accuracy is not known before it is tried", style="dim")
+    if not found.precedents:
+        out.print("what the noise costs in accuracy is not known before it is tried", style="dim")
+        return
+    out.print("of the same model, labels, adapter, strategy and held-back data were", style="dim")
+    for one in found.precedents:
+        out.print(f"  {one}", highlight=False, markup=False)
 
 
 @privacy_app.command("budget")

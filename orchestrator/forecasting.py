@@ -12,6 +12,7 @@ from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
 from orchestrator.plan import Participant, Plan
+from orchestrator.precedents import Precedent, precedents
 from orchestrator.workspace import Workspace
 from strategies.spends import PrivacySpend
 
@@ -73,6 +74,7 @@ class Forecast:
         rounds: that it would have; fewer where a budget's policy shortens it.
         clients: what each would spend.
         budgets: what each budget that it touches comes to.
+        precedents: what runs of the same task reached in this home, with their privacy.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Forecast:
     rounds: int
     clients: tuple[Prospect, ...]
     budgets: tuple[Effect, ...]
+    precedents: tuple[Precedent, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as JSON."""
@@ -105,6 +108,7 @@ def forecast(workspace: Workspace, config: RunConfig) -> Forecast:
         rounds=plan.config.rounds,
         clients=tuple(_prospect(who, plan) for who in plan.participants),
         budgets=tuple(_effect(*one, plan) for one in Budgets(workspace.ledger).touched(plan)),
+        precedents=precedents(workspace, plan.config),
     )
 
 

@@ -54,6 +54,33 @@ def test_a_plan_counts_what_clients_tell(read, run_yaml):
     assert telling["whole"]["epsilon"] > plain["whole"]["epsilon"]
 
 
+def test_a_plan_says_what_runs_of_the_same_task_reached_and_with_which_privacy(
+    ok, read, run_yaml, notes
+):
+    alike = {"evaluate": {"data": notes("held", size=8)}, "rounds": 1}
+    other = {"name": "other", "adapter": {"name": "lora", "r": 1, "layers": [0]}}
+    planned = {**alike, "privacy": FIXED}
+    unknown = ok("privacy", "plan", run_yaml(**planned))
+    for changes in ({"name": "plain"}, {"name": "noisy", "privacy": FIXED}, other):
+        ok("run", run_yaml(**alike, **changes))
+
+    path = run_yaml(**planned)
+
+    assert "what the noise costs in accuracy is not known before it is tried" in unknown
+    found = read("privacy", "plan", path)["precedents"]
+    assert [one["name"] for one in found] == ["noisy", "plain"]
+    assert [bool(one["privacy"]) for one in found] == [True, False]
+    accuracy = read("show", "noisy")["metrics"]["accuracy"]
+    assert found[0]["metrics"]["accuracy"] == accuracy
+    said = ok("privacy", "plan", path)
+    assert (
+        f"noisy (run {found[0]['run']}), noise multiplier 2 (δ = 0.001, unit example): "
+        f"accuracy {accuracy:.3f}"
+    ) in said
+    assert f"plain (run {found[1]['run']}), without DP: accuracy " in said
+    assert read("privacy", "plan", run_yaml(privacy=FIXED))["precedents"] == []
+
+
 def test_a_run_judged_by_an_approximation_is_refused(refused, run_yaml):
     path = run_yaml(privacy={**FIXED, "accountant": "gdp"})
     assert "gdp is an approximation that can say less" in refused("privacy", "plan", path)
