@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from clients.optimizers import OPTIMIZERS
 from clients.regularizers import Regularizer, reads_data, takes_part
 from orchestrator.config import BadConfig
 from orchestrator.plan import Plan
@@ -45,8 +46,26 @@ def refuse_memory(
         )
     if method.anchored:
         _refuse_adrift(plan, what, shapes, trained)
+    _refuse_mixed(plan, what, method)
     if takes_part(method, "prepare"):
         _refuse_chosen_start(plan, name, method, shapes)
+
+
+def _refuse_mixed(plan: Plan, what: str, method: Regularizer) -> None:
+    """Refuse to hold a task's directions apart where the run mixes them again."""
+    chosen = plan.optimizer
+    optimizer = OPTIMIZERS.get(chosen.name).build([torch.zeros(1)], **chosen.options)
+    if method.linear_steps and not isinstance(optimizer, torch.optim.SGD):
+        raise BadConfig(
+            f"{what} holds gradients within some directions, and the steps of optimizer "
+            f"{chosen.name!r} leave them, because it rescales entries; use sgd"
+        )
+    reads = reads_data(method, "prepare") or reads_data(method, "consolidate")
+    if reads and method.starts == "stack" and plan.start.mode == "continue":
+        raise BadConfig(
+            f"{what} keeps a new adapter away from what earlier tasks use, and with start: "
+            "continue it is theirs that is trained on; use start: stack"
+        )
 
 
 def _refuse_told(plan: Plan, name: str, method: Regularizer) -> None:

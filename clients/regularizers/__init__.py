@@ -79,6 +79,8 @@ class Regularizer:
             them is refused, because the method would do nothing.
         freezes: regular expression of tensor names that this method needs frozen, or empty; a run
             that trains one of them is refused.
+        linear_steps: whether what it does to gradients must be done to steps as well, so that it
+            needs an optimizer whose steps are linear in them: sgd.
         starts: how a task of a stream starts from the one before, unless the stream's file says:
             ``continue``, ``stack`` or ``fresh``.
         holds: what of the run's start every round is held against: its ``tensors`` one by one, its
@@ -90,6 +92,7 @@ class Regularizer:
     acts_on: ClassVar[str] = ".*"
     freezes: str = ""
     starts: ClassVar[str] = "continue"
+    linear_steps: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
     holds: ClassVar[Literal["", "tensors", "outputs"]] = ""
 

@@ -41,6 +41,7 @@ class NLoRA(Regularizer):
     reduction: Literal["sum", "mean"] = "sum"
 
     acts_on = r".*\.lora_[AB]\.weight"
+    starts = "stack"
 
     def penalty(
         self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
