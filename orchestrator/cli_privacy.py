@@ -136,8 +136,8 @@ def plan(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None: 
         out.print("what the noise costs in accuracy is not known before it is tried", style="dim")
         return
     out.print("of the same model, labels, adapter, strategy and held-back data were", style="dim")
-    for one in found.precedents:
-        out.print(f"  {one}", highlight=False, markup=False)
+    for before in found.precedents:
+        out.print(f"  {before}", highlight=False, markup=False)
 
 
 @privacy_app.command("budget")
