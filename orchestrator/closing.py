@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clients.files import sync, write_durably
+from clients.files import sync
 from clients.keys import destroy_key
 from orchestrator.retention import COORDINATOR, coordinator_keys
 from storage.ledger import Ledger
@@ -38,7 +38,8 @@ def begin_closing(home: Path, run: str, config: Mapping[str, Any]) -> None:
     if privacy and privacy.get("insecure_seed") is None:
         notes = _notes(home)
         notes.mkdir(mode=0o700, exist_ok=True)
-        write_durably(notes / run, b"")
+        (notes / run).touch(mode=0o600)
+        sync(notes)
 
 
 def finish_closing(home: Path, ledger: Ledger) -> None:

@@ -29,7 +29,7 @@ from storage.places import DRAFT_S
 from storage.restoring import Restored
 
 _DRAFT = re.compile(r"tmp[a-z0-9_]{8}")
-_FOLDERS = ("bases", "central", "closing", "runs", "sites")
+_FOLDERS = ("bases", "central", "runs", "sites")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.service import open_workspace
+from orchestrator.upkeep import gc
+
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
 
@@ -120,6 +123,38 @@ def test_a_run_that_meets_a_full_disk_or_a_lost_database_says_so_and_can_be_resu
                 problems.append(f"{where}: {len(found.spends)} spends, {len(wanted.spends)} sent")
         shutil.rmtree(home)
     assert not problems, "\n".join(problems[:40])
+
+
+def test_a_run_killed_while_it_ends_leaves_no_key_behind(driver, private_run, tmp_path) -> None:
+    """With keys of its own; what a killed process has left of them is gone after gc."""
+    config = {**private_run, "privacy": {**private_run["privacy"], "insecure_seed": None}}
+    driver(warm=config)
+    whole = driver(home=str(tmp_path / "whole"), config=config)
+    assert whole["error"] is None
+    problems, killed = [], 0
+    last = len(whole["boundaries"])
+    for point in range(last - 24, last + 1):
+        home = tmp_path / f"killed-{point}"
+        job = {"home": str(home), "config": config}
+        where = f"{point} ({whole['boundaries'][point - 1]})"
+        killed += driver(**job, fail="kill", at=point)["signal"] == 9
+        answer = driver(**job)
+        if answer["error"]:
+            problems.append(f"{where}: it cannot be resumed: {answer['error']}")
+        workspace = open_workspace(home)
+        try:
+            gc(workspace, delete=True)
+            [run] = workspace.ledger.runs()
+            rounds = {(row.client, row.round) for row in workspace.ledger.spends_of_run(run.id)}
+            if run.status != "completed" or len(rounds) != 9:
+                problems.append(f"{where}: {run.status}, {len(rounds)} spends")
+        finally:
+            workspace.close()
+        left = [*home.glob("sites/*/key"), *home.glob("sites/*/.*"), *home.glob("closing/*")]
+        problems += [f"{where}: {path} was left behind" for path in left]
+        shutil.rmtree(home)
+    assert not problems, "\n".join(problems[:40])
+    assert killed >= 20  # with other keys a run may pass a boundary fewer
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
