@@ -27,7 +27,7 @@ def data(tmp_path):
 
 
 def result(cell, seed, method, accuracy):
-    return Result(cell, seed, method, Score(12, accuracy, 1, 1), None)
+    return Result(cell, seed, method, Score(30, accuracy, 1, 1), None)
 
 
 def test_the_plan_is_what_was_published_on_two_sets_in_ten_hours():
