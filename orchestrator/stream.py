@@ -28,6 +28,7 @@ from orchestrator.stream_file import (
     read_stream,
 )
 from strategies import STRATEGIES
+from strategies.base import Strategy, starts_of
 from strategies.plugins import BadOptions, UnknownPlugin
 
 STREAM, TASK = "stream", "task"
@@ -192,10 +193,8 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
 
 def _head_problem(file: StreamFile, config: RunConfig) -> str:
     """Return why a stream's head could not do what is asked of it, or empty."""
-    chosen = config.checked_plugins()["strategy"]
-    strategy = STRATEGIES.get(chosen.name).build(**chosen.options)
     tested = any(task.evaluate is not None for task in file.tasks)
-    if tested and (config.head == "personal" or "personal" in strategy.capabilities):
+    if tested and (config.head == "personal" or "personal" in _strategy(config).capabilities):
         return (
             "a part of each version stays at the clients, so that none can be scored; leave "
             "evaluate out, or train without"
@@ -281,16 +280,27 @@ def _general(file: StreamFile, kind: str, where: str) -> Task | None:
 
 
 def _natural_start(config: RunConfig) -> str:
-    """Return how tasks follow by what the regularizers say of themselves."""
-    chosen = config.checked_plugins()["regularizers"]
-    wanted = [REGULARIZERS.get(one.name).build(**one.options).starts for one in chosen]
+    """Return how tasks follow by what the regularizers, or else the strategy, say of themselves."""
+    plugins = config.checked_plugins()
+    wanted = [
+        *(
+            REGULARIZERS.get(one.name).build(**one.options).starts
+            for one in plugins["regularizers"]
+        ),
+        starts_of(_strategy(config)),
+    ]
     return next((one for one in wanted if one != "continue"), "continue")
+
+
+def _strategy(config: RunConfig) -> Strategy:
+    chosen = config.checked_plugins()["strategy"]
+    strategy: Strategy = STRATEGIES.get(chosen.name).build(**chosen.options)
+    return strategy
 
 
 def _recycles(config: RunConfig) -> bool:
     """Return whether the strategy makes something of the versions before."""
-    chosen = config.checked_plugins()["strategy"]
-    return "recycles" in STRATEGIES.get(chosen.name).build(**chosen.options).capabilities
+    return "recycles" in _strategy(config).capabilities
 
 
 def _label_sets(declared: Sequence[str], tasks: Sequence[TaskFile]) -> list[tuple[str, ...]]:

@@ -187,6 +187,15 @@ def needs_of(strategy: Strategy) -> Needs:
     return found or Needs()
 
 
+def starts_of(strategy: Strategy) -> str:
+    """Return how a task starts from the one before by ``strategy``: its ``starts``.
+
+    ``continue``, ``stack`` or ``fresh``; of a strategy that says nothing, ``continue``.
+    """
+    found: str = getattr(strategy, "starts", "continue")
+    return found
+
+
 class Strategy(Protocol):
     """How client updates become the next global adapter.
 

@@ -51,6 +51,7 @@ class EigenLoRAx:
     random: Annotated[int, Range(0)] = 0
     weighting: Weighting = "examples"
 
+    starts: ClassVar[str] = "fresh"
     capabilities: ClassVar[frozenset[str]] = FedSB.capabilities | {"needs-library", "recycles"}
     mean_options: ClassVar[Mapping[str, Any]] = {}
 

@@ -59,6 +59,7 @@ class LoRI:
     sparsity: Annotated[float, Range(0, 1, open_high=True)] = 0.9
     weighting: Weighting = "examples"
 
+    starts: ClassVar[str] = "stack"
     capabilities: ClassVar[frozenset[str]] = frozenset(
         {"exact", "mean-only", "private", "recycles", "shared-gauge", "streaming"}
     )

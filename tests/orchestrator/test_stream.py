@@ -55,7 +55,9 @@ def test_tasks_without_labels_share_the_bases(file):
         ("fresh", "fresh", "v1"),
         ("isolated", "fresh", None),
         ({"regularizers": ["o-lora"]}, "stack", "v1"),
+        ({"regularizers": ["n-lora"]}, "stack", "v1"),
         ({"regularizers": ["proximal"]}, "continue", "v1"),
+        ({"strategy": "lori"}, "stack", "v1"),
         ({"regularizers": ["o-lora"], "start": "continue"}, "continue", "v1"),
     ],
 )

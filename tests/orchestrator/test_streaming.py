@@ -400,3 +400,11 @@ def test_answers_are_scored_and_general_text_is_watched(workspace, instructions)
     begun = workspace.store.version(found.steps[0].version).metrics
     assert {name.rpartition("/")[2] for name in begun} >= {"rouge_l", "bits_per_byte", "perplexity"}
     assert found.to_json()["general_perplexity"] == list(found.general)
+
+
+@pytest.mark.parametrize("name", ["der-plus-plus", "ewc", "lwf", "replay"])
+def test_what_a_method_remembers_goes_with_a_growing_head(workspace, stream, name):
+    versions = driven(workspace, stream(method={"regularizers": [name]}))
+    found = workspace.store.version(versions[1])
+    assert found.recipe["model"]["labels"] == [*PETS, *PARTS]
+    assert report(workspace, "notes").task_aware.at(2, 1) is not None
