@@ -111,10 +111,13 @@ def _keeps_entries(
 ) -> bool:
     """Return whether an entry means the same in every round.
 
+    A robust rule chooses and weighs updates, and what becomes of these is its inner strategy's.
     Not where a run begins with other entries than those it is given. Else where a change does, by
     the strategy's own word, or where clients that agree on trained tensors get these and no others
     of the same product.
     """
+    if hasattr(strategy, "inner"):
+        return _keeps_entries(strategy.inner, shapes, trained)
     generator = torch.Generator().manual_seed(0)
     drawn = {n: torch.rand(shape, generator=generator) for n, shape in sorted(shapes.items())}
     state, anyone = strategy.init(drawn), ClientSpec("anyone")

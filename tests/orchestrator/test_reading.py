@@ -363,10 +363,18 @@ def test_entries_of_a_new_adapter_are_not_held_near_those_of_an_earlier_one(home
     plan_of(tiny(**SI, start="continue", start_from="before"), home.store, home.ledger)
 
 
-@pytest.mark.parametrize("strategy", ["ffa-lora", "lora-fair"])
-def test_entries_are_held_where_a_round_leaves_them_what_they_are(home, tiny, strategy):
-    plan = plan_of(tiny(**EWC | {"strategy": strategy}), home.store, home.ledger)
+@pytest.mark.parametrize(
+    "strategy", ["ffa-lora", "lora-fair", {"name": "geometric-median", "inner": "fedavg"}]
+)
+def test_entries_are_held_where_a_round_leaves_them_what_they_are(three, tiny, strategy):
+    plan = plan_of(tiny(**EWC | {"strategy": strategy}, quorum=3), three.store, three.ledger)
     assert plan.regularizers[0].name == "ewc"
+
+
+def test_what_a_robust_rule_chooses_is_no_more_comparable_than_what_is_made_of_it(three, tiny):
+    robust = {"name": "geometric-median", "inner": "fedsvd"}
+    with pytest.raises(BadConfig, match="changes from run to run or round to round"):
+        plan_of(tiny(**EWC | {"strategy": robust}, quorum=3), three.store, three.ledger)
 
 
 def test_a_start_from_data_is_refused_where_the_strategy_chooses_it(home, tiny):
