@@ -134,7 +134,7 @@ def clients_forget(name: str) -> None:
     from orchestrator.withdrawing import forget_examples
 
     count = forget_examples(workspace_here(), name)
-    out.print(f"{name}: {count} files of kept examples deleted", highlight=False, markup=False)
+    out.print(f"{name}: files of kept examples deleted: {count}", highlight=False, markup=False)
 
 
 @clients_app.command("withdraw")
@@ -155,7 +155,7 @@ def clients_withdraw(
         return
     out.print(f"{name} withdrew; {done.buried} stored updates are buried", highlight=False)
     if done.forgotten:
-        line = f"{done.forgotten} files of examples that it kept are deleted"
+        line = f"files of examples that it kept, deleted: {done.forgotten}"
         out.print(line, highlight=False)
     for run in done.later:
         out.print(f"run {run} buries what it holds after its round", highlight=False)

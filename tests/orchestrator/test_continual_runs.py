@@ -69,6 +69,7 @@ def kept_files(workspace):
     return sorted(p for p in (workspace.home / "sites" / "examples").glob("*/*") if p.is_file())
 
 
+EXAMPLES = "examples.json"
 ONE, TWO = ("cat", "dog"), ("model", "rank")
 
 
@@ -115,6 +116,22 @@ def test_what_was_kept_goes_with_a_client_that_withdraws(task, workspace):
     assert len({p.parent for p in kept_files(workspace)}) == 1
 
 
+def test_a_client_can_be_made_to_forget_and_to_go_on(task, workspace, ok):
+    one = task("one", ONE, ["der-plus-plus"], steps=1, rounds=1)
+    assert ok("clients", "forget", "part-0").endswith("deleted: 2\n")
+    assert ok("clients", "forget", "part-0").endswith("deleted: 0\n")
+    two = task("two", TWO, ["der-plus-plus"], one, steps=1, rounds=1)
+    site = Site(workspace.sites)
+    count = {
+        leaf["client"]: json.loads(site.kept_examples(leaf["client"], leaf["digest"])[EXAMPLES])
+        for leaf in workspace.store.version(two).recipe["updates"]
+    }
+    assert {client: len(found["kept"]) for client, found in count.items()} == {
+        "part-0": 8,
+        "part-1": 16,
+    }
+
+
 def test_a_run_that_rehearses_is_trained_again_to_the_same_bytes(task, workspace):
     version = task("one", ONE, ["der-plus-plus", "lwf"], steps=2)
     task("two", TWO, ["der-plus-plus", "lwf"], version, steps=2)
@@ -147,9 +164,9 @@ def test_a_client_that_missed_a_task_rehearses_its_last_one(task, workspace):
     }
     past = {who.name: who.past.update for who in plan.participants}
     assert past == {"part-0": leaves[two]["part-0"], "part-1": leaves[one]["part-1"]}
-    site = Site(workspace.home / "sites")
+    site = Site(workspace.sites)
     count = {
-        client: len(json.loads(site.kept_examples(client, digest)["examples.json"])["kept"])
+        client: len(json.loads(site.kept_examples(client, digest)[EXAMPLES])["kept"])
         for client, digest in leaves[three].items()
     }
     assert count == {"part-0": 8 + 16 + 8, "part-1": 8 + 8}
