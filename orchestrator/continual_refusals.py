@@ -121,9 +121,9 @@ def _refuse_rehearsal(plan: Plan, name: str, outputs: bool) -> None:
         )
     kinds = ("classification",) if outputs else ("classification", "causal-lm")
     if plan.model.kind not in kinds:
+        instead = "replay, which keeps none" if plan.model.kind == "causal-lm" else "lwf or l2-sp"
         raise BadConfig(
             f"regularizer {name!r} keeps "
             + ("the logits of each example, one a label" if outputs else "texts with one label")
-            + f", and the task is {plan.model.kind}; use "
-            + ("replay, which keeps none" if outputs else "lwf or l2-sp")
+            + f", and the task is {plan.model.kind}; use {instead}"
         )

@@ -57,6 +57,13 @@ def test_logits_of_every_token_are_not_kept(refusal):
     assert refusal("replay", **causal) == ""
 
 
+@pytest.mark.parametrize("method", ["replay", "der-plus-plus"])
+def test_texts_with_a_tag_a_word_are_not_kept_and_what_reads_none_is_named(refusal, method):
+    why = refusal(method, task="token-classification")
+    assert why.endswith("and the task is token-classification; use lwf or l2-sp")
+    assert refusal("lwf", task="token-classification", start=GOES_ON) == ""
+
+
 @pytest.mark.parametrize("method", ["lwf", "l2-sp"])
 @pytest.mark.parametrize("strategy", ["fedex-lora", "flora"])
 def test_what_lies_beneath_cannot_be_held_against_the_start(refusal, method, strategy):
