@@ -56,8 +56,22 @@ def measuring(
             raise NoPerExampleGradient(
                 f"{name} is a batch norm, which mixes the examples of a batch; put it in eval mode"
             )
+        if engine != "alone" and _pools_outliers(module):
+            raise NoPerExampleGradient(
+                f"{name} is quantised to int8, and on a GPU how it computes a feature depends on "
+                "whether any example of a batch is large in it; examples must be alone"
+            )
     with ENGINES[engine](model, params) as found:
         yield found
+
+
+def _pools_outliers(module: nn.Module) -> bool:
+    """Return whether a layer is bitsandbytes' int8, where it looks for outliers in whole batches.
+
+    It does so by ``LLM.int8``'s threshold (2208.07339), and not on a CPU.
+    """
+    threshold = getattr(getattr(module, "state", None), "threshold", 0)
+    return threshold > 0 and any(not p.is_cpu for p in module.parameters(recurse=False))
 
 
 def _refuse_undeclared(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:

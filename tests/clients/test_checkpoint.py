@@ -91,6 +91,13 @@ def test_it_may_be_stopped_again_and_again(asked):
     assert pack_update(train(assignment, checkpoint_s=0)) == pack_update(whole)
 
 
+def test_it_goes_on_with_the_engine_that_it_began_with(asked, monkeypatch):
+    assignment = asked(privacy=DP)
+    interrupted(assignment, 2)
+    monkeypatch.setattr("clients.trainer.chosen_engine", lambda *_: pytest.fail("chosen anew"))
+    assert train(assignment, checkpoint_s=0).spends
+
+
 def test_without_checkpoints_nothing_is_kept(asked):
     assignment = asked()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import ModelSpec
 from clients.data import Batch
 from clients.models import TaskModel
-from clients.per_example import ENGINES, engines_of
+from clients.per_example import ENGINES, engines_of, measuring
 from clients.samples import Dense, NoPerExampleGradient
 from clients.taps import tapped
 from clients.verification import chosen
@@ -206,3 +206,16 @@ def test_a_model_that_no_engine_measures_is_refused_with_the_last_reason():
 def test_an_adapter_is_served_by_the_engine_it_declares_and_those_after_it():
     assert engines_of({"dp-hooks", "merge"}) == ["hooks", "vmap", "alone"]
     assert engines_of({"merge"}) == []
+
+
+@pytest.mark.parametrize(("engine", "refused"), [("taps", True), ("vmap", True), ("alone", False)])
+def test_int8_off_the_cpu_which_looks_for_outliers_in_whole_batches_needs_examples_alone(
+    engine, refused
+):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear8bitLt(4, 4, has_fp16_weights=False, threshold=6.0, device="meta")
+    model = nn.ModuleDict({"base": layer.requires_grad_(False), "head": nn.Linear(4, 2)})
+
+    raises = pytest.raises(NoPerExampleGradient, match="base is quantised to int8")
+    with raises if refused else nullcontext(), measuring(model, trainable(model), engine):
+        pass
