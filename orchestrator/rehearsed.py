@@ -72,5 +72,8 @@ def _leaves(lineage: Lineage) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _kept_in(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the leaves of a round that trained; what only read data kept no examples."""
+    if recipe["kind"] != "round":
+        return []
     choices = [PluginChoice(c["name"], c["options"]) for c in recipe.get("regularizers", ())]
     return list(recipe["updates"]) if any(rehearses(choice) for choice in choices) else []

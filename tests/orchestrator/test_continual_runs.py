@@ -172,6 +172,16 @@ def test_a_client_that_missed_a_task_rehearses_its_last_one(task, workspace):
     assert count == {"part-0": 8 + 16 + 8, "part-1": 8 + 8}
 
 
+def test_what_was_kept_is_found_behind_a_reading_of_the_data(task, workspace):
+    """EWC's result is made of updates too, with which nothing was kept."""
+    one = task("one", ONE, ["replay", "ewc"], steps=1, rounds=1)
+    two = task("two", TWO, ["replay", "ewc"], one, steps=1, rounds=1)
+    plan = planned(workspace.ledger, workspace.ledger.run("two"))
+    site = Site(workspace.sites)
+    assert all(site.kept_examples(who.name, who.past.update) for who in plan.participants)
+    assert workspace.store.version(two).recipe["kind"] != "round"
+
+
 def test_a_teacher_stays_with_the_run_and_goes_with_it(task, workspace):
     one = task("one", ONE, ["lwf", "l2-sp"], steps=1)
     two = task("two", TWO, ["lwf", "l2-sp"], one, steps=1)
