@@ -13,7 +13,7 @@ from clients import data
 from clients.alignment import aligned
 from clients.assignment import Assignment
 from clients.entities import entity_scores
-from clients.generation import answers, exact_match, rouge_l
+from clients.generation import NoPrompt, answers, exact_match, rouge_l
 from clients.pace import Stepped, unheard
 from clients.session import Session, allowed_labels, move, opened
 from clients.site import Site
@@ -251,7 +251,13 @@ def _answers(
     examples: Sequence[data.Example],
     encoded: Sequence[data.Encoded],
 ) -> dict[str, float]:
-    """Return how like the completions the model's own greedy answers are."""
+    """Return how like the completions the model's own greedy answers are.
+
+    Raises:
+        NoPrompt: if a record is a text; its tokens may still begin with one that is not learned.
+    """
+    if any(example.prompt is None for example in examples):
+        raise NoPrompt("answers are asked for, and a record is a text without a prompt to answer")
     matches, overlaps = 0.0, 0.0
     for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch):
         said = answers(

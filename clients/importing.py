@@ -329,7 +329,8 @@ def _tags_head(
             f"the tagger has {len(head['head.weight'])} tags, and {len(labels)} are given; name "
             "all of them in order with --labels O,B-NAME,…"
         )
-    return head, spec, _labels(facts, "seen_labels") or labels
+    seen = _labels(facts, "seen_labels") if labels == _labels(facts) else ()
+    return head, spec, seen or labels
 
 
 def _labels(facts: Mapping[str, Any], key: str = "labels") -> tuple[str, ...]:

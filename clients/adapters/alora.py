@@ -145,22 +145,30 @@ class _Activation:
     """Finds the invocation in the base model's input, and tells the adapted layers.
 
     What was found stays until the next input: gradient checkpointing runs layers once more in the
-    backward pass.
+    backward pass. An input that goes on from the model's cache, as in generation, is looked at
+    together with what it continues.
 
     Attributes:
         invocation: token ids.
+        seen: ``[batch, length]`` token ids of the last input, with all that it continued.
         acting: ``[batch, length, 1]`` of the last input, whether a token is acted on.
         handle: removes the hook from the base model.
     """
 
     invocation: list[int]
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     acting: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 1, dtype=torch.bool))
     handle: torch.utils.hooks.RemovableHandle | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        first = ids.shape[1] - counts(ids, self.invocation)
-        self.acting = (torch.arange(ids.shape[1], device=ids.device) >= first[:, None])[..., None]
+        cache = kwargs.get("past_key_values")
+        goes_on = cache is not None and cache.get_seq_length() > 0
+        self.seen = torch.cat([self.seen, ids], dim=1) if goes_on else ids
+        length = self.seen.shape[1]
+        first = length - counts(self.seen, self.invocation)
+        acting = torch.arange(length, device=ids.device) >= first[:, None]
+        self.acting = acting[:, length - ids.shape[1] :, None]
 
     def tell(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

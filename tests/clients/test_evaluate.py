@@ -1,14 +1,17 @@
 """Scores that are checked by hand."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clients.assignment import ModelSpec
 from clients.evaluate import NothingToScore, evaluate, example_losses
+from clients.generation import NoPrompt
 from clients.site import Site
 from strategies.base import Broadcast
 
@@ -124,3 +127,17 @@ def test_single_losses_are_told_of_public_data_alone_and_add_up_to_the_mean(assi
         example_losses(asked)
     found = example_losses(replace(asked, public=True))
     assert sum(found) / len(found) == pytest.approx(evaluate(asked).metrics["loss"], rel=1e-5)
+
+
+def test_answers_to_texts_are_refused_where_tokens_begin_with_one_that_is_not_learned(
+    assign, tiny_decoder, tmp_path
+):
+    folder = shutil.copytree(tiny_decoder, tmp_path / "begins")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.save_pretrained(folder)
+    spec = ModelSpec(str(folder), "causal-lm", max_length=32)
+
+    with pytest.raises(NoPrompt, match="a record is a text without a prompt"):
+        evaluate(assign([{"text": "the cat sings"}], model=spec, answer_tokens=2))

@@ -91,6 +91,17 @@ def test_what_is_exported_comes_back_bit_for_bit(spec, tmp_path):
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
 
 
+def test_labels_given_anew_are_what_a_tagger_has_seen(tiny_encoder, tmp_path):
+    spec = ModelSpec(str(tiny_encoder), "token-classification", labels=LABELS)
+    spec = replace(spec, hash=models.base_hash(spec))
+    tensors, _ = trained(spec, r=2)
+    folder = exported(tmp_path / "out", spec, tensors, seen_labels=["O", "B-CAT"])
+
+    found = read_peft(folder, labels=("O", "B-PET", "I-PET"))
+
+    assert found.seen_labels == found.model.labels == ("O", "B-PET", "I-PET")
+
+
 def test_the_code_in_the_card_tags_a_text(spec, tmp_path, monkeypatch, capsys):
     tensors, _ = trained(spec, r=2)
     folder = exported(tmp_path / "out", replace(spec, max_length=64), tensors)

@@ -16,7 +16,9 @@ from clients.adapters.alora import NotInvoked, counts
 from clients.adapters.peft import UnsupportedUnderlay
 from clients.assignment import ModelSpec, PluginChoice, Privacy
 from clients.export import NotExportable, export_peft
+from clients.generation import answers
 from clients.lora_layers import AdapterMismatch
+from clients.tokens import Encoded
 from clients.trainer import train
 from strategies.plugins import BadOptions
 
@@ -245,3 +247,22 @@ def test_an_export_keeps_the_invocation(attach, spec, tmp_path):
     mixed = {**tensors, f"{LAYER}.invocation": torch.tensor([3])}
     with pytest.raises(NotExportable, match="the layers have different invocations"):
         export_peft(tmp_path / "other", tensors=mixed, **given)
+
+
+def test_an_answer_is_generated_with_the_adapter_acting_on_every_token_of_it(attach, spec):
+    adapter, model, tensors = attach(invocation=[11, 12])
+    loud = {n: 8 * t if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+    adapter.write(model, loud)
+    tokenizer = models.load(spec).tokenizer
+    prompts = [torch.tensor([7, 9, 11, 12, 5]), torch.tensor([9, 11, 12]), torch.tensor([9, 5])]
+    asked = [Encoded(ids, torch.full_like(ids, -100)) for ids in prompts]
+
+    said = answers(model, tokenizer, asked, most=6)
+
+    for ids, answer in zip(prompts, said, strict=True):
+        whole = ids.tolist()
+        for _ in range(6):
+            whole.append(int(logits(model, torch.tensor([whole]), None)[0, -1].argmax()))
+            if whole[-1] == tokenizer.eos_token_id:
+                break
+        assert answer == tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
