@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clients import models
-from clients.adapters import ADAPTERS
 from clients.uplink import size_bytes
+from orchestrator.beginning import setting_of
 from orchestrator.budgets import planned_spends
 from orchestrator.cohort import asked_a_round
+from orchestrator.committed import begun
 from orchestrator.config import RunConfig
 from orchestrator.epsilons import Epsilon, composed
 from orchestrator.launch import make_plan
+from orchestrator.merging import beneath as lying_beneath
 from orchestrator.observers.of_run import observers_of
 from orchestrator.plan import Plan
+from orchestrator.strategy_refusals import adapter_of, strategy_of
 from storage.ledger import Ledger
 from storage.store import AdapterStore
+from strategies.base import ClientSpec, Tensors, beneath
 
 _ACTIVATIONS_PER_TOKEN = 34  # values kept a token, layer and hidden unit for the backward pass
 _FLOAT = 4
@@ -33,7 +39,8 @@ class Check:
         plan: the plan that would run.
         sizes: from :func:`clients.models.estimate`, in parameters and bytes.
         worker_bytes: estimated peak memory of one worker's tensors.
-        round_bytes: what travels in a round, both ways, at most.
+        round_bytes: what travels in round 1, both ways. Later ones may have less (``downlink:
+            held``), or more (a strategy that lays what it learns beneath).
         epsilons: what each client would spend in all, under DP.
     """
 
@@ -92,18 +99,33 @@ def check(
     """
     plan = make_plan(config, store, ledger, sites)
     observers_of(plan, Path())
-    adapter = ADAPTERS.get(plan.adapter.name).build(**plan.adapter.options)
-    sizes = models.estimate(plan.model, adapter)
-    back = sizes["adapter_bytes"]
-    if plan.uplink:
-        back = size_bytes(plan.uplink, models.shapes(plan.model, adapter))
+    adapter = adapter_of(plan)
+    sizes, shapes = models.estimate(plan.model, adapter), models.shapes(plan.model, adapter)
+    back = size_bytes(plan.uplink, shapes) if plan.uplink else sizes["adapter_bytes"]
     return Check(
         plan=plan,
         sizes=sizes,
         worker_bytes=_worker_bytes(config, sizes, "offset" in adapter.capabilities),
-        round_bytes=(sizes["adapter_bytes"] + back) * asked_a_round(plan),
+        round_bytes=(_sent_bytes(plan, store, shapes) + back) * asked_a_round(plan),
         epsilons=_epsilons(plan),
     )
+
+
+def _sent_bytes(plan: Plan, store: AdapterStore, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return what a client is sent in round 1: what it trains, what lies beneath, and memory."""
+    start, strategy = plan.start, strategy_of(plan)
+    tensors: Tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    memory: Tensors = store.memory(start.version) if start.version else {}
+    below = [lying_beneath(store, start.stack, start.offset)]
+    if start.mode == "continue" and start.version:
+        tensors = store.tensors(start.version)
+        below.append(beneath(store.auxiliary(start.version)))
+    state = strategy.init(tensors, setting_of(plan, store))
+    who = plan.participants[0]
+    sent = strategy.broadcast(state, ClientSpec(who.name, labels=who.labels))
+    kept = begun(plan, state.adapter, memory)
+    parts = (sent.tensors, sent.mask, sent.extra, beneath(state.auxiliary), kept, *below)
+    return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
 def _worker_bytes(config: RunConfig, sizes: Mapping[str, int], offset: bool) -> int:

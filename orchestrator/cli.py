@@ -135,7 +135,7 @@ def check(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None:
         highlight=False,
     )
     out.print(
-        f"network        at most {facts['round_bytes'] / mib:.2f} MiB a round, "
+        f"network        about {facts['round_bytes'] / mib:.2f} MiB a round, "
         f"{facts['run_bytes'] / mib:.1f} MiB in all",
         highlight=False,
     )
