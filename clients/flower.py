@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
-from clients.regularizers import REGULARIZERS, Regularizer
+from clients.regularizers import REGULARIZERS, Regularizer, recall, takes_part
 from clients.seeds import seed_for
 from clients.starting import initial_tensors
 from clients.worker import perform
@@ -156,6 +156,13 @@ def _asked(
             raise NotInFlower(
                 f"regularizer {choice.name!r} goes on from earlier tasks, and a Flower run has no "
                 "lineage that says which; leave it out, or train with weft run"
+            )
+        known = recall(template.memory, choice.name)
+        if takes_part(method, "prepare") or (takes_part(method, "consolidate") and not known):
+            raise NotInFlower(
+                f"regularizer {choice.name!r} has clients read their data before or after the "
+                "rounds, which a Flower run does not, and would do nothing; leave it out, or train "
+                "with weft run"
             )
     try:
         round_ = int(content.config_records[CONFIG][ROUND])  # type: ignore[arg-type]

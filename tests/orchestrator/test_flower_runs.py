@@ -138,6 +138,8 @@ def test_our_client_evaluates_for_both(ran, flown):
         ({"uplink": (PluginChoice("float16"),)}, "uplink must be empty"),
         ({"regularizers": (PluginChoice("lwf"),)}, "'lwf' goes on from earlier tasks"),
         ({"regularizers": (PluginChoice("replay"),)}, "'replay' goes on from earlier tasks"),
+        ({"regularizers": (PluginChoice("ewc"),)}, "'ewc' has clients read their data"),
+        ({"regularizers": (PluginChoice("inflora"),)}, "'inflora' has clients read their data"),
     ],
 )
 def test_what_flower_cannot_give_fails_at_the_client_and_changes_nothing(kept, why, ran, flown):
