@@ -6,8 +6,10 @@ are noise, where a plain hash would confirm that a record is there. They never l
 folder; what leaves is that two populations share some record, and not how many or which.
 
 A record is recognised by the text that is trained on, whatever its label, its case, its spacing
-and its place: by its words. What is written in other words is another record; where a run's unit is
-a column, such as a patient's number, it is recognised by its value there too.
+and its place: by its words. One that has several (a text, tokens, a prompt with its completion) is
+recognised by each, since another run may train on another. What is written in other words is
+another record; where a run's unit is a column, such as a patient's number, it is recognised by its
+value there too.
 
 A million records take 24 MB of disk, 60 MB of memory and 20 seconds of one core the first time;
 a data set that did not change since is not read again.
@@ -28,7 +30,7 @@ from pathlib import Path
 from clients.assignment import DataSpec, ModelSpec
 from clients.examples import Example
 from clients.keys import data_key
-from clients.records import validated
+from clients.records import forms
 from clients.sources import source_state
 
 _DIGEST_BYTES = 16  # of 10^9 records, two different ones agree with probability 10^-21
@@ -152,7 +154,7 @@ def _digests(example: Example, column: str, key: bytes) -> Iterator[bytes]:
 
 
 def _examples(holding: Holding) -> Iterator[Example]:
-    """Yield the examples of a data set, one after another; what is no record is left out."""
+    """Yield the examples of a data set, each in every form in which a run could train on it."""
     spec = holding.data
     if spec.shard is not None:
         from clients import data  # it makes tensors of them; most censuses need none
@@ -160,9 +162,7 @@ def _examples(holding: Holding) -> Iterator[Example]:
         assert holding.model is not None
         yield from data.examples(spec, holding.model)
         return
-    for record in validated(spec, None):
-        if record.example is not None:
-            yield record.example
+    yield from forms(spec)
 
 
 def _add(connection: sqlite3.Connection, number: int, digests: Iterable[bytes]) -> None:

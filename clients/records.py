@@ -59,10 +59,7 @@ def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iter
         BadDataURI, BadRecord, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
         BadSelection: for a mapping of a column that weft does not have.
     """
-    unknown = sorted(set(spec.fields) - set(COLUMNS))
-    if unknown:
-        raise BadSelection(f"no column is called {unknown[0]!r} (columns: {', '.join(COLUMNS)})")
-    source = open_source(spec.uri)
+    source = _opened(spec)
     for record in source.records:
         place = f"{source.name}, {source.unit} {record.number}"
         if record.problem:
@@ -78,6 +75,36 @@ def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iter
         except _Problem as problem:
             outcome = Validated(place, problem=str(problem))
         yield outcome
+
+
+def forms(spec: DataSpec) -> Iterator[Example]:
+    """Yield every record of ``spec.uri`` in each form in which a run could train on it.
+
+    One may have a text, tokens, and a prompt with its completion, all of the same person. What is
+    no record is left out.
+
+    Raises:
+        BadDataURI, BadRecord, DataNotFound, MissingExtra, BadSelection: as :func:`validated`.
+    """
+    source = _opened(spec)
+    for record in source.records:
+        columns = _Columns(record.fields, spec.fields, source)
+        for form in (columns.answered, columns.plain, columns.tokenised):
+            try:
+                example = form()
+                if spec.unit:
+                    unit = columns.value(spec.unit, "that says whose it is")
+                    example = replace(example, unit=unit)
+            except _Problem:
+                continue
+            yield example
+
+
+def _opened(spec: DataSpec) -> Source:
+    unknown = sorted(set(spec.fields) - set(COLUMNS))
+    if unknown:
+        raise BadSelection(f"no column is called {unknown[0]!r} (columns: {', '.join(COLUMNS)})")
+    return open_source(spec.uri)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +131,28 @@ class _Columns:
     def example(self, model: ModelSpec | None) -> Example:
         generative = model is not None and model.kind == "causal-lm"
         if (generative or model is None) and (self.has("prompt") or self.has("completion")):
-            return Example(prompt=self.text("prompt"), completion=self.text("completion"))
+            return self.answered()
         if generative:
             return Example(self.text("text"))
         if model is not None and model.kind == "token-classification":
             return self.tagged(model.labels)
         if model is None and self.has("tokens") and not self.has("text"):
-            text, words = joined(self.tokens())
-            return Example(text, words=words)
+            return self.tokenised()
+        return self.plain(None if model is None else model.labels)
+
+    def answered(self) -> Example:
+        return Example(prompt=self.text("prompt"), completion=self.text("completion"))
+
+    def plain(self, labels: tuple[str, ...] | None = None) -> Example:
         return Example(
             text=self.text("text"),
             text_pair=self.text("text_pair") if self.has("text_pair") else None,
-            label=None if model is None else self.label(model.labels),
+            label=None if labels is None else self.label(labels),
         )
+
+    def tokenised(self) -> Example:
+        text, words = joined(self.tokens())
+        return Example(text, words=words)
 
     def tagged(self, labels: tuple[str, ...]) -> Example:
         """Return the example of a record with tokens and tags, or with text and spans."""

@@ -60,6 +60,26 @@ def test_one_row_more_or_a_subset_of_one_row_is_related(census, write):
     assert found["subset"] == {"whole", "longer"}
 
 
+TOKENS = {"tokens": ["folic", "acid"], "tags": ["O", "O"]}
+ANSWER = {"prompt": "folic", "completion": "acid"}
+
+
+@pytest.mark.parametrize(
+    ("form", "beside"),
+    [(TOKENS, {"text": "note 17"}), (TOKENS, ANSWER), ({"text": "folic acid"}, ANSWER)],
+    ids=["tokens beside a text", "tokens beside an answer", "a text beside an answer"],
+)
+def test_a_record_is_recognised_by_whatever_of_it_a_run_may_train_on(
+    census, tmp_path, form, beside
+):
+    specs = {}
+    for name, row in (("bare", form), ("dressed", {**beside, **form})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        specs[name] = DataSpec(f"jsonl:{tmp_path / name}.jsonl")
+
+    assert taken(census, **specs)["bare"] == {"dressed"}
+
+
 def test_who_shares_with_a_third_is_not_related_through_it(census, write):
     found = taken(
         census, a=write("a", "one", "two"), b=write("b", "two", "three"), c=write("c", "three")
@@ -97,7 +117,7 @@ def test_data_that_did_not_change_are_not_read_again(census, write, monkeypatch)
     def unread(*_):
         raise AssertionError("it was read")
 
-    monkeypatch.setattr("clients.census.validated", unread)
+    monkeypatch.setattr("clients.census.forms", unread)
     taken(census, a=spec)
     with pytest.raises(AssertionError, match="it was read"):
         taken(census, a=write("a", "one", "two"))
