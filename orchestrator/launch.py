@@ -24,7 +24,7 @@ from orchestrator.budgets import (
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.growing import is_beginning
 from orchestrator.library import refuse_useless, resolved
-from orchestrator.merging import refuse_kept, refuse_offset, refuse_personal
+from orchestrator.merging import adapter_of, refuse_kept, refuse_offset, refuse_personal
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
@@ -171,9 +171,23 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
     stack = tuple(recipe["stack"])
     if config.start == "stack":
         refuse_personal(version)
+        _refuse_beneath(config.start_from, version)
         stack = (*stack, version.id)
     offset = recipe.get("offset") if config.start == "continue" else None
     return Start(config.start, version.id, stack, tuple(recipe["seen_labels"]), offset, labels)
+
+
+def _refuse_beneath(ref: str, version: Version) -> None:
+    """Refuse to lay an adapter under another that is more than a product B A.
+
+    Raises:
+        BadConfig: naming its method.
+    """
+    if "low-rank" not in adapter_of(version).capabilities:
+        raise BadConfig(
+            f"start_from: {ref} is a {version.recipe['adapter']['name']} adapter (as set), which "
+            "is not a plain product B A, and only such can lie under another; use start: continue"
+        )
 
 
 def _refuse_other_adapter(

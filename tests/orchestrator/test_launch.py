@@ -340,6 +340,9 @@ def test_going_on_with_another_adapter_is_refused(register, refused, committed, 
         start_from="before", start="continue", adapter=other
     )
     assert plan(tiny(start_from="before", start="stack", adapter=other)).start.mode == "stack"
+    assert "adapter 'dora' cannot be stacked on another adapter" in refused(
+        start_from="before", start="stack", adapter={**other, "name": "dora"}
+    )
 
 
 def test_a_stack_grows_by_the_version_it_starts_from(register, plan, tiny, committed):
