@@ -62,7 +62,7 @@ batch = tokenizer(
 )
 with torch.no_grad():
     {logits}
-# a word has the tag of the first of its pieces
+# a word has the tag of the first of its pieces; what its other pieces say was never learned
 for (start, end), tag in zip(batch["offset_mapping"][0].tolist(), logits[0].argmax(-1).tolist()):
     if start < end:
         print(text[start:end], labels[tag])

@@ -79,7 +79,8 @@ def gram(adapter: Tensors, updates: Sequence[Update], head: bool = True) -> Tens
     Args:
         adapter: what the clients were sent.
         updates: at least one; all train the same tensors. Ranks may differ.
-        head: whether trained tensors that are no low-rank factor count too.
+        head: whether the head counts too. What else trains and is no low-rank factor, such as a
+            bias or a magnitude, always does.
 
     Returns:
         ``[n, n]``, float64, symmetric. What overflows is not finite.
@@ -95,7 +96,7 @@ def gram(adapter: Tensors, updates: Sequence[Update], head: bool = True) -> Tens
             changes = _Changes(old)
             lefts, rights = zip(*(changes.of(update, layer) for update in updates), strict=True)
             total += _product_gram(lefts, rights)
-    for name in _others(adapter, updates[0]) if head else ():
+    for name in _others(adapter, updates[0], head):
         rows = torch.stack([_moved(adapter, update, name).flatten() for update in updates])
         total += rows @ rows.T
     return (total + total.T) / 2
@@ -188,7 +189,7 @@ def _curve(adapter: Tensors, updates: Sequence[Update], head: bool) -> tuple[flo
         b, a, s = new.b - old.b, new.a - old.a, old.scaling
         lefts = [s * torch.cat([b, old.b], dim=1), s * b]
         total += _product_gram(lefts, [torch.cat([old.a, a]), a])
-    for name in _others(adapter, update) if head else ():
+    for name in _others(adapter, update, head):
         total[0, 0] += _moved(adapter, update, name).square().sum()
     return float(total[0, 0]), float(total[0, 1]), float(total[1, 1])
 
@@ -241,9 +242,10 @@ def _shared_gram(lefts: Sequence[Tensor], right: Tensor) -> Tensor:
     return rows @ rows.T
 
 
-def _others(adapter: Tensors, update: Update) -> list[str]:
+def _others(adapter: Tensors, update: Update, head: bool) -> list[str]:
     """Return the names of the trained tensors that are no part of a low-rank layer, sorted."""
-    return sorted(update.tensors.keys() - lora_tensors(lora_layers(adapter)).keys())
+    names = sorted(update.tensors.keys() - lora_tensors(lora_layers(adapter)).keys())
+    return [name for name in names if head or not name.startswith("head.")]
 
 
 def _moved(adapter: Tensors, update: Update, name: str) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def core_change(adapter, update):
     product = adapter[SCALING] * adapter[B] @ core @ adapter[A]
     head = update.tensors["head.weight"] - adapter["head.weight"]
     return torch.cat([product.flatten(), head.flatten()])
+
+
+def test_a_bias_that_trains_whole_counts_where_the_head_is_left_out():
+    adapter, updates = problem(0, 6, 5, 2, 2.0, {B, "head.weight"})
+    shift, far = "q.shift.bias", torch.full((6,), 100.0, dtype=torch.float64)
+    hostile = replace(updates[0], tensors={**updates[0].tensors, shift: far})
+    adapter = {**adapter, shift: torch.zeros_like(far)}
+
+    assert gram(adapter, [hostile], head=False) > far.square().sum()
+    back = scaled(adapter, hostile, factor_for(adapter, hostile, 1.0, head=False))
+    assert_close(gram(adapter, [back], head=False), torch.ones(1, 1, dtype=torch.float64))
 
 
 def test_the_head_can_be_left_out():
