@@ -101,6 +101,23 @@ class Rehearser:
             assignment, session, before, found, encoded, barred.to(device), outputs.to(device)
         )
 
+    def masks(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return 0/1 masks of the head, by name: rows that nothing here has the label of stay.
+
+        A run that rehearses trains the rows of all labels seen, and an optimizer with weight decay
+        would move also those that a client's own examples and kept ones say nothing of.
+        """
+        a = self.assignment
+        if self.method is None or not a.labels:
+            return {}
+        known = ~self.barred.all(dim=0)
+        known[[a.model.labels.index(name) for name in a.labels]] = True
+        return {
+            name: known.to(p.dtype).reshape(-1, *[1] * (p.dim() - 1)).expand_as(p).contiguous()
+            for name, p in params.items()
+            if name.startswith("head.")
+        }
+
     def add(
         self, params: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor], step: int
     ) -> None:

@@ -243,8 +243,9 @@ class _Loop:
             parameter.requires_grad_(name in names)
         self.params = {name: live[name] for name in names}
         self.mask = {n: a.broadcast.mask[n].to(a.device) for n in names if n in a.broadcast.mask}
-        for name, own in self.ranks.masks(self.params).items():
-            self._mask(name, own)
+        for own in (self.ranks.masks(self.params), self.rehearser.masks(self.params)):
+            for name, mask in own.items():
+                self._mask(name, mask)
         self.reference = {name: p.detach().clone() for name, p in self.params.items()}
         self.sent = {n: t.to(a.device) for n, t in a.broadcast.tensors.items()} | self.reference
         memory = {**a.memory, **remembered(self.kept)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from clients.assignment import (
     PluginChoice,
     Privacy,
 )
+from clients.regularizers import rehearses
 from clients.seeds import seed_for
 from orchestrator.config import RunConfig
 from orchestrator.ranks import adapter_at
@@ -127,6 +128,11 @@ class Plan:
         """The labels that the run's result can tell apart, in index order."""
         seen = {*self.start.seen_labels, *self.task_labels}
         return tuple(x for x in self.model.labels if x in seen)
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """The labels whose rows of the head this run trains, in index order."""
+        return head_labels(map(asdict, self.regularizers), self.task_labels, self.seen_labels)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON."""
@@ -247,7 +253,22 @@ def plan_evaluation(
 
 def with_head_mask(broadcast: Broadcast, plan: Plan) -> Broadcast:
     """Return the broadcast with the head's rows of other tasks masked: they stay bit-identical."""
-    return head_masked(broadcast, plan.model.labels, plan.task_labels)
+    return head_masked(broadcast, plan.model.labels, plan.head_labels)
+
+
+def head_labels(
+    regularizers: Iterable[Mapping[str, Any]], task: Sequence[str], seen: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the labels whose rows of the head a run trains: its own, or with rehearsal all seen.
+
+    Kept examples would else train the new rows against old ones that cannot answer.
+
+    Args:
+        regularizers: the run's, each with ``name`` and ``options``.
+        task: the run's labels.
+        seen: these and those of earlier tasks.
+    """
+    return tuple(seen if any(rehearses(**one) for one in regularizers) else task)
 
 
 def head_masked(broadcast: Broadcast, labels: Sequence[str], task: Sequence[str]) -> Broadcast:

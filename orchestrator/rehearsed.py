@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from clients.assignment import Past, PluginChoice
-from clients.regularizers import REGULARIZERS
+from clients.assignment import Past
+from clients.regularizers import rehearses
 from clients.seeds import seed_for
 from orchestrator.budgets import Budgets, check_limits
 from orchestrator.plan import Participant, Plan
@@ -25,20 +25,13 @@ _BEHIND = ("init", "round", "continue", "stack", "merge")
 """Kinds of parents whose tasks a version has learned: not those that only gave it a basis."""
 
 
-def rehearses(choice: PluginChoice) -> bool:
-    """Return whether a regularizer has clients keep examples; not one that is unknown here."""
-    if choice.name not in REGULARIZERS.names():
-        return False
-    return REGULARIZERS.get(choice.name).build(**choice.options).rehearsal is not None
-
-
 def with_past(plan: Plan, store: AdapterStore, budgets: Budgets) -> Plan:
     """Return a plan whose clients know where they find what they kept; as it is without rehearsal.
 
     Raises:
         BadConfig: if people whose examples a client kept have a budget that this run does not keep.
     """
-    if not any(rehearses(choice) for choice in plan.regularizers):
+    if not any(rehearses(one.name, one.options) for one in plan.regularizers):
         return plan
     behind = plan.start.version
     leaves = _leaves(store.lineage(behind)) if behind else {}
@@ -75,5 +68,5 @@ def _kept_in(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the leaves of a round that trained; what only read data kept no examples."""
     if recipe["kind"] != "round":
         return []
-    choices = [PluginChoice(c["name"], c["options"]) for c in recipe.get("regularizers", ())]
-    return list(recipe["updates"]) if any(rehearses(choice) for choice in choices) else []
+    choices = recipe.get("regularizers", ())
+    return list(recipe["updates"]) if any(rehearses(**choice) for choice in choices) else []

@@ -12,7 +12,7 @@ from clients.uplink import decoded
 from clients.wire import unpack
 from orchestrator.acceptance import moved
 from orchestrator.committed import consolidated
-from orchestrator.plan import head_masked
+from orchestrator.plan import head_labels, head_masked
 from orchestrator.reading import prepared, settled
 from orchestrator.recipes import drift
 from orchestrator.weighing import declared
@@ -160,7 +160,8 @@ def _decoded(
     """Return an update of ``base`` with the tensors that its client meant by what it sent."""
     uplink = [PluginChoice(one["name"], one["options"]) for one in recipe.get("uplink", ())]
     sent = strategy.broadcast(base, ClientSpec(update.client, leaf.get("rank")))
-    sent = head_masked(sent, recipe["model"]["labels"], recipe["task_labels"])
+    trained = head_labels(recipe["regularizers"], recipe["task_labels"], recipe["seen_labels"])
+    sent = head_masked(sent, recipe["model"]["labels"], trained)
     seed = seed_for(recipe["seed"], update.round, update.client)
     return replace(update, tensors=decoded(update.tensors, sent, uplink, seed))
 

@@ -232,6 +232,13 @@ def observes(method: Regularizer) -> bool:
     return _overrides(method, "observe")
 
 
+def rehearses(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a regularizer has clients keep examples; not one that is unknown here."""
+    if name not in REGULARIZERS.names():
+        return False
+    return REGULARIZERS.get(name).build(**options).rehearsal is not None
+
+
 def _overrides(method: Regularizer, hook: str) -> bool:
     return getattr(type(method), hook) is not getattr(Regularizer, hook)
 

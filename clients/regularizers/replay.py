@@ -3,9 +3,10 @@
 A client keeps a reservoir of its own examples (Vitter's algorithm R, algorithm 2 of the paper),
 which never leaves it: see :mod:`clients.reservoir`. Where it differs from the paper: a task's
 examples are offered to the reservoir once, at its end, since a task is here as a whole while it
-lasts; so a batch is rehearsed from earlier tasks alone. Where a task trains the rows of its labels
-alone, its own examples are told apart from each other, and kept ones from all: that is ER-ACE
-(2104.05025, eq. 4), which does not push what was learned out of the way of what is new.
+lasts; so a batch is rehearsed from earlier tasks alone. Where a task brings labels, its own
+examples are told apart from each other, and kept ones from all, whose rows of the head they train
+too: that is ER-ACE (2104.05025, eq. 4), which does not push what was learned out of the way of what
+is new.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from clients.reservoir import Reservoir, read
 from clients.session import move, opened
 from clients.site import Site
 from clients.trainer import train
+from clients.uplink import decoded
 from clients.wire import digest, pack
 
 FIRST = [{"text": f"cat {word}", "label": "cat"} for word in ("sings", "learns", "weaves")]
@@ -187,6 +188,26 @@ def test_a_kept_example_is_told_from_all_labels_or_from_those_of_its_task(task, 
     assert any(not torch.equal(update.tensors[n], without.tensors[n]) for n in update.tensors)
     rows = "head.bias"  # of this task's labels, which the kept example has nothing to do with
     assert torch.equal(update.tensors[rows], without.tensors[rows]) != moves
+
+
+def test_kept_examples_train_the_rows_of_their_labels_and_no_others_move(task):
+    """Weight decay would move every row that is not masked."""
+    kept = train(task(labels=("cat",)))
+    rows = torch.tensor([1.0, 1, 1, 0])  # cat, dog, model: seen by anybody, and rank is to come
+    mask = {"head.weight": rows[:, None].expand(4, 32), "head.bias": rows}
+    decaying = PluginChoice("sgd", {"lr": 0.1, "weight_decay": 0.5})
+    second = task(SECOND, kept, labels=("dog",), optimizer=decaying)
+    second = replace(second, broadcast=replace(second.broadcast, mask=mask))
+    newcomer = replace(second, past=Past("", 3), run="newcomer")
+
+    for assignment, trained in (
+        (second, [True, True, False, False]),
+        (newcomer, [False, True, False, False]),
+    ):
+        sent = assignment.broadcast
+        before, after = sent.tensors, decoded(train(assignment).tensors, sent, (), assignment.seed)
+        moves = (after["head.weight"] != before["head.weight"]).any(dim=1)
+        assert moves.tolist() == trained
 
 
 def test_der_keeps_the_logits_of_the_model_that_the_round_ended_with(task):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clients.assignment import DataSpec, Privacy, Shard
+from clients.assignment import DataSpec, PluginChoice, Privacy, Shard
 from clients.seeds import seed_for
 from orchestrator.plan import (
     Plan,
@@ -119,6 +119,17 @@ def test_a_run_on_the_whole_label_set_masks_nothing(make_plan, tensors):
 
     assert with_head_mask(sent, make_plan()) is sent
     assert with_head_mask(sent, make_plan(task_labels=["rank", "model", "dog", "cat"])) is sent
+
+
+def test_with_rehearsal_the_rows_of_labels_seen_before_are_trained_too(make_plan, tensors):
+    start = Start("continue", "0" * 64, seen_labels=("cat",))
+    method = PluginChoice("replay", {})
+    plan = replace(make_plan(task_labels=["dog"]), start=start, regularizers=(method,))
+
+    mask = with_head_mask(Broadcast(tensors()), plan).mask
+
+    assert mask["head.bias"].tolist() == [1, 1, 0, 0]
+    assert plan.task_labels == ("dog",)  # what is kept of a task is told by its own labels
 
 
 def test_a_plan_is_the_same_after_a_trip_through_json(make_plan):

@@ -408,3 +408,5 @@ def test_what_a_method_remembers_goes_with_a_growing_head(workspace, stream, nam
     found = workspace.store.version(versions[1])
     assert found.recipe["model"]["labels"] == [*PETS, *PARTS]
     assert report(workspace, "notes").task_aware.at(2, 1) is not None
+    before, after = (workspace.store.tensors(version)["head.weight"] for version in versions)
+    assert torch.equal(after[:2], before) == (name in ("ewc", "lwf"))  # others have their examples
