@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,10 +128,10 @@ def coordinator(  # noqa: PLR0913  (one option each)
     from orchestrator.observers.base import Observers
     from orchestrator.observers.process import Watch
     from orchestrator.progress import RunProgress
-    from orchestrator.streaming import follow
+    from orchestrator.streaming import Following
 
     workspace = workspace_here()
-    stop = threading.Event()
+    stop, streams = threading.Event(), Following(workspace)
 
     process = Observers(*Watch(log_format, log_file, metrics_port, metrics_file).observers())
 
@@ -153,7 +152,9 @@ def coordinator(  # noqa: PLR0913  (one option each)
     with stopped_by_signals(stop), process:
         count = service.serve(
             workspace,
-            service.Serving(limits(limit), once, until_idle, after=partial(follow, workspace)),
+            service.Serving(
+                limits(limit), once, until_idle, after=streams.after, idle=streams.idle
+            ),
             service.Driving(lease_s=lease_s, stop=stop, max_claims=max_claims),
             watch,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +172,8 @@ def _go_on(workspace: Any, stream: Any, queueing: Any, detach: bool, as_json: bo
 
     if detach:
         streaming.keep(workspace, stream)
-        record = streaming.advance(workspace, stream, queueing, retry=True)
+        waits = replace(queueing, facts=streaming.DETACHED)
+        record = streaming.advance(workspace, stream, waits, retry=True)
         if record is not None and not as_json:
             out.print(record.id, highlight=False)
             err.print("queued; a weft coordinator drives it, and the tasks after it", style="dim")

@@ -7,7 +7,9 @@ on any machines that share the database and the home, may do it at once.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -82,6 +84,7 @@ class Serving:
         until_idle: whether to end when no run waits and none is being driven, by anyone.
         poll_s: seconds between looks at an empty queue, > 0.
         after: called with each run that was driven, however it ended.
+        idle: called when nothing waits, at once and then every ``lease_s`` at most; it may queue.
     """
 
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class Serving:
     until_idle: bool = False
     poll_s: float = 1.0
     after: Callable[[RunRecord], None] = lambda record: None
+    idle: Callable[[], None] = lambda: None
 
 
 def planned(ledger: Ledger, record: RunRecord) -> Plan:
@@ -242,9 +246,14 @@ def serve(
         watch: called for each run; what it enters is shown the run's events.
     """
     queue, stop, count = workspace.ledger.queue, driving.stop, 0
+    idle_again = -math.inf
     while not stop.is_set():
         record = queue.claim(driver_name(), driving.lease_s, serving.limits)
         if record is None:
+            if time.monotonic() >= idle_again:
+                serving.idle()
+                idle_again = time.monotonic() + driving.lease_s
+                continue
             if serving.once or (serving.until_idle and queue.is_idle()):
                 break
             stop.wait(serving.poll_s)

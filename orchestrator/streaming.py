@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.backends.base import Backend
@@ -33,6 +33,8 @@ from storage.refs import did_you_mean
 
 _NO_RESULT = ("name", "backend", "loggers", "notify", "retention", "deadline_s", "retries")
 """Keys of a run's file that decide no result."""
+DETACHED: Mapping[str, Any] = {"detached": True}
+"""What the first event of a stream's run says where a coordinator goes on with the stream."""
 _MOST_TOLD = 5
 _OURS = ("clients", "orchestrator", "storage", "strategies")
 _LOG = logging.getLogger(__name__)
@@ -275,7 +277,8 @@ def advance(
     run = _run_id(workspace, stream, waiting.stage, config)
     wait = queueing or Queueing()
     labels = {**wait.labels, STREAM: stream.name, TASK: waiting.stage.name}
-    wait = replace(wait, labels=labels, facts={"stream": dict(stream.document)})
+    facts = {**wait.facts, "stream": dict(stream.document)}
+    wait = replace(wait, labels=labels, facts=facts)
     with suppress(RunExists):  # somebody was faster, with the same run
         submit(workspace, config, wait, run)
     return workspace.ledger.run(run)
@@ -343,16 +346,48 @@ def keep(workspace: Workspace, stream: Stream) -> None:
 def follow(workspace: Workspace, record: RunRecord) -> None:
     """Queue what follows a task of a stream that was driven to its end; of other runs, nothing.
 
-    What goes wrong is told in the log and is no error here: others in the queue must not wait.
+    It waits as the task did. What goes wrong is told in the log and is no error here: others in the
+    queue must not wait.
     """
     name = record.labels.get(STREAM)
     if name is None or workspace.ledger.run(record.id).status != "completed":
         return
+    labels = {k: v for k, v in record.labels.items() if k not in (STREAM, TASK)}
     try:
         stream = recorded(workspace, name)
-        settle(workspace, stream)
-        measure(workspace, stream)
-        advance(workspace, stream)
+        advance(workspace, stream, Queueing(record.priority, labels, facts=DETACHED))
+        measure(workspace, stream)  # what cannot be measured keeps no task waiting
     except Exception as error:  # one stream's error must not keep the others waiting
         ours = type(error).__module__.partition(".")[0] in _OURS
         _LOG.error("stream %s goes no further: %s", name, error, exc_info=not ours)
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """A coordinator's part in streams: each task that is done has the next one queued.
+
+    Attributes:
+        workspace: where.
+    """
+
+    workspace: Workspace
+    _known: set[str] = field(default_factory=set, init=False)
+
+    def after(self, record: RunRecord) -> None:
+        """Queue what follows a run that was driven; see :func:`follow`."""
+        self._known.add(record.id)
+        follow(self.workspace, record)
+
+    def idle(self) -> None:
+        """Queue what follows tasks whose coordinator ended before it did so.
+
+        Of streams that are left to coordinators: another is its caller's to go on with.
+        """
+        ledger = self.workspace.ledger
+        for name in streams(ledger):
+            record = ledger.run(ledger.queue.labelled(STREAM, name)[-1])
+            if record.id in self._known or record.status != "completed":
+                continue
+            [queued] = ledger.events(record.id, kinds={"queued"})[:1]
+            if DETACHED.items() <= queued.data.items():
+                self.after(record)

@@ -3,7 +3,6 @@
 import json
 import threading
 from contextlib import nullcontext, suppress
-from functools import partial
 
 import pytest
 import torch
@@ -12,23 +11,24 @@ import yaml
 from clients.assignment import DataSpec
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BadConfig
-from orchestrator.coordinator import Driving, Serving, Stopped, serve
+from orchestrator.coordinator import Driving, Serving, Stopped, claim, drive, serve
 from orchestrator.service import evaluate, open_workspace
 from orchestrator.stream import parse_stream
 from orchestrator.stream_forks import forked
 from orchestrator.stream_report import report
 from orchestrator.streaming import (
+    DETACHED,
     ChangedTask,
+    Following,
     UnknownStream,
     advance,
-    follow,
     keep,
     recorded,
     run_stream,
     steps,
 )
 from orchestrator.suite_metrics import by_task
-from storage.ledger import ClientRecord
+from storage.ledger import ClientRecord, Queueing
 
 PETS, PARTS = ("cat", "dog"), ("model", "rank")
 
@@ -231,10 +231,33 @@ def test_a_coordinator_drives_a_stream_to_its_end(workspace, done, stream, versi
     def watch():
         return nullcontext(lambda kind, data: None)
 
-    serving = Serving(until_idle=True, after=partial(follow, workspace))
+    streams = Following(workspace)
+    serving = Serving(until_idle=True, after=streams.after, idle=streams.idle)
     assert serve(workspace, serving, Driving(InlineBackend()), watch) == 2
     assert [step.version for step in steps(workspace, stream())] == versions
     assert report(workspace, "notes").task_free == report(done, "notes").task_free
+
+
+def test_a_task_is_followed_though_its_coordinator_died_before_it_queued_the_next(
+    workspace, stream, versions
+):
+    """It waits as the one before did; of a stream that is driven by hand nothing is queued."""
+    queueing = Queueing(3, {"gpu": "a100"}, facts=DETACHED)
+    first = advance(workspace, stream(), queueing)
+    by_hand = advance(workspace, stream(name="other"))
+    for record in (first, by_hand):
+        drive(workspace, claim(workspace, record), lambda *event: None, Driving(InlineBackend()))
+    assert len(workspace.ledger.runs()) == 2
+
+    Following(workspace).idle()
+
+    assert len(workspace.ledger.runs()) == 3
+    second = workspace.ledger.run("notes.parts")
+    assert (second.priority, second.labels["gpu"], second.status) == (3, "a100", "queued")
+    streams = Following(workspace)
+    serving = Serving(until_idle=True, after=streams.after, idle=streams.idle)
+    serve(workspace, serving, Driving(InlineBackend()), lambda: nullcontext(lambda *event: None))
+    assert [step.version for step in steps(workspace, stream())] == versions
 
 
 def test_a_task_that_failed_is_tried_again_and_a_cancelled_one_begins_anew(
