@@ -61,10 +61,18 @@ def _refuse_mixed(plan: Plan, what: str, method: Regularizer) -> None:
             f"{chosen.name!r} leave them, because it rescales entries; use sgd"
         )
     reads = reads_data(method, "prepare") or reads_data(method, "consolidate")
-    if reads and method.starts == "stack" and plan.start.mode == "continue":
+    keeps = type(method).consolidate is not Regularizer.consolidate
+    renewed = bool(method.freezes) or "directions" in strategy_of(plan).capabilities
+    apart = reads or (keeps and not renewed)  # what is frozen, or drawn anew, is no earlier one's
+    if apart and method.starts == "stack" and plan.start.mode == "continue":
         raise BadConfig(
             f"{what} keeps a new adapter away from what earlier tasks use, and with start: "
             "continue it is theirs that is trained on; use start: stack"
+        )
+    if method.freezes and plan.library and "recycles" in strategy_of(plan).capabilities:
+        raise BadConfig(
+            f"{what} (as set) chooses what stays frozen, and strategy {plan.strategy.name!r} takes "
+            "it from the library; leave the regularizer out"
         )
 
 

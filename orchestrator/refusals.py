@@ -179,6 +179,12 @@ def _refuse_regularizers(
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
             )
+        if method.freezes and not any(re.fullmatch(method.freezes, n) for n in adapter_shapes):
+            raise BadConfig(
+                f"regularizer {choice.name!r} (as set) chooses tensors that adapter "
+                f"{plan.adapter.name!r} does not have, so it would do nothing; use lora, or leave "
+                "the regularizer out"
+            )
         refuse_memory(plan, choice.name, method, adapter_shapes, trained)
 
 

@@ -76,7 +76,8 @@ def accumulated(
         kind: of importance.
         params: the adapter after the task.
         memory: before it.
-        fresh: how much each entry mattered to the task, >= 0, by tensor's name.
+        fresh: how much each entry mattered to the task, by tensor's name; below 0 counts as 0,
+            which is SI's for what raised the loss, and otherwise what nobody can have measured.
         decay: by which older importances are multiplied, in [0, 1], while the anchor is the newest
             task's; None keeps each task's own anchor: a sum of squares is one square around the
             mean of its anchors, weighed by importance, but for a constant.
@@ -84,7 +85,7 @@ def accumulated(
     grown = dict(memory)
     for name, importance in fresh.items():
         now, old = params[name].detach().double(), memory.get(f"{kind}/{name}")
-        total, anchor = importance.double(), now
+        total, anchor = importance.double().clamp(min=0), now
         if old is not None:
             before, held = torch.zeros_like(now), now.clone()
             _entries(name, before, old).copy_(old)

@@ -93,5 +93,4 @@ class SI(Regularizer):
     ) -> Tensors:
         """Return the memory with the clients' mean importance, where that is above 0."""
         fresh = anchors.mean(_IMPORTANCE, params, updates)
-        fresh = {name: importance.clamp(min=0) for name, importance in fresh.items()}
         return anchors.accumulated(_IMPORTANCE, params, memory, fresh, decay=1.0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from clients.regularizers.o_lora import OLoRA
 from orchestrator.config import BadConfig
 from orchestrator.continual_refusals import refuse_continual
+from orchestrator.memory_refusals import refuse_memory
 from orchestrator.plan import Start
 
 SHAPES = {
@@ -107,3 +111,14 @@ def test_a_teacher_must_be_what_the_run_starts_from(refusal):
     )
     assert refusal("lwf") == ""  # a first task: there is nothing to teach
     assert refusal("l2-sp", start=fresh) == ""
+
+
+def test_what_chooses_a_frozen_factor_does_not_go_with_one_of_the_library(make_plan):
+    """The strategy would put the library's in its place, and the method would do nothing."""
+    hard = {"name": "o-lora", "form": "hard"}
+    plan = make_plan(strategy="lori", regularizers=[hard])
+    trained = [n for n in SHAPES if "lora_B" in n]
+    method = OLoRA(form="hard")
+    refuse_memory(plan, "o-lora", method, SHAPES, trained)
+    with pytest.raises(BadConfig, match=r"'o-lora' .* strategy 'lori' takes it from the library"):
+        refuse_memory(replace(plan, library=("f" * 64,)), "o-lora", method, SHAPES, trained)

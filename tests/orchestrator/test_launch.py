@@ -3,12 +3,15 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 from clients.accounting import BudgetSpent
+from clients.models import shapes
 from orchestrator.config import BadConfig
 from orchestrator.launch import make_plan as plan_of
 from orchestrator.merging import NotAModel
 from orchestrator.recipes import round_recipe
+from orchestrator.strategy_refusals import adapter_of
 from storage.ledger import ClientRecord, SpendRow
 from strategies import STRATEGIES
 from strategies.fedavg import FedAvg
@@ -142,6 +145,30 @@ def test_a_hard_form_on_a_factor_that_trains_is_refused(register, refused):
 
     assert "regularizer 'o-lora' (as set) needs" in why
     assert "lora_A.weight frozen, and strategy 'fedavg' trains it" in why
+
+
+def test_a_hard_form_on_an_adapter_without_the_factor_is_refused(register, refused):
+    register()
+    adapter = {"name": "curlora", "r": 4, "layers": [0]}
+
+    why = refused(strategy="fed-sb", adapter=adapter, regularizers=HARD)
+
+    assert "'o-lora' (as set) chooses tensors that adapter 'curlora' does not have" in why
+
+
+def test_a_soft_penalty_is_not_held_against_the_adapter_that_goes_on(
+    register, refused, plan, tiny, workspace
+):
+    """The memory has the directions of the very adapter: it would be drawn away from itself."""
+    register()
+    changes = {"strategy": "fedavg", "regularizers": ["o-lora"]}
+    made = plan(tiny(**changes))
+    tensors = {n: torch.zeros(shape) for n, shape in shapes(made.model, adapter_of(made)).items()}
+    version = workspace.store.commit(tensors, parents={}, recipe=round_recipe(made, 1, []))
+
+    why = refused(**changes, start="continue", start_from=version)
+
+    assert "regularizer 'o-lora' keeps a new adapter away from what earlier tasks use" in why
 
 
 @pytest.mark.parametrize(("strategy", "form"), [("fedsvd", "hard"), ("fedavg", "soft")])

@@ -253,3 +253,12 @@ def test_on_logistic_regression_importance_is_the_closed_form(method):
     for name, value in wanted.items():
         close = {"rtol": 0.05, "atol": 0.002} if drawn else {}
         torch.testing.assert_close(found[f"{kind}/{name}"], value, **close)
+
+
+@EVERY
+def test_a_client_that_lies_cannot_have_entries_pushed_away(name):
+    """Importances are squares and sizes: below 0 nobody's are."""
+    params, method = adapter(0), REGULARIZERS.get(name).build()
+    lies = {n: -importance(1, params)[n] for n in NAMES}
+    memory = after(method, KINDS[name], params, {}, lies)
+    assert all(not memory[f"{KINDS[name]}/{n}"].any() for n in NAMES)
