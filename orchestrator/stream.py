@@ -166,7 +166,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     base = anchored_run({**file.base, **file.method.overrides()})
     anchored = anchored_stream(file, base)
     file = StreamFile.model_validate(anchored)
-    sets = _label_sets(base.get("labels", ()), file.tasks)
+    sets = _label_sets(_declared(base, where), file.tasks)
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
     start = file.method.start or _natural_start(configs[-1])
@@ -303,6 +303,18 @@ def _recycles(config: RunConfig) -> bool:
     return "recycles" in _strategy(config).capabilities
 
 
+def _declared(base: Mapping[str, Any], where: str) -> Sequence[str]:
+    """Return the labels that the base declares, before any task brings some.
+
+    Raises:
+        BadConfig: if they are no list of names.
+    """
+    found = base.get("labels") or ()
+    if isinstance(found, list | tuple) and all(isinstance(one, str) for one in found):
+        return found
+    raise BadConfig(f"{where}: base: labels must be a list of names, got {found!r}")
+
+
 def _label_sets(declared: Sequence[str], tasks: Sequence[TaskFile]) -> list[tuple[str, ...]]:
     """Return the label set of each task: the base's, and what has come by then, in order."""
     found: list[tuple[str, ...]] = []
@@ -377,8 +389,8 @@ def _joined(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return dict(clients[0])
     if all(set(one) == {"names"} for one in clients):
         return {"names": list(dict.fromkeys(name for one in clients for name in one["names"]))}
-    if all(set(one) == {"simulate"} for one in clients):
-        simulated = [one["simulate"] for one in clients]
+    simulated = [one["simulate"] for one in clients if set(one) == {"simulate"}]
+    if len(simulated) == len(clients) and all("data" in one for one in simulated):
         rest = [{k: v for k, v in one.items() if k != "data"} for one in simulated]
         if all(one == rest[0] for one in rest):
             uris = dict.fromkeys(data.absolute(str(one["data"])) for one in simulated)

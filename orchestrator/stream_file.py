@@ -181,7 +181,8 @@ def anchored_run(document: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(place, str) and Path(place).is_dir():
         there = {"id": str(Path(place).absolute())}
         found["model"] = {**(model if isinstance(model, Mapping) else {}), **there}
-    simulate = (found.get("clients") or {}).get("simulate")
+    clients = found.get("clients")
+    simulate = clients.get("simulate") if isinstance(clients, Mapping) else None
     if isinstance(simulate, Mapping) and isinstance(simulate.get("data"), str):
         split = {**simulate, "data": data.absolute(simulate["data"])}
         found["clients"] = {**found["clients"], "simulate": split}

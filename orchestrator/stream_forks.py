@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.config import BadConfig
@@ -40,6 +40,8 @@ def forked(workspace: Workspace, origin: str, document: Mapping[str, Any], at: s
     past = {task["name"]: task for task in old.document["tasks"]}
     known = [{**past[name], "version": done[name]} for name in common]
     listed = document.get("tasks") or ()
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise BadConfig(f"the file's tasks must be a list, got {listed!r}")
     new = [t for t in listed if not (isinstance(t, Mapping) and t.get("name") in common)]
     if not new:
         raise BadConfig(f"the file has no task after {at!r}; a fork goes on with another")

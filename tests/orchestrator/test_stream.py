@@ -194,6 +194,31 @@ def test_a_router_that_could_not_choose_is_refused(file, router, method, message
         parse_stream(file(*tasks, method=method))
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"labels": "refund"}, "base: labels must be a list of names, got 'refund'"),
+        ({"labels": [1, 2]}, "base: labels must be a list of names"),
+        ({"clients": 5}, "clients"),
+    ],
+)
+def test_what_is_no_base_of_a_run_is_refused_by_its_place(file, base, message):
+    with pytest.raises(BadConfig, match=message):
+        parse_stream(file(base={**file()["base"], **base}))
+
+
+def test_a_base_without_labels_may_say_so(file):
+    assert parse_stream(file(base={**file()["base"], "labels": None})) == parse_stream(file())
+
+
+def test_joint_training_of_a_task_without_data_is_refused(file):
+    tasks = [*file()["tasks"], {"name": "calls", "labels": ["x"]}]
+    split = {k: v for k, v in file()["base"]["clients"]["simulate"].items() if k != "data"}
+    base = {**file()["base"], "clients": {"simulate": split}}
+    with pytest.raises(BadConfig, match="needs the clients of all tasks as one"):
+        parse_stream(file(*tasks, base=base, method="joint"))
+
+
 def test_joint_training_of_tasks_that_differ_in_more_than_data_is_refused(file):
     tasks = [dict(task) for task in file()["tasks"]]
     tasks[1]["clients"] = {"names": ["north"]}
