@@ -179,6 +179,12 @@ def _refuse_regularizers(
                 f"{plan.strategy.name!r} keeps frozen, so it would do nothing; use its hard form "
                 "or a strategy that trains them"
             )
+        blocks = [n for n in adapter_shapes if n.endswith(".blocks")]
+        if method.whole_factors and blocks:
+            raise BadConfig(
+                f"regularizer {choice.name!r} needs every layer's B and A whole, and adapter "
+                f"{plan.adapter.name!r} keeps {blocks[0]}; use lora, or leave the regularizer out"
+            )
         if method.freezes and not any(re.fullmatch(method.freezes, n) for n in adapter_shapes):
             raise BadConfig(
                 f"regularizer {choice.name!r} (as set) chooses tensors that adapter "

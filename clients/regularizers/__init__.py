@@ -79,6 +79,8 @@ class Regularizer:
             them is refused, because the method would do nothing.
         freezes: regular expression of tensor names that this method needs frozen, or empty; a run
             that trains one of them is refused.
+        whole_factors: whether it needs every low-rank layer to have B and A whole; an adapter that
+            keeps blocks of them is refused.
         linear_steps: whether what it does to gradients must be done to steps as well, so that it
             needs an optimizer whose steps are linear in them: sgd.
         starts: how a task of a stream starts from the one before, unless the stream's file says:
@@ -92,6 +94,7 @@ class Regularizer:
     acts_on: ClassVar[str] = ".*"
     freezes: str = ""
     starts: ClassVar[str] = "continue"
+    whole_factors: ClassVar[bool] = False
     linear_steps: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
     holds: ClassVar[Literal["", "tensors", "outputs"]] = ""

@@ -44,6 +44,7 @@ class GPM(Regularizer):
     growth: Annotated[float, Range(0, 1)] = 0.003
 
     acts_on = r".*\.lora_A\.weight"
+    whole_factors = True
     linear_steps = True
     starts = "stack"
 

@@ -41,6 +41,7 @@ class NLoRA(Regularizer):
     reduction: Literal["sum", "mean"] = "sum"
 
     acts_on = r".*\.lora_[AB]\.weight"
+    whole_factors = True
     starts = "stack"
 
     def penalty(

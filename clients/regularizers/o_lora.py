@@ -50,6 +50,7 @@ class OLoRA(Regularizer):
     weight: Annotated[float, Range(0)] = 0.5
     reduction: Literal["sum", "mean"] = "sum"
 
+    whole_factors: ClassVar[bool] = True
     starts: ClassVar[str] = "stack"
 
     @property

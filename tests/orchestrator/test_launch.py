@@ -156,6 +156,16 @@ def test_a_hard_form_on_an_adapter_without_the_factor_is_refused(register, refus
     assert "'o-lora' (as set) chooses tensors that adapter 'curlora' does not have" in why
 
 
+@pytest.mark.parametrize("method", ["gpm", "n-lora", "o-lora"])
+def test_what_reads_whole_factors_is_refused_for_an_adapter_of_blocks(register, refused, method):
+    register()
+    adapter = {"name": "bdlora", "r": 2, "layers": [0]}
+
+    why = refused(adapter=adapter, strategy="fedavg", regularizers=[method], optimizer="sgd")
+
+    assert f"regularizer '{method}' needs every layer's B and A whole" in why
+
+
 def test_a_soft_penalty_is_not_held_against_the_adapter_that_goes_on(
     register, refused, plan, tiny, workspace
 ):
