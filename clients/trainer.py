@@ -489,16 +489,25 @@ class _Loop:
         a = self.assignment
         return a.steps or math.ceil(a.epochs * math.ceil(len(self.encoded) / a.batch_size))
 
+    @property
+    def _held(self) -> int:
+        """How many examples a forward pass holds, but for those of one unit.
+
+        One where their gradients must be measured alone: in such a model an example may change what
+        is computed of another beside it, so that no teacher and no report may see two at once.
+        """
+        return 1 if self.engine == "alone" else self.assignment.microbatch
+
     def _microbatches(self, indices: Sequence[int]) -> Iterator[data.Batch]:
         """Yield a batch in parts of like length: the same sum of gradients, less padding."""
-        for chosen in data.by_length(self.encoded, indices, self.assignment.microbatch):
+        for chosen in data.by_length(self.encoded, indices, self._held):
             self.stepped(self.step, self._num_steps())
             yield self._collated(chosen)
 
     def _of_units(self, drawn: Sequence[Sequence[int]]) -> Iterator[OfUnits[data.Batch]]:
         """Yield a batch of units in parts, each unit whole."""
         lengths = {i: len(self.encoded[i].input_ids) for unit in drawn for i in unit}
-        for part in packed(drawn, lengths, self.assignment.microbatch):
+        for part in packed(drawn, lengths, self._held):
             self.stepped(self.step, self._num_steps())
             chosen = [index for unit in part for index in unit]
             yield OfUnits(self._collated(chosen), [len(unit) for unit in part])
