@@ -94,11 +94,11 @@ def test_killed_at_any_point_it_leaves_the_key_or_none_and_is_finished_later(
 @pytest.mark.parametrize("first", ["open", "unlink"])
 def test_two_may_destroy_a_key_at_once(tmp_path, monkeypatch, first):
     Site(tmp_path).run_key("run", "a")
-    change = getattr(Path, first)
+    change, unlink = getattr(Path, first), Path.unlink
 
     def late(path, *given, **named):
         if path.name.startswith(".doomed-"):
-            path.unlink() if first == "open" else os.unlink(path)
+            unlink(path)
         return change(path, *given, **named)
 
     monkeypatch.setattr(Path, first, late)
