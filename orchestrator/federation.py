@@ -288,6 +288,7 @@ class Federation:
             top = best(self._history().scored(judge.metric), judge)
             result = self._commits.of(top.version) if top else done
         version = self._remembering.settled(result)
+        self._collector.close()  # who is late would draw a new key
         document = self.plan.config.model_dump(mode="json")
         drop_after_close(self.store, self.plan.run, self.home, document)
         name = self.store.name(self.plan.config.name, version)
