@@ -40,6 +40,7 @@ from orchestrator.plan import (
 from orchestrator.policy import TRAIN_LOSS
 from orchestrator.reading import opening, plan_reading
 from orchestrator.recipes import round_recipe
+from orchestrator.rehearsed import rehearsed_people
 from orchestrator.relating import relate_again
 from orchestrator.remembering import Remembering
 from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
@@ -313,7 +314,7 @@ class Federation:
 
     def _begin(self) -> Committed:
         """Commit the version that round 1 starts from."""
-        note_unprotected(self.plan, self.ledger)
+        note_unprotected(self.plan, self.ledger, rehearsed_people(self.plan, self.store))
         done = begin(self.plan, self.store, self.strategy, self._initial, self.store.commit)
         self._log("started", {"version": done.version})
         return self._commits.add(done, ())
