@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clients import data, uplink
 from clients.assignment import Assignment
+from clients.batches import Batches
 from clients.checkpoint import (
     Checkpoints,
     generators,
@@ -40,14 +41,12 @@ from clients.selection import Selection
 from clients.session import (
     Session,
     allowed_labels,
-    move,
     opened,
     personal_names,
     returned_names,
     trained_names,
 )
 from clients.site import Site
-from clients.units import OfUnits, packed
 from clients.verification import chosen as chosen_engine
 from clients.wire import digest as digest_of
 from clients.wire import pack, unpack
@@ -222,7 +221,7 @@ class _Loop:
     sent: dict[str, Tensor] = field(init=False)
     memory: dict[str, Tensor] = field(init=False)
     regularizers: list[tuple[str, Regularizer]] = field(init=False)
-    teachers: dict[str, Tensors] = field(init=False)
+    batches: Batches = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     correction: Correction = field(init=False)
     loss_sum: Tensor = field(init=False)
@@ -253,13 +252,14 @@ class _Loop:
         self.regularizers = [
             (r.name, REGULARIZERS.get(r.name).build(**r.options)) for r in a.regularizers
         ]
-        self.teachers = {n: r.teacher(recall(self.memory, n)) for n, r in self.regularizers}
+        teachers = {n: r.teacher(recall(self.memory, n)) for n, r in self.regularizers}
+        self.batches = Batches(a, self.session, self.encoded, teachers, self._heard)
         self.optimizer = OPTIMIZERS.get(a.optimizer.name).build(
             list(self.params.values()), **a.optimizer.options
         )
         self.correction = Correction.of(a, self.params, self.optimizer, self.kept)
         self.loss_sum = torch.zeros((), device=a.device)
-        self.selection = Selection.of(a, self._num_steps())
+        self.selection = Selection.of(a, self.batches.num_steps)
         self.bound = a.privacy.max_grad_norm if a.privacy else math.inf
         if _learns_bound(a) and _BOUND in self.kept:
             self.bound = float(self.kept[_BOUND])
@@ -308,8 +308,8 @@ class _Loop:
         """Train without noise; return the mean loss over all examples seen, if it is a number."""
         if not self.encoded:
             return {}
-        for batch in self._plain_batches():
-            plain_step(self.params, self._microbatches(batch), self._counted, len(batch), self.mask)
+        for batch in self.batches.shuffled(self.step):
+            plain_step(self.params, self.batches.parts(batch), self._counted, len(batch), self.mask)
             self.rehearser.add(self.params, self.mask, self.step)
             self._finish_step()
         loss = float(self.loss_sum) / max(self.num_seen, 1)
@@ -336,13 +336,14 @@ class _Loop:
             a, self.session.model, self.params, self.mask, stream, measured_by
         )
         engine.bound, self.engine = self.bound, measured_by
+        self.batches = replace(self.batches, alone=measured_by == "alone")
         with engine:
             for step in range(self.step, a.steps):
-                drawn = self._drawn(stream, step, units, a.privacy.per_unit)
+                drawn = self.batches.drawn(stream, step, units, a.privacy.per_unit)
                 if units is None:
-                    engine.step(self._microbatches([i for (i,) in drawn]), self._losses, step)
+                    engine.step(self.batches.parts([i for (i,) in drawn]), self._losses, step)
                 else:
-                    engine.step(self._of_units(drawn), self._losses, step)
+                    engine.step(self.batches.parts_of_units(drawn), self._losses, step)
                 self.bound = engine.bound
                 self._finish_step()
         return (spend_of(a),)
@@ -353,7 +354,7 @@ class _Loop:
         if not few:
             return "alone"  # there is nothing to measure, and nobody may learn that
         engines = engines_of(self.session.adapter.capabilities)
-        batch = self._collated(few)
+        batch = self.batches.collated(few)
         return chosen_engine(self.session.model, self.params, engines, batch, self._losses)
 
     def _counted(self, batch: data.Batch) -> Tensor:
@@ -382,28 +383,11 @@ class _Loop:
 
         @torch.no_grad()
         def losses(step: int) -> Tensor:
-            drawn = self._drawn(stream, step, units, 1)
-            parts = self._microbatches([i for (i,) in drawn])
+            parts = self.batches.parts([i for (i,) in self.batches.drawn(stream, step, units)])
             return torch.cat([torch.zeros(0), *(self._losses(part).cpu() for part in parts)])
 
         assert a.steps is not None
         return noised(a.privacy, stream, a.steps, min(a.batch_size, a.num_examples), losses)
-
-    def _drawn(
-        self,
-        stream: NoiseStream,
-        step: int,
-        units: Sequence[Sequence[int]] | None,
-        per_unit: int,
-    ) -> list[list[int]]:
-        """Return a step's Poisson sample: of each unit in it at most so many examples."""
-        assert self.assignment.privacy is not None
-        rate = self.assignment.privacy.sample_rate
-        if units is None:
-            return [[int(i)] for i in stream.poisson_sample(step, len(self.encoded), rate)]
-        whole = [units[int(i)] for i in stream.poisson_sample(step, len(units), rate)]
-        picked = stream.pick(step, [len(one) for one in whole], per_unit)
-        return [[one[i] for i in some] for one, some in zip(whole, picked, strict=True)]
 
     def _losses(self, batch: data.Batch) -> Tensor:
         """Return ``[batch]`` losses, per-example terms of regularizers included."""
@@ -438,8 +422,11 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._restrict(self.selection.at(self.step, self.params))
-        if self._checkpoints is not None and self.step < self._num_steps():
+        if self._checkpoints is not None and self.step < self.batches.num_steps:
             self._checkpoints.offer(self._state)
+
+    def _heard(self) -> None:
+        self.stepped(self.step, self.batches.num_steps)
 
     def _mask(self, name: str, mask: Tensor) -> None:
         """Train of a tensor only what this mask, too, has at 1."""
@@ -471,56 +458,6 @@ class _Loop:
         yield self.ranks.penalty(self.params)
         for name, regularizer in self.regularizers:
             yield regularizer.penalty(self.params, self.sent, recall(self.memory, name))
-
-    def _plain_batches(self) -> Iterator[list[int]]:
-        """Yield the indices of each step's examples yet to do: shuffled passes over the data."""
-        a = self.assignment
-        generator = torch.Generator().manual_seed(a.seed)
-        order: list[int] = []
-        done = self.step
-        for step in range(self._num_steps()):
-            if not order:
-                order = torch.randperm(len(self.encoded), generator=generator).tolist()
-            if step >= done:
-                yield order[: a.batch_size]
-            order = order[a.batch_size :]
-
-    def _num_steps(self) -> int:
-        a = self.assignment
-        return a.steps or math.ceil(a.epochs * math.ceil(len(self.encoded) / a.batch_size))
-
-    @property
-    def _held(self) -> int:
-        """How many examples a forward pass holds, but for those of one unit.
-
-        One where their gradients must be measured alone: in such a model an example may change what
-        is computed of another beside it, so that no teacher and no report may see two at once.
-        """
-        return 1 if self.engine == "alone" else self.assignment.microbatch
-
-    def _microbatches(self, indices: Sequence[int]) -> Iterator[data.Batch]:
-        """Yield a batch in parts of like length: the same sum of gradients, less padding."""
-        for chosen in data.by_length(self.encoded, indices, self._held):
-            self.stepped(self.step, self._num_steps())
-            yield self._collated(chosen)
-
-    def _of_units(self, drawn: Sequence[Sequence[int]]) -> Iterator[OfUnits[data.Batch]]:
-        """Yield a batch of units in parts, each unit whole."""
-        lengths = {i: len(self.encoded[i].input_ids) for unit in drawn for i in unit}
-        for part in packed(drawn, lengths, self._held):
-            self.stepped(self.step, self._num_steps())
-            chosen = [index for unit in part for index in unit]
-            yield OfUnits(self._collated(chosen), [len(unit) for unit in part])
-
-    def _collated(self, indices: Sequence[int]) -> data.Batch:
-        pad = data.padding_id(self.session.base.tokenizer)
-        batch = move(data.collate([self.encoded[i] for i in indices], pad), self.assignment.device)
-        taught = {
-            f"{name}/outputs": self.session.outputs_with(teacher, batch)
-            for name, teacher in self.teachers.items()
-            if teacher
-        }
-        return replace(batch, taught=taught) if taught else batch
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

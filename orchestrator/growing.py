@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from clients.seeds import seed_for
-from clients.task_model import HEAD_STD
 from strategies.base import Tensors
 
 _WEIGHT, _BIAS = "head.weight", "head.bias"
@@ -66,6 +65,8 @@ def grown_memory(memory: Tensors, old: Sequence[str], labels: Sequence[str]) -> 
 
 
 def _row(label: str, like: Tensor, seed: int) -> Tensor:
+    from clients.task_model import HEAD_STD  # transformers takes seconds, and few heads grow
+
     generator = torch.Generator().manual_seed(seed_for(seed, 0, f"head/{label}"))
     row = torch.empty(like.shape[1:])
     torch.nn.init.normal_(row, std=HEAD_STD, generator=generator)

@@ -118,9 +118,11 @@ class RunProgress:
             self._console.print(line, highlight=False)
 
     def _loss(self) -> str:
+        privacy = None if self._plan is None else self._plan.config.privacy
+        if privacy is not None and privacy.report is None:
+            return "hidden by DP"
         if not self._losses:
-            hidden = self._plan is not None and self._plan.config.privacy is not None
-            return "hidden by DP" if hidden else "-"
+            return "-"
         return f"{sum(self._losses.values()) / len(self._losses):.3f}"
 
     def _spent_text(self) -> str:

@@ -102,6 +102,8 @@ def test_a_strategy_has_the_states_under_flower_that_it_has_by_itself(name, tens
     adapter = tensors(layers=("k", "q"))
     if "core" in alone.capabilities:
         adapter |= {f"{layer}.lora_core.weight": torch.eye(2) for layer in "kq"}
+    if "directions" in alone.capabilities:
+        adapter |= {f"{layer}.lora_magnitudes": torch.ones(1) for layer in "kq"}
     state = alone.init(adapter, Setting(len(NODES), len(NODES), seed_for(7, 0, "strategy")))
     arrays, config = arrays_of(adapter), ConfigRecord()
 
