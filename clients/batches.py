@@ -26,6 +26,9 @@ class Batches:
         encoded: all examples.
         teachers: by regularizer, the tensors of the model whose outputs it compares with, or none.
         heard: called before each microbatch.
+        alone: whether a forward pass holds one example, or those of one unit. So where gradients
+            must be measured alone: in such a model an example may change what is computed of
+            another beside it, and no teacher and no report may see two at once.
     """
 
     assignment: Assignment
@@ -33,6 +36,11 @@ class Batches:
     encoded: Sequence[data.Encoded]
     teachers: Mapping[str, Tensors]
     heard: Callable[[], None]
+    alone: bool = False
+
+    @property
+    def _held(self) -> int:
+        return 1 if self.alone else self.assignment.microbatch
 
     @property
     def num_steps(self) -> int:
@@ -77,14 +85,14 @@ class Batches:
 
     def parts(self, indices: Sequence[int]) -> Iterator[data.Batch]:
         """Yield examples in parts of like length: the same sum of gradients, less padding."""
-        for chosen in data.by_length(self.encoded, indices, self.assignment.microbatch):
+        for chosen in data.by_length(self.encoded, indices, self._held):
             self.heard()
             yield self.collated(chosen)
 
     def parts_of_units(self, drawn: Sequence[Sequence[int]]) -> Iterator[OfUnits[data.Batch]]:
         """Yield the examples of units in parts, each unit whole."""
         lengths = {i: len(self.encoded[i].input_ids) for unit in drawn for i in unit}
-        for part in packed(drawn, lengths, self.assignment.microbatch):
+        for part in packed(drawn, lengths, self._held):
             self.heard()
             chosen = [index for unit in part for index in unit]
             yield OfUnits(self.collated(chosen), [len(unit) for unit in part])

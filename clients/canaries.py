@@ -33,6 +33,8 @@ from strategies.base import Tensors
 _LOUD = 1e3  # a canary's input, so that a bias beside the weight gets a thousandth of it
 _EXCESS = 10.0  # a canary's norm over the bound: it is the clip that must shorten it
 
+_FAR = 1e4  # no canary's norm is within a bound that is learned, which would grow without end
+
 
 class NoPlaceForCanaries(ValueError):
     """The trained tensors cannot hold so many gradient canaries."""
@@ -104,7 +106,10 @@ def _scores(a: Assignment, canaries: int, present: Tensor, stream: NoiseStream) 
         places = _Places.of(a, session.model, params, mask, canaries)
         session.model.train()
         with private_gradient(a, session.model, params, mask, stream, places.engine) as engine:
+            first = engine.bound
             for step in range(a.steps):
+                if not first / _FAR < engine.bound < first * _FAR:
+                    engine.bound = first
                 bound = engine.bound
                 taken = stream.poisson_sample(step, len(present), a.privacy.sample_rate)
                 batches = torch.split(present[taken], a.microbatch) if len(taken) else ()

@@ -72,11 +72,12 @@ def destroy_key(site: Path, run: str, client: str) -> None:
         sync(folder)
     doomed = list(folder.glob(f"{_DOOMED}*"))
     for path in doomed:
-        with path.open("r+b") as file:  # at random, for whoever may be reading it
-            file.write(os.urandom(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
+        with suppress(FileNotFoundError):  # another process was faster
+            with path.open("r+b") as file:  # at random, for whoever may be reading it
+                file.write(os.urandom(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            path.unlink()
     if doomed:
         sync(folder)
 

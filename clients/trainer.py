@@ -337,6 +337,7 @@ class _Loop:
             a, self.session.model, self.params, self.mask, stream, measured_by
         )
         engine.bound, self.engine = self.bound, measured_by
+        self.batches = replace(self.batches, alone=measured_by == "alone")
         with engine:
             for step in range(self.step, a.steps):
                 drawn = self.batches.drawn(stream, step, units, a.privacy.per_unit)

@@ -40,6 +40,7 @@ from orchestrator.plan import (
 from orchestrator.policy import TRAIN_LOSS
 from orchestrator.reading import opening, plan_reading
 from orchestrator.recipes import round_recipe
+from orchestrator.rehearsed import rehearsed_people
 from orchestrator.relating import relate_again
 from orchestrator.remembering import Remembering
 from orchestrator.retention import drop_after_close, drop_after_round, folder_of, keep_round
@@ -288,6 +289,7 @@ class Federation:
             top = best(self._history().scored(judge.metric), judge)
             result = self._commits.of(top.version) if top else done
         version = self._remembering.settled(result)
+        self._collector.close()  # who is late would draw a new key
         document = self.plan.config.model_dump(mode="json")
         drop_after_close(self.store, self.plan.run, self.home, document)
         name = self.store.name(self.plan.config.name, version)
@@ -312,7 +314,7 @@ class Federation:
 
     def _begin(self) -> Committed:
         """Commit the version that round 1 starts from."""
-        note_unprotected(self.plan, self.ledger)
+        note_unprotected(self.plan, self.ledger, rehearsed_people(self.plan, self.store))
         done = begin(self.plan, self.store, self.strategy, self._initial, self.store.commit)
         self._log("started", {"version": done.version})
         return self._commits.add(done, ())

@@ -95,6 +95,11 @@ def audit_by_training(workspace: Workspace, config: RunConfig, attack: Attack) -
 def _refuse_others(config: RunConfig, attack: Attack) -> None:
     if config.task != "classification":
         raise BadConfig(f"task: a black-box audit mislabels examples, and {config.task} has none")
+    if len(config.task_labels) == 1:
+        raise BadConfig(
+            f"task_labels: a black-box audit mislabels examples, and beside {config.task_labels[0]}"
+            " there is no other label; name two, or audit by --white-box"
+        )
     if config.start_from is not None or config.library:
         raise BadConfig(
             "start_from: a black-box audit trains from the base model alone; leave it and library "

@@ -47,6 +47,16 @@ def with_past(plan: Plan, store: AdapterStore, budgets: Budgets) -> Plan:
     return replace(plan, participants=tuple(people))
 
 
+def rehearsed_people(plan: Plan, store: AdapterStore) -> set[str]:
+    """Return the populations, but for public ones, of whose examples a run's clients kept some."""
+    behind = plan.start.version
+    if behind is None or not any(rehearses(one.name, one.options) for one in plan.regularizers):
+        return set()
+    leaves = _leaves(store.lineage(behind))
+    own = [leaf for who in plan.participants for leaf in leaves.get(who.name, [])]
+    return {leaf["population"] for leaf in own if not leaf["public"]}
+
+
 def _leaves(lineage: Lineage) -> dict[str, list[Mapping[str, Any]]]:
     """Return by client the leaves of rounds in which it kept examples, the nearest first."""
     parents = defaultdict(set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -148,12 +148,18 @@ def reserve(
     return kept
 
 
-def note_unprotected(plan: Plan, ledger: Ledger) -> None:
-    """Put on the ledger, for ever, whose data a run trains on without privacy, before it does."""
+def note_unprotected(plan: Plan, ledger: Ledger, rehearsed: Collection[str] = ()) -> None:
+    """Put on the ledger, for ever, whose data a run trains on without privacy, before it does.
+
+    Args:
+        plan: the run's.
+        ledger: where.
+        rehearsed: populations of whose data clients kept some, which they train on again.
+    """
     privacy = plan.config.privacy
     if privacy is not None and privacy.insecure_seed is None:
         return
-    populations = {p.population for p in plan.participants if not p.public}
+    populations = {p.population for p in plan.participants if not p.public} | set(rehearsed)
     reason = plan.config.accept_unbounded or ""
     ledger.unprotected.add(plan.run, populations, reason, getpass.getuser())
 

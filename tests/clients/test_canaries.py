@@ -83,6 +83,14 @@ def test_without_noise_every_guess_is_right(private, mode):
     assert (guesses.canaries, guesses.made, guesses.right) == (100, 40, 40)
 
 
+def test_a_learned_bound_that_canaries_drive_away_comes_back(private):
+    learned = Clipping("quantile", rate=200.0)  # as a run of a thousand steps has it with 0.2
+    small = PluginChoice("lora", {"r": 4, "layers": [0]})
+    made = private(clipping=learned, adapter=small, steps=3)
+    bare = replace(made, privacy=replace(made.privacy, noise_multiplier=1e-6))
+    assert white_box(bare, 100, 40, insecure_key(2, "audit")).right == 40
+
+
 def test_canaries_lie_where_the_mask_lets_the_round_train(private):
     made = private()
     name = next(n for n in sorted(made.broadcast.tensors) if n.endswith("lora_B.weight"))

@@ -91,6 +91,21 @@ def test_killed_at_any_point_it_leaves_the_key_or_none_and_is_finished_later(
     assert [p.name for p in path.parent.iterdir()] == []
 
 
+@pytest.mark.parametrize("first", ["open", "unlink"])
+def test_two_may_destroy_a_key_at_once(tmp_path, monkeypatch, first):
+    Site(tmp_path).run_key("run", "a")
+    change, unlink = getattr(Path, first), Path.unlink
+
+    def late(path, *given, **named):
+        if path.name.startswith(".doomed-"):
+            unlink(path)
+        return change(path, *given, **named)
+
+    monkeypatch.setattr(Path, first, late)
+    destroy_key(tmp_path, "run", "a")
+    assert list(run_folder(tmp_path, "run", "a").iterdir()) == []
+
+
 def test_there_are_no_more_points_to_be_killed_at(tmp_path, kill_at, monkeypatch):
     Site(tmp_path).run_key("run", "a")
     made = kill_at(0)

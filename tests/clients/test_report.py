@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients import report
-from clients.assignment import Privacy, Report
+from clients.assignment import PluginChoice, Privacy, Report
 from clients.evaluate import evaluate
 from clients.noise import NoiseStream
+from clients.regularizers import Beginning, namespaced
+from clients.regularizers.lwf import LwF
+from clients.task_model import TaskModel
 from clients.trainer import spend_of, train
 
 KEY = bytes(range(32))
@@ -113,6 +116,32 @@ def test_what_a_client_tells_is_of_another_sample_than_it_trains_on(assign, monk
     monkeypatch.setattr(NoiseStream, "poisson_sample", noted)
     train(assign(privacy=private(rate=0.4, steps=2), steps=3))
     assert drawn == [0, 1, 2, 3, 4]
+
+
+def test_where_examples_are_measured_alone_no_report_or_teacher_sees_two_at_once(
+    assign, monkeypatch
+):
+    seen, forward = [], TaskModel.forward
+
+    def noted(model, batch):
+        seen.append((torch.is_grad_enabled(), len(batch.input_ids)))
+        return forward(model, batch)
+
+    monkeypatch.setattr(TaskModel, "forward", noted)
+    monkeypatch.setattr("clients.trainer.engines_of", lambda capabilities: ["alone"])
+    plain = assign(privacy=replace(private(), sample_rate=1.0))
+    start = Beginning(plain.broadcast.tensors, first=False, known=(0, 1))
+    taught = replace(
+        plain,
+        regularizers=(PluginChoice("lwf"),),
+        memory=namespaced(LwF().begin(start, {}), "lwf"),
+    )
+
+    train(taught)
+
+    chosen = 1 + 2  # a teacher of two, and each of them alone: all of which is thrown away
+    assert seen[:chosen] == [(False, 2), (True, 1), (True, 1)]
+    assert set(seen[chosen:]) == {(False, 1), (True, 1)}
 
 
 def test_a_client_without_examples_tells_noise_as_others_do(assign):

@@ -118,6 +118,13 @@ def test_whole_clients_are_attacked_in_the_sums_of_their_rounds(plan, home, monk
     assert auditing.audit(home, plan(privacy=whole, strategy="ffa-lora"), Attack()).refuted
 
 
+def test_a_clip_that_canary_clients_drive_away_comes_back(plan, home, monkeypatch):
+    monkeypatch.setattr(ClientLevel, "sum_std", property(lambda terms: 1e-6 * terms.clip))
+    whole = plan(privacy={**CLIENTS, "clip_quantile": 0.5}, strategy="ffa-lora", rounds=12)
+    found = auditing.audit(home, whole, Attack(canaries=400, guesses=40))
+    assert found.guesses.right == 40
+
+
 def test_more_canaries_than_clients_send_numbers_are_refused(plan, home):
     with pytest.raises(NoPlaceForCanaries, match="and there are 2180"):
         auditing.audit(home, plan(privacy=CLIENTS, strategy="ffa-lora"), Attack(canaries=9999))

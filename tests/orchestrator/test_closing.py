@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from orchestrator import service, upkeep
+from orchestrator import federation, service, upkeep
 from orchestrator.closing import begin_closing, finish_closing
+from orchestrator.desk import Desk
 
 DP = {"noise_multiplier": 2.0, "delta": 1e-3}
 
@@ -52,6 +53,24 @@ def test_keys_are_destroyed_when_a_run_is_completed_and_drawn_anew_when_it_is_ex
     assert len(home.ledger.spends_of_run(run)) == 2 * spent
     assert keys(home) == set()
     assert list(home.home.glob("closing/*")) == []
+
+
+def test_who_is_late_is_given_up_before_keys_are_destroyed(home, tiny, monkeypatch):
+    done = []
+
+    def noted(owner, name):
+        call = getattr(owner, name)
+
+        def first(*given):
+            done.append(name)
+            return call(*given)
+
+        monkeypatch.setattr(owner, name, first)
+
+    noted(federation, "begin_closing")
+    noted(Desk, "give_up")
+    service.launch(home, tiny(rounds=1, privacy=DP, late="keep", strategy="ffa-lora"))
+    assert done[:2] == ["give_up", "begin_closing"]
 
 
 @pytest.mark.parametrize("status", ["paused", "failed", "running"])

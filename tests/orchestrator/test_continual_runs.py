@@ -221,3 +221,14 @@ def test_examples_of_people_whose_budget_came_later_are_not_rehearsed_without_pr
     with pytest.raises(BadConfig, match=r"part-1: .* has a privacy budget .* and this run has no"):
         task("two", TWO, ["replay"], one, steps=1)
     task("two-free", TWO, [], one, steps=1, rounds=1)
+
+
+def test_whose_kept_examples_are_trained_on_again_is_on_the_ledger(task, workspace):
+    one = task("one", ONE, ["replay"], steps=1, rounds=1)
+    plan = planned(workspace.ledger, workspace.ledger.run("one"))
+    task("two", TWO, ["replay"], one, steps=1, rounds=1)
+    task("three", TWO, [], one, steps=1, rounds=1)
+    runs = [workspace.ledger.run(name).id for name in ("one", "two")]
+    for who in plan.participants:
+        noted = workspace.ledger.unprotected.of([who.population])
+        assert [bare.run for bare in noted] == runs

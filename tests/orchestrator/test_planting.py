@@ -74,6 +74,7 @@ def test_nothing_of_it_is_left_where_it_was_asked_for(workspace, config):
         ({"privacy": CLIENTS, "strategy": "ffa-lora"}, TWENTY, "hides whole clients"),
         ({"start_from": "bot:v1", "start": "continue"}, TWENTY, "from the base model alone"),
         ({"privacy": {**DP, "unit": "ward"}}, TWENTY, "are each a unit"),
+        ({"task_labels": ["cat"]}, TWENTY, "beside cat there is no other label"),
         ({}, Attack(canaries=21, guesses=8), "21 canaries are more than half of the 40 examples"),
         ({}, Attack(canaries=20, guesses=8, client="part-0"), "trains all clients"),
     ],
