@@ -82,7 +82,7 @@ def test_a_run_killed_at_any_boundary_of_its_reading_ends_at_the_same_version(
         len([k for k in wanted.kept if k.startswith(made)]) for made in ("round-1", "final-1")
     ] == [3, 3]
     problems = []
-    for point in sampled(len(whole["boundaries"])):
+    for point in sampled(len(whole["boundaries"]), 4):
         home = tmp_path / f"killed-{point}"
         job = {"home": str(home), "config": reading_run}
         where = f"{point} ({whole['boundaries'][point - 1]})"
@@ -125,7 +125,9 @@ def test_a_run_that_meets_a_full_disk_or_a_lost_database_says_so_and_can_be_resu
     assert not problems, "\n".join(problems[:40])
 
 
-def test_a_run_killed_while_it_ends_leaves_no_key_behind(driver, private_run, tmp_path) -> None:
+def test_a_run_killed_while_it_ends_leaves_no_key_behind(
+    driver, private_run, sampled, tmp_path
+) -> None:
     """With keys of its own; what a killed process has left of them is gone after gc."""
     config = {**private_run, "privacy": {**private_run["privacy"], "insecure_seed": None}}
     driver(warm=config)
@@ -133,7 +135,8 @@ def test_a_run_killed_while_it_ends_leaves_no_key_behind(driver, private_run, tm
     assert whole["error"] is None
     problems, killed = [], 0
     last = len(whole["boundaries"])
-    for point in range(last - 24, last + 1):
+    points = [last - 25 + own for own in sampled(25, 4)]
+    for point in points:
         home = tmp_path / f"killed-{point}"
         job = {"home": str(home), "config": config}
         where = f"{point} ({whole['boundaries'][point - 1]})"
@@ -154,7 +157,7 @@ def test_a_run_killed_while_it_ends_leaves_no_key_behind(driver, private_run, tm
         problems += [f"{where}: {path} was left behind" for path in left]
         shutil.rmtree(home)
     assert not problems, "\n".join(problems[:40])
-    assert killed >= 20  # with other keys a run may pass a boundary fewer
+    assert killed >= 0.8 * len(points)  # with other keys a run may pass a boundary fewer
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:
