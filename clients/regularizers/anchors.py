@@ -11,15 +11,51 @@ does. With A frozen it is the model that is held.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from clients.regularizers import recall
+from clients.regularizers import Regularizer, When, recall
 from strategies.base import Tensors, Update
 from strategies.tensors import weighted_mean
 
 ANCHOR = "anchor"
+
+
+class Anchored(Regularizer):
+    """A method that holds entries; how it knows what mattered is its own.
+
+    Attributes:
+        kind: of importance, the prefix that it has in memory and in what clients send.
+        weight: of the penalty, >= 0; 0 turns it off, and the memory still grows.
+        decay: see :func:`accumulated`.
+    """
+
+    anchored = True
+    kind: ClassVar[str] = "importance"
+    weight: float
+    decay: float | None = 1.0
+
+    def penalty(
+        self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
+    ) -> Tensor | None:
+        """Return ``weight * sum importance (theta - theta*)^2``; None on a first task."""
+        found = distance(self.kind, params, memory) if self.weight else None
+        return None if found is None else self.weight * found
+
+    def parts(
+        self, when: When, params: Tensors, returned: Collection[str]
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of the importance of every trained tensor: the tensor's."""
+        return shapes(self.kind, params, returned)
+
+    def combine(
+        self, when: When, params: Tensors, memory: Tensors, updates: Iterable[Update]
+    ) -> Tensors:
+        """Return the memory with the clients' mean importance, and the result that it is at."""
+        fresh = mean(self.kind, params, updates)
+        return accumulated(self.kind, params, memory, fresh, self.decay)
 
 
 def shapes(kind: str, params: Tensors, names: Collection[str]) -> dict[str, tuple[int, ...]]:

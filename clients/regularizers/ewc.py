@@ -9,26 +9,24 @@ refused under DP.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from clients.regularizers import Regularizer, When, anchors
-from strategies.base import Tensors, Update
+from clients.regularizers import anchors
+from strategies.base import Tensors
 from strategies.plugins import Range
 
 if TYPE_CHECKING:  # torch is enough for what a config asks
     from clients.data import Batch
     from clients.reading import Reading
 
-_FISHER = "fisher"
-
 
 @dataclass(frozen=True)
-class EWC(Regularizer):
+class EWC(anchors.Anchored):
     """Entries are held to earlier tasks' values by how much these tasks' losses depend on them.
 
     Attributes:
@@ -44,14 +42,14 @@ class EWC(Regularizer):
     decay: Annotated[float | None, Range(0, 1)] = None
     labels: Literal["data", "model"] = "data"
 
-    anchored = True
+    kind = "fisher"
 
     def penalty(
         self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
     ) -> Tensor | None:
         """Return ``weight / 2 * sum F (theta - theta*)^2``; None on a first task."""
-        found = anchors.distance(_FISHER, params, memory) if self.weight else None
-        return None if found is None else self.weight / 2 * found
+        found = super().penalty(params, reference, memory)
+        return None if found is None else found / 2
 
     def consolidate_from_data(self, reading: Reading, memory: Tensors) -> Tensors:
         """Return the diagonal of the Fisher information on a client's examples, its mean."""
@@ -64,20 +62,7 @@ class EWC(Regularizer):
             drawn = replace(batch, labels=_drawn(reading, logits.detach(), batch, generator))
             return reading.model.example_losses(logits, drawn, reading.allowed)
 
-        return anchors.mean_of_examples(_FISHER, reading.gradients(losses), torch.square)
-
-    def parts(
-        self, when: When, params: Tensors, returned: Collection[str]
-    ) -> Mapping[str, tuple[int, ...]]:
-        """Return the shape of the Fisher of every trained tensor: the tensor's."""
-        return anchors.shapes(_FISHER, params, returned)
-
-    def combine(
-        self, when: When, params: Tensors, memory: Tensors, updates: Iterable[Update]
-    ) -> Tensors:
-        """Return the memory with the Fisher of all clients' examples, and the result it is at."""
-        fresh = anchors.mean(_FISHER, params, updates)
-        return anchors.accumulated(_FISHER, params, memory, fresh, self.decay)
+        return anchors.mean_of_examples(self.kind, reading.gradients(losses), torch.square)
 
 
 def _drawn(reading: Reading, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:

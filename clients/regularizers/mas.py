@@ -8,26 +8,23 @@ mean over all of them. It reads texts: refused under DP.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
-from clients.regularizers import Regularizer, When, anchors
-from strategies.base import Tensors, Update
+from clients.regularizers import anchors
+from strategies.base import Tensors
 from strategies.plugins import Range
 
 if TYPE_CHECKING:  # torch is enough for what a config asks
     from clients.data import Batch
     from clients.reading import Reading
 
-_IMPORTANCE = "importance"
-
 
 @dataclass(frozen=True)
-class MAS(Regularizer):
+class MAS(anchors.Anchored):
     """Entries are held to earlier tasks' values by how much the model's outputs depend on them.
 
     Importances of tasks add up, and all are held to the newest result.
@@ -37,15 +34,6 @@ class MAS(Regularizer):
     """
 
     weight: Annotated[float, Range(0)] = 1.0
-
-    anchored = True
-
-    def penalty(
-        self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
-    ) -> Tensor | None:
-        """Return ``weight * sum importance (theta - theta*)^2``; None on a first task."""
-        found = anchors.distance(_IMPORTANCE, params, memory) if self.weight else None
-        return None if found is None else self.weight * found
 
     def consolidate_from_data(self, reading: Reading, memory: Tensors) -> Tensors:
         """Return the mean size of the gradient of the outputs' squared length on each example."""
@@ -58,17 +46,4 @@ class MAS(Regularizer):
             squares: Tensor = logits.square().sum(2) * learned
             return squares.sum(1) / learned.sum(1).clamp(min=1)
 
-        return anchors.mean_of_examples(_IMPORTANCE, reading.gradients(lengths), torch.abs)
-
-    def parts(
-        self, when: When, params: Tensors, returned: Collection[str]
-    ) -> Mapping[str, tuple[int, ...]]:
-        """Return the shape of the importance of every trained tensor: the tensor's."""
-        return anchors.shapes(_IMPORTANCE, params, returned)
-
-    def combine(
-        self, when: When, params: Tensors, memory: Tensors, updates: Iterable[Update]
-    ) -> Tensors:
-        """Return the memory with the importance to all clients' examples, and the result."""
-        fresh = anchors.mean(_IMPORTANCE, params, updates)
-        return anchors.accumulated(_IMPORTANCE, params, memory, fresh, decay=1.0)
+        return anchors.mean_of_examples(self.kind, reading.gradients(lengths), torch.abs)

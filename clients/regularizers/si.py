@@ -14,22 +14,20 @@ penalty is taken out, as the official code does; of other regularizers it is not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from clients.regularizers import Regularizer, When, anchors, recall
-from strategies.base import Tensors, Update
+from clients.regularizers import anchors, recall
+from strategies.base import Tensors
 from strategies.plugins import Range
 
-_IMPORTANCE, _PATH, _FIRST = "importance", "path", "first"
+_PATH, _FIRST = "path", "first"
 
 
 @dataclass(frozen=True)
-class SI(Regularizer):
+class SI(anchors.Anchored):
     """Entries are held to earlier tasks' values by how much they did to learn these tasks.
 
     Importances of tasks add up, and all are held to the newest result.
@@ -43,22 +41,13 @@ class SI(Regularizer):
     weight: Annotated[float, Range(0)] = 0.1
     damping: Annotated[float, Range(0, open_low=True)] = 1e-3
 
-    anchored = True
-
-    def penalty(
-        self, params: Mapping[str, Tensor], reference: Tensors, memory: Tensors
-    ) -> Tensor | None:
-        """Return ``weight * sum importance (theta - theta*)^2``; None on a first task."""
-        found = anchors.distance(_IMPORTANCE, params, memory) if self.weight else None
-        return None if found is None else self.weight * found
-
     def observe(self, grads: Tensors, before: Tensors, after: Tensors, memory: Tensors) -> Tensors:
         """Return the memory with one step more of the way, and with where it began."""
         grown = dict(memory)
         for name, gradient in grads.items():
             own = gradient.float()
             if self.weight:
-                held = anchors.pull(_IMPORTANCE, name, before[name].float(), memory)
+                held = anchors.pull(self.kind, name, before[name].float(), memory)
                 own = own - 2 * self.weight * held
             step = -own * (after[name].float() - before[name].float())
             known = memory.get(f"{_PATH}/{name}")
@@ -77,20 +66,7 @@ class SI(Regularizer):
         for name, tensor in params.items():
             if name in paths:
                 away = (tensor.float() - firsts[name]).square()
-                found[f"{_IMPORTANCE}/{name}"] = paths[name] / (away + self.damping)
+                found[f"{self.kind}/{name}"] = paths[name] / (away + self.damping)
             else:
-                found[f"{_IMPORTANCE}/{name}"] = torch.zeros_like(tensor, dtype=torch.float32)
+                found[f"{self.kind}/{name}"] = torch.zeros_like(tensor, dtype=torch.float32)
         return found
-
-    def parts(
-        self, when: When, params: Tensors, returned: Collection[str]
-    ) -> Mapping[str, tuple[int, ...]]:
-        """Return the shape of the importance of every trained tensor: the tensor's."""
-        return anchors.shapes(_IMPORTANCE, params, returned)
-
-    def combine(
-        self, when: When, params: Tensors, memory: Tensors, updates: Iterable[Update]
-    ) -> Tensors:
-        """Return the memory with the clients' mean importance, where that is above 0."""
-        fresh = anchors.mean(_IMPORTANCE, params, updates)
-        return anchors.accumulated(_IMPORTANCE, params, memory, fresh, decay=1.0)
