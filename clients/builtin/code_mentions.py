@@ -24,18 +24,20 @@ from typing import Literal, TypedDict
 
 from clients.builtin.docstrings import (
     CLIENTS,
+    OPTIONS,
+    by_split,
     cache_file,
+    chosen,
     files_of,
     googledoc,
-    is_test,
+    kept,
     numpydoc,
-    read_cache,
-    write_cache,
 )
 from clients.tags import BadTags, spans_to_tags
 
+__all__ = ["LABELS", "OPTIONS", "rows"]
+
 LABELS = ("O", "B-PARAM", "I-PARAM", "B-VALUE", "I-VALUE", "B-CODE", "I-CODE")
-OPTIONS = {"split": ("train", "test"), "client": CLIENTS}
 
 _MAX_ROWS = 600  # of one client, both splits together: no library drowns the others
 _MAX_CHARS = 300
@@ -68,33 +70,20 @@ def rows(split: Literal["train", "test"] = "train", client: str | None = None) -
     Raises:
         ValueError: if there is no such split or client.
     """
-    for name, value in (("split", split), ("client", client or CLIENTS[0])):
-        if value not in OPTIONS[name]:
-            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}")
-    return [row for row in _load()[split] if client is None or row["client"] == client]
+    return chosen(_load, split, client)
 
 
 @lru_cache(maxsize=1)
 def _load() -> dict[str, list[Row]]:
-    file = cache_file("code-mentions", __file__)
-    cached: dict[str, list[Row]] | None = read_cache(file) if file else None
-    if cached is None:
-        cached = split_rows([row for client in CLIENTS for row in parse_package(client)])
-        if file:
-            write_cache(file, cached)
-    return cached
+    def made() -> dict[str, list[Row]]:
+        return split_rows([row for client in CLIENTS for row in parse_package(client)])
+
+    return kept(cache_file("code-mentions", __file__), made)
 
 
 def split_rows(found: list[Row]) -> dict[str, list[Row]]:
-    """Return ``found`` by split: a fifth of the files is test, minus what training contains."""
-    train = [row for row in found if not is_test(row["client"], row["file"])]
-    known = {row["text"].lower() for row in train}
-    test = []
-    for row in found:
-        if is_test(row["client"], row["file"]) and row["text"].lower() not in known:
-            known.add(row["text"].lower())
-            test.append(row)
-    return {"train": train, "test": test}
+    """Return ``found`` by split; rows of one text are the same."""
+    return by_split(found, lambda row: row["text"].lower())
 
 
 def parse_package(client: str) -> list[Row]:

@@ -15,11 +15,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 CLIENTS = (
     "huggingface_hub",
@@ -30,6 +30,8 @@ CLIENTS = (
     "torch",
     "transformers",
 )
+OPTIONS: Mapping[str, tuple[str, ...]] = {"split": ("train", "test"), "client": CLIENTS}
+R = TypeVar("R", bound=Mapping[str, Any])
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "_vendor", "vendored"})
 
 
@@ -124,6 +126,55 @@ def googledoc(docstring: str) -> Iterator[tuple[str, str, str]]:
                 entry, lines = (head[1], head[2]), [head[3].strip()]
             else:
                 lines.append(line.strip())
+
+
+def chosen(load: Callable[[], Mapping[str, list[R]]], split: str, client: str | None) -> list[R]:
+    """Return the rows of a split, of one client or of all.
+
+    Args:
+        load: returns all rows by split.
+        split: of :data:`OPTIONS`.
+        client: likewise; None for all.
+
+    Raises:
+        ValueError: if there is no such split or client.
+    """
+    for name, value in (("split", split), ("client", client or CLIENTS[0])):
+        if value not in OPTIONS[name]:
+            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}")
+    return [row for row in load()[split] if client is None or row["client"] == client]
+
+
+def kept(file: Path | None, make: Callable[[], dict[str, list[R]]]) -> dict[str, list[R]]:
+    """Return the rows that are kept in ``file``; else those that ``make`` returns, kept there now.
+
+    Args:
+        file: see :func:`cache_file`; None keeps none.
+        make: returns the rows by split.
+    """
+    found: dict[str, list[R]] | None = read_cache(file) if file else None
+    if found is None:
+        found = make()
+        if file:
+            write_cache(file, found)
+    return found
+
+
+def by_split(found: Sequence[R], same: Callable[[R], str]) -> dict[str, list[R]]:
+    """Return rows by split: a fifth of the files is test, minus what training contains.
+
+    Args:
+        found: rows, with their ``client`` and ``file``.
+        same: what two rows have in common that are the same but for where they stand.
+    """
+    train = [row for row in found if not is_test(row["client"], row["file"])]
+    known = {same(row) for row in train}
+    test = []
+    for row in found:
+        if is_test(row["client"], row["file"]) and same(row) not in known:
+            known.add(same(row))
+            test.append(row)
+    return {"train": train, "test": test}
 
 
 def cache_file(name: str, code: str) -> Path | None:

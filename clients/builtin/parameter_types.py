@@ -29,17 +29,19 @@ from typing import Literal, TypedDict
 
 from clients.builtin.docstrings import (
     CLIENTS,
+    OPTIONS,
+    by_split,
     cache_file,
+    chosen,
     files_of,
     googledoc,
-    is_test,
+    kept,
     numpydoc,
-    read_cache,
-    write_cache,
 )
 
+__all__ = ["LABELS", "OPTIONS", "rows"]
+
 LABELS = ("int", "float", "bool", "str", "array", "callable", "sequence", "mapping")
-OPTIONS = {"split": ("train", "test"), "client": CLIENTS}
 
 _MAX_ROWS = 1500  # of one client, both splits together: no library drowns the others
 _MAX_CHARS = 300
@@ -61,35 +63,22 @@ def rows(split: Literal["train", "test"] = "train", client: str | None = None) -
     Raises:
         ValueError: if there is no such split or client.
     """
-    for name, value in (("split", split), ("client", client or CLIENTS[0])):
-        if value not in OPTIONS[name]:
-            raise ValueError(f"{name} must be one of {', '.join(OPTIONS[name])}, got {value!r}")
-    found = _load()[split]
-    return [row for row in found if client is None or row["client"] == client]
+    return chosen(_load, split, client)
 
 
 @lru_cache(maxsize=1)
 def _load() -> dict[str, list[Row]]:
     """Return the rows by split, from the cache where it has them."""
-    file = _cache_file()
-    cached: dict[str, list[Row]] | None = read_cache(file) if file else None
-    if cached is None:
-        cached = _split([row for client in CLIENTS for row in _parse_package(client)])
-        if file:
-            write_cache(file, cached)
-    return cached
+
+    def made() -> dict[str, list[Row]]:
+        return _split([row for client in CLIENTS for row in _parse_package(client)])
+
+    return kept(_cache_file(), made)
 
 
 def _split(found: list[Row]) -> dict[str, list[Row]]:
-    """Return ``found`` by split: a fifth of the files is test, minus what training contains."""
-    train = [row for row in found if not is_test(row["client"], row["file"])]
-    known = {_description(row) for row in train}
-    test = []
-    for row in found:
-        if is_test(row["client"], row["file"]) and _description(row) not in known:
-            known.add(_description(row))
-            test.append(row)
-    return {"train": train, "test": test}
+    """Return ``found`` by split; rows of one description are the same, whatever the parameter."""
+    return by_split(found, _description)
 
 
 def _description(row: Row) -> str:
