@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import torch
 
 from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.config import BadConfig
 from orchestrator.plan import Plan
-from orchestrator.strategy_refusals import strategy_of
-from strategies.base import ClientSpec, Update, needs_of
+from orchestrator.strategy_refusals import agreed, strategy_of
+from strategies.base import ClientSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -93,16 +92,14 @@ def _turns(plan: Plan, shapes: Shapes, trained: Collection[str]) -> bool:
     generator = torch.Generator().manual_seed(0)
     drawn = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
     scalings = {n: torch.ones(()) for n in shapes if n.endswith(".scaling")}
-    state, needs = strategy.init(drawn | scalings), needs_of(strategy)
+    state = strategy.init(drawn | scalings)
     sent = strategy.broadcast(state, ClientSpec("anyone"))
     moved = {
         n: t + torch.randn(t.shape, generator=generator)
         for n, t in sent.tensors.items()
         if n in trained and re.fullmatch(sent.trainable, n)
     }
-    update = Update(needs.client or "anyone", 1, "", moved, 1, declared=1.0)
-    others = [replace(update, client=f"{i}") for i in range(1, needs.updates)]
-    after = strategy.aggregate(state, [update, *others]).adapter
+    after = agreed(strategy, state, moved).adapter
     expected = {**state.adapter, **moved}
     return not all(torch.allclose(after[n], t, atol=1e-4) for n, t in expected.items())
 

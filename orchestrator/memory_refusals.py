@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import torch
 
@@ -12,8 +11,8 @@ from clients.optimizers import OPTIMIZERS
 from clients.regularizers import Regularizer, reads_data, takes_part
 from orchestrator.config import BadConfig
 from orchestrator.plan import Plan
-from orchestrator.strategy_refusals import strategy_of
-from strategies.base import ClientSpec, Strategy, Update, needs_of
+from orchestrator.strategy_refusals import agreed, strategy_of
+from strategies.base import ClientSpec, Strategy
 
 
 def refuse_memory(
@@ -135,15 +134,13 @@ def _keeps_entries(
         return False
     if "additive" in strategy.capabilities:
         return True
-    sent, needs = strategy.broadcast(state, anyone), needs_of(strategy)
+    sent = strategy.broadcast(state, anyone)
     told = {
         n: t + torch.rand(t.shape, generator=generator) * sent.mask.get(n, torch.ones(()))
         for n, t in sorted(sent.tensors.items())
         if n in trained and re.fullmatch(sent.trainable, n)
     }
-    first = Update(needs.client or "anyone", 1, "", told, 1, declared=1.0)
-    others = [replace(first, client=f"{i}") for i in range(1, max(needs.updates, 2))]
-    after = strategy.aggregate(state, [first, *others])
+    after = agreed(strategy, state, told, least=2)
     same = all(torch.allclose(after.adapter[n], t, atol=1e-4) for n, t in told.items())
     return same and strategy.broadcast(after, anyone).trainable == sent.trainable
 

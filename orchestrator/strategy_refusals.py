@@ -21,6 +21,7 @@ from strategies import STRATEGIES
 from strategies.base import (
     Broadcast,
     ClientSpec,
+    ServerState,
     Strategy,
     Tensors,
     Update,
@@ -42,6 +43,21 @@ def strategy_of(plan: Plan) -> Strategy:
     """Return the strategy of a plan, with its options."""
     strategy: Strategy = STRATEGIES.get(plan.strategy.name).build(**plan.strategy.options)
     return strategy
+
+
+def agreed(strategy: Strategy, state: ServerState, tensors: Tensors, least: int = 1) -> ServerState:
+    """Return what a round makes of clients that all send ``tensors``: as many as it needs.
+
+    Args:
+        strategy: whose round.
+        state: before it.
+        tensors: what each has trained.
+        least: how many clients at least.
+    """
+    needs = needs_of(strategy)
+    update = Update(needs.client or "anyone", 1, "", tensors, 1, declared=1.0)
+    others = [replace(update, client=f"{i}") for i in range(1, max(needs.updates, least))]
+    return strategy.aggregate(state, [update, *others])
 
 
 def refuse_strategy(plan: Plan, adapter: Adapter) -> None:
@@ -256,11 +272,8 @@ def trained_names(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> list[str
             "(as set) differs from lora in how A trains; use fedavg, or adapter lora"
         )
     if adapter.frozen:
-        needs = needs_of(strategy)
         first = {n: 2 * state.adapter[n] for n in trained if re.fullmatch(sent[0].trainable, n)}
-        update = Update(needs.client or "anyone", 1, "", first, 1, declared=1.0)
-        others = [replace(update, client=f"{i}") for i in range(1, needs.updates)]
-        after = strategy.aggregate(state, [update, *others]).adapter
+        after = agreed(strategy, state, first).adapter
         kept = [n for n in sample if re.fullmatch(adapter.frozen, n)]
         moved = [n for n in kept if not torch.equal(after[n], sample[n])]
         if moved:
