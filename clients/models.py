@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from clients import mapped, placement
+from clients import attention, mapped, placement
 from clients.adapters import Adapter
 from clients.assignment import ModelSpec
 from clients.task_model import TaskModel, is_decoder
@@ -119,6 +119,8 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
                 folder, options["dtype"], key, lambda: _pretrained(spec, folder, options)
             )
     model = _pretrained(spec, folder, options)
+    if device == "cpu" and spec.compute_dtype != "float32":
+        attention.attend_in_float32(model)
     if spec.quantization == "none":
         model.to(device)
     elif spec.quantization == "int8":
