@@ -151,6 +151,7 @@ class Plan:
         max_length: of a text in tokens.
         device: where clients train.
         model: the base model.
+        compute_dtype: what its weights are held in and computed with.
     """
 
     groups: tuple[tuple[Method, ...], ...]
@@ -166,6 +167,7 @@ class Plan:
     max_length: int = 48
     device: str = "cpu"
     model: str = "builtin:minilm"
+    compute_dtype: str = "bf16"
     cohort: int | None = None
     privacy: Mapping[str, Any] = field(default_factory=dict)
     equal_bytes: bool = True
@@ -208,7 +210,11 @@ class Plan:
             # the data are public, and a run that is repeated is to be the same
             more["privacy"] = {"epsilon": cell.epsilon, "insecure_seed": seed, **self.privacy}
         return {
-            "model": {"id": self.model, "max_length": self.max_length},
+            "model": {
+                "id": self.model,
+                "max_length": self.max_length,
+                "compute_dtype": self.compute_dtype,
+            },
             "labels": list(data.labels),
             "clients": {
                 "simulate": {

@@ -2,13 +2,13 @@
 
     python benchmarks/dp_utility.py [--quick | --full] [--home DIR] [--data DIR] [--report]
 
-all-MiniLM-L6-v2 with LoRA of rank 8 on query and value and a head, on SST-2 and MNLI, dealt to six
-clients by Dirichlet's alpha of 0.5; three of them train in a round. DP-SGD of examples at every
-client, with noise for an ε of 1, 3 or 6 over all of its rounds, or none (ε = infinity). FedAvg,
-FFA-LoRA, FFA-LoRA with an orthonormal A, and FedSVD: the methods of 2505.12805, whose published
-numbers are printed beside ours. Each has its own learning rate, the best of four by one seed, on
-training rows held back in the first cell (SST-2 at ε = 3), and three seeds; a seed decides first
-tensors, batches, cohorts, the deal and the noise alike (the data are public).
+all-MiniLM-L6-v2 in bfloat16 with LoRA of rank 8 on query and value and a head, on SST-2 and MNLI,
+dealt to six clients by Dirichlet's alpha of 0.5; three of them train in a round. DP-SGD of examples
+at every client, with noise for an ε of 1, 3 or 6 over all of its rounds, or none (ε = infinity).
+FedAvg, FFA-LoRA, FFA-LoRA with an orthonormal A, and FedSVD: the methods of 2505.12805, whose
+published numbers are printed beside ours. Each has its own learning rate, the best of four by one
+seed, on training rows held back in the first cell (SST-2 at ε = 3), and three seeds; a seed decides
+first tensors, batches, cohorts, the deal and the noise alike (the data are public).
 
 The runs are those of sweeps, whose files the script makes in ``--home``; the same command again
 does what is missing, and ``--report`` prints what there is, as in ``federated_quality.py``. The

@@ -2,11 +2,11 @@
 
     python benchmarks/federated_quality.py [--quick | --full] [--home DIR] [--data DIR] [--report]
 
-all-MiniLM-L6-v2 with LoRA of rank 8 on query and value and a head, ten clients that all train in
-every round, on data sets dealt to them IID or by Dirichlet's alpha. Each method has its own
-learning rate, the best of four by one seed after half of the rounds, on training rows held back in
-the first cell. Then come three seeds of each method and cell; a seed decides first tensors, batches
-and the deal alike.
+all-MiniLM-L6-v2 in bfloat16 with LoRA of rank 8 on query and value and a head, ten clients that all
+train in every round, on data sets dealt to them IID or by Dirichlet's alpha. Each method has its
+own learning rate, the best of four by one seed after half of the rounds, on training rows held back
+in the first cell. Then come three seeds of each method and cell; a seed decides first tensors,
+batches and the deal alike.
 
 Two columns, from the same runs. *Equal steps*: after eight rounds of eight steps, for everybody.
 *Equal bytes*: the last score within what FedAvg moves up and down in those rounds; a method that
