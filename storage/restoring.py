@@ -56,8 +56,9 @@ UNITED = (
 )
 """Tables of which nothing is ever forgotten."""
 
-SKIPPED = ("condemned_blobs", "contributions", "yanks")
-"""What says nothing about another place's blobs, what recipes say, what is united by time."""
+SKIPPED = ("condemned_blobs", "contributions", "followers", "yanks")
+"""What says nothing about another place's blobs or servers, what recipes say, what is united by
+time."""
 
 _OF_A_YANK = ("created_at", "yanked", "who", "why")
 _OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")

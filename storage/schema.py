@@ -1,9 +1,10 @@
 """The tables, as SQLAlchemy sees them; ``migrations/`` creates them.
 
 Rows are only ever added, but for a run's progress, a registered client, a population's budget,
-whether a spend counts and which blobs are condemned: history is not rewritten. ``number`` columns
-give the order of insertion, which no clock can disturb. A column with ``info=BLOB`` holds a blob's
-digest: :mod:`storage.references` finds it by that, so that ``fsck``, ``gc`` and backups know it.
+whether a spend counts, which blobs are condemned and who serves what: history is not rewritten.
+``number`` columns give the order of insertion, which no clock can disturb. A column with
+``info=BLOB`` holds a blob's digest: :mod:`storage.references` finds it by that, so that ``fsck``,
+``gc`` and backups know it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0009"
+HEAD = "0010"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 BLOB = {"blob": True}
@@ -330,4 +331,20 @@ condemned = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("condemned_at", Timestamp, nullable=False),
     Column("removed_at", Timestamp),
+)
+
+# Servers that follow an alias, as they last said. No foreign keys: a server may wait for an alias
+# that is not there yet, and what it says of itself must never stand in the way of anything.
+followers = Table(
+    "followers",
+    metadata,
+    Column("server", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("alias", String, primary_key=True),
+    Column("url", String, nullable=False),
+    Column("version", String),
+    Column("problem", Text),
+    Column("lease_s", Float(53), nullable=False),
+    Column("registered_at", Timestamp, nullable=False),
+    Column("seen_at", Timestamp, nullable=False),
 )
