@@ -8,7 +8,7 @@ from dataclasses import replace
 from clients.assignment import PluginChoice
 from orchestrator.backends.base import Backend
 from orchestrator.bases import remember_base
-from orchestrator.config import BadConfig, RunConfig, find_plugin
+from orchestrator.config import RunConfig
 from orchestrator.coordinator import (
     Driving,
     RunBusy,
@@ -26,13 +26,7 @@ from orchestrator.federation import Observe
 from orchestrator.importing import import_adapter
 from orchestrator.launch import make_plan
 from orchestrator.lease import driver_name
-from orchestrator.merging import (
-    check_alike,
-    common_stack,
-    merged_heads,
-    split_head,
-    task_vector,
-)
+from orchestrator.merge_draft import draft
 from orchestrator.observers.of_run import observers_of
 from orchestrator.provenance import (
     Ancestry,
@@ -42,7 +36,6 @@ from orchestrator.provenance import (
     descendants,
     lineage,
 )
-from orchestrator.recipes import merge_recipe
 from orchestrator.registering import register_client, register_clients
 from orchestrator.replay import replay
 from orchestrator.retraining import retrain
@@ -65,7 +58,6 @@ from orchestrator.watching import WaitedTooLong, log, wait
 from orchestrator.withdrawing import withdraw
 from orchestrator.workspace import Workspace, open_workspace
 from storage.ledger import Queueing, RunRecord
-from strategies.terms import Measured
 
 __all__ = [
     "Ancestry",
@@ -253,30 +245,6 @@ def merge(
         Unsigned: if the signature policy does not let one be loaded.
         UnknownPlugin, BadOptions: if the merge is unknown or wrongly set.
     """
-    store = workspace.store
-    if len(refs) < 2:
-        raise BadConfig("a merge needs at least two versions")
-    chosen = list(weights or [1.0] * len(refs))
-    if len(chosen) != len(refs):
-        raise BadConfig(f"give one weight per version: {len(refs)} versions, {len(chosen)} weights")
-    plugin = find_plugin("merge", method.name)
-    options = plugin.check(method.options)
-    versions = [admitted(workspace, ref) for ref in refs]
-    check_alike(versions, refs)
-    stack = common_stack(versions)
-    adapter = plugin.build([task_vector(store, v) for v in versions], chosen, **options)
-    head = merged_heads([split_head(store.tensors(v.id))[1] for v in versions], versions, chosen)
-    by_id = {v.id: v.recipe for v in versions}
-    version = store.commit(
-        {**adapter, **head},
-        parents={v.id: "merge" for v in versions},
-        recipe=merge_recipe(
-            by_id,
-            {v.id: w for v, w in zip(versions, chosen, strict=True)},
-            PluginChoice(plugin.name, options),
-            stack,
-        ),
-        metrics=adapter.metrics if isinstance(adapter, Measured) else None,
-    )
-    store.name(into, version)
+    version = draft(workspace, refs, method, weights).commit(workspace)
+    workspace.store.name(into, version)
     return version
