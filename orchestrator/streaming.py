@@ -8,6 +8,7 @@ came later is an event of the newest run.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -205,7 +206,9 @@ def _setting(config: RunConfig) -> dict[str, str]:
     unread = set(_NO_RESULT)
     if config.stop is None and config.select == "last":
         unread.add("evaluate")
-    return _flat(said(config.model_dump(mode="json", exclude=unread)))
+    document = said(config.model_dump(mode="json", exclude=unread))
+    # what was run was kept with its keys sorted, an option's as well
+    return _flat(json.loads(canonical_json(document, "a setting")))
 
 
 def _flat(document: Mapping[str, Any], before: str = "") -> dict[str, str]:

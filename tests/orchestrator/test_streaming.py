@@ -194,6 +194,17 @@ def test_a_task_that_was_run_and_changed_is_refused_by_name(done, stream):
     assert recorded(done, "notes").document == stream().document
 
 
+def test_a_task_is_the_same_whatever_the_order_of_its_options(workspace, stream):
+    options = {"size": 4, "batch": 2}
+    for order in (sorted(options), sorted(options, reverse=True)):
+        rehearsed = {"name": "replay", **{key: options[key] for key in order}}
+        record = advance(workspace, stream(method={"regularizers": [rehearsed]}))
+    assert [
+        step.record and step.record.id
+        for step in steps(workspace, stream(method={"regularizers": [rehearsed]}))
+    ] == [record.id, None]
+
+
 def test_a_fork_goes_on_from_a_task_with_another_method(done, stream, versions):
     document = dict(stream().document) | {"name": "other", "method": "stacked"}
     fork = forked(done, "notes", document, at="pets")
