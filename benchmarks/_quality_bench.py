@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from _quality_plan import (
@@ -45,6 +45,7 @@ from storage.ledger import Queueing, RunRecord
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the checkout
 ENDED = ("completed", "failed", "cancelled")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class Bench:
         found = standing(self.workspace, name, points)
         records = {p.name: found.records[p.name] for p in points if p.name in found.records}
         driving = Driving(stop=self.stop, accept_drift=True)
-        drive_all(self.workspace, replace(found, records=records), driving, _told)
+        drive_all(self.workspace, replace(found, records=records), driving, told)
 
 
 def _points(document: Mapping[str, Any]) -> tuple[str, list[Point]]:
@@ -185,7 +186,7 @@ def _points(document: Mapping[str, Any]) -> tuple[str, list[Point]]:
     return document["name"], points_of(Sweep.model_validate(document), document["base"])
 
 
-def _told(record: RunRecord) -> Observe:
+def told(record: RunRecord) -> Observe:
     """Say on standard error how a run ends and what it took of the processor."""
     began = time.process_time()
 
@@ -198,7 +199,7 @@ def _told(record: RunRecord) -> Observe:
     return seen
 
 
-def _stopping(stop: threading.Event) -> None:
+def stopping(stop: threading.Event) -> None:
     """Stop in order at SIGTERM or Ctrl-C; the run that is driven goes back into the queue."""
 
     def heard(number: int, frame: object) -> None:
@@ -221,7 +222,7 @@ def measure(given: argparse.Namespace, plan: Plan, home: Path) -> Measured:
     bench = Bench(plan, workspace, data, threading.Event(), given.retry)
     try:
         if not given.report:
-            _stopping(bench.stop)
+            stopping(bench.stop)
             bench.run()
         return bench.measured()
     finally:
@@ -252,6 +253,21 @@ def arguments(about: str, quick: str, full: str) -> argparse.ArgumentParser:
     return parser
 
 
+def in_home(given: argparse.Namespace, name: str, use: Callable[[Path], Found]) -> Found:
+    """Return what ``use`` makes of the home that is asked for.
+
+    Args:
+        given: of :func:`arguments`.
+        name: of the default home's folder; ``--quick`` has one that is dropped.
+        use: is called with the home.
+    """
+    if given.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            return use(given.home or Path(folder))
+    cache = Path(os.environ.get("WEFT_BENCH_CACHE") or Path.home() / ".cache" / "weft-bench")
+    return use((given.home or cache / name).resolve())
+
+
 def measured_as_asked(
     given: argparse.Namespace, name: str, plan: Plan, show: Callable[[Measured], None]
 ) -> None:
@@ -263,12 +279,7 @@ def measured_as_asked(
         plan: what to measure.
         show: prints.
     """
-    if given.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure(given, plan, given.home or Path(folder))
-    else:
-        cache = Path(os.environ.get("WEFT_BENCH_CACHE") or Path.home() / ".cache" / "weft-bench")
-        found = measure(given, plan, (given.home or cache / name).resolve())
+    found = in_home(given, name, lambda home: measure(given, plan, home))
     show(found)
     if given.plot is not None:
         from _quality_plot import draw

@@ -304,7 +304,7 @@ def built_in(folder: Path, train: int, test: int) -> DataSet:
     for split, count in (("train", train), ("test", test)):
         rows = parameter_types.rows(split="train" if split == "train" else "test")
         kept = [{"text": row["text"], "label": row["label"]} for row in rows[:: len(rows) // count]]
-        paths.append(_written(folder / f"parameter-types.{split}.jsonl", kept[:count]))
+        paths.append(written(folder / f"parameter-types.{split}.jsonl", kept[:count]))
     return DataSet(tuple(parameter_types.LABELS), *paths)
 
 
@@ -318,11 +318,12 @@ def held_back(data: DataSet, folder: Path, held: int = HELD) -> DataSet:
         rows = [json.loads(line) for line in file]
     held = min(held, len(rows) // 4)
     stem = data.train.name.partition(".")[0]
-    train = _written(folder / f"{stem}.fit.jsonl", rows[held:])
-    return DataSet(data.labels, train, _written(folder / f"{stem}.held.jsonl", rows[:held]))
+    train = written(folder / f"{stem}.fit.jsonl", rows[held:])
+    return DataSet(data.labels, train, written(folder / f"{stem}.held.jsonl", rows[:held]))
 
 
-def _written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+def written(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows as lines of JSON and return where; a file that has them already is left alone."""
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text("utf-8") != text:

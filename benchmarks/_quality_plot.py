@@ -1,22 +1,55 @@
-"""The plot of a quality benchmark: accuracy by method, a panel a cell."""
+"""The plots of quality benchmarks: accuracy by method, a panel a cell."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from _quality_report import Measured
-from _quality_results import Kind, summaries
+from _quality_results import Summary, summaries
 
-_LOOKS: dict[Kind, tuple[str, str, str, float]] = {
-    "steps": ("o", "#1f4e79", "#1f4e79", 0.12),
-    "bytes": ("D", "white", "#c55a11", -0.12),
-}
-"""By what is held equal: marker, its fill and edge, and how far above the method's line it is."""
+_LOOKS: tuple[tuple[str, str, str, float], ...] = (
+    ("o", "#1f4e79", "#1f4e79", 0.12),
+    ("D", "white", "#c55a11", -0.12),
+)
+"""Of the first and second series: marker, its fill and edge, and how far above the line it is."""
 _COLUMNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A cell: what it is called, and two series of scores at most, by method."""
+
+    title: str
+    series: Mapping[str, Mapping[str, Summary]]
 
 
 def draw(found: Measured, path: Path) -> None:
     """Write an SVG whose bytes follow from what was found, with bars of one standard deviation.
+
+    Raises:
+        SystemExit: if there is nothing to draw, or nothing to draw it with.
+    """
+    made = {f"equal {kind}": summaries(found.results, kind) for kind in found.kinds}
+    panels = []
+    for cell in found.plan.cells:
+        own = {
+            name: {method: one for (place, method), one in scores.items() if place == cell}
+            for name, scores in made.items()
+        }
+        if any(own.values()):
+            panels.append(Panel(cell.title, own))
+    draw_panels(panels, [method.name for method in found.plan.methods], path)
+
+
+def draw_panels(panels: Sequence[Panel], order: Sequence[str], path: Path) -> None:
+    """Write panels as an SVG, with bars of one standard deviation.
+
+    Args:
+        panels: what to draw.
+        order: the methods from top to bottom; those without a score are left out.
+        path: where to.
 
     Raises:
         SystemExit: if there is nothing to draw, or nothing to draw it with.
@@ -26,41 +59,39 @@ def draw(found: Measured, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("matplotlib is not installed here; pip install 'weft[plots]'") from None
-    made = {kind: summaries(found.results, kind) for kind in found.kinds}
-    cells = [cell for cell in found.plan.cells if any(key[0] == cell for key in made["steps"])]
-    if not cells:
+    if not panels:
         raise SystemExit("there is no result to draw yet; run the benchmark without --report")
-    known = {method for _, method in made["steps"]}
-    methods = [m.name for m in reversed(found.plan.methods) if m.name in known]
-    rows = -(-len(cells) // _COLUMNS)
-    columns = min(len(cells), _COLUMNS)
+    known = {method for panel in panels for one in panel.series.values() for method in one}
+    methods = [method for method in reversed(order) if method in known]
+    rows = -(-len(panels) // _COLUMNS)
+    columns = min(len(panels), _COLUMNS)
     with rc_context({"svg.hashsalt": "weft", "svg.fonttype": "none", "font.size": 9}):
         size = (1.6 + 2.6 * columns, 0.8 + (0.5 + 0.3 * len(methods)) * rows)
         figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-        for empty in panels[len(cells) :]:
+        places = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for empty in places[len(panels) :]:
             empty.set_visible(False)
-        for axes, cell in zip(panels, cells, strict=False):
-            for kind in found.kinds:
-                marker, fill, edge, above = _LOOKS[kind]
+        for axes, panel in zip(places, panels, strict=False):
+            for (name, scores), look in zip(panel.series.items(), _LOOKS, strict=False):
+                marker, fill, edge, above = look
                 points = [
                     (100 * one.mean, place + above, 100 * (one.spread or 0.0))
                     for place, method in enumerate(methods)
-                    if (one := made[kind].get((cell, method))) is not None
+                    if (one := scores.get(method)) is not None
                 ]
-                values, places, spreads = zip(*points, strict=True) if points else ((), (), ())
+                values, heights, spreads = zip(*points, strict=True) if points else ((), (), ())
                 axes.errorbar(
                     values,
-                    places,
+                    heights,
                     xerr=spreads,
                     fmt=marker,
                     mfc=fill,
                     mec=edge,
                     ecolor=edge,
                     ms=5,
-                    label=f"equal {kind}",
+                    label=name,
                 )
-            axes.set_title(cell.title, fontsize=9)
+            axes.set_title(panel.title, fontsize=9)
             axes.set_yticks(range(len(methods)), methods)
             axes.grid(axis="x", color="#dddddd", lw=0.6)
             axes.set_axisbelow(True)

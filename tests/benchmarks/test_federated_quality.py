@@ -263,7 +263,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(bench, monkeypatch):
         return seen
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_of, "_told", told)
+        patch.setattr(bench_of, "told", told)
         stopped.run()
     assert stopped.measured().results == ()
 
