@@ -124,7 +124,7 @@ def residual_factors(weight: Tensor, dequantized: Tensor, rank: int, scaling: fl
 
 def layer_weight(layer: Any, adapter: str) -> Tensor:
     """Return the frozen weight under ``adapter``, a float32 copy ``[out, in]``."""
-    weight = _dequantized(layer.get_base_layer()).clone()
+    weight = dequantized_weight(layer.get_base_layer()).clone()
     for below in layer.lora_A:
         if below != adapter:
             weight += layer.get_delta_weight(below).float()
@@ -132,7 +132,8 @@ def layer_weight(layer: Any, adapter: str) -> Tensor:
     return weight.T.contiguous() if _transposed(layer.get_base_layer()) else weight
 
 
-def _dequantized(base: Any) -> Tensor:
+def dequantized_weight(base: Any) -> Tensor:
+    """Return what a linear layer multiplies with, float32, in the layer's own layout."""
     from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
 
     if get_bnb_param_type(base.weight) == "8bit":
@@ -405,4 +406,5 @@ def _loftq(name: str, layer: Any, adapter: str, inputs: InitInputs) -> Factors:
 
     if getattr(base, "source_cls", None) is Conv1D:
         weight = weight.T
-    return residual_factors(weight, _dequantized(base), layer.r[adapter], layer.scaling[adapter])
+    held = dequantized_weight(base)
+    return residual_factors(weight, held, layer.r[adapter], layer.scaling[adapter])

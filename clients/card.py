@@ -26,6 +26,14 @@ base = {auto}.from_pretrained(
 model = PeftModel.from_pretrained(base, folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
+_LOAD_WHOLE = """\
+import torch
+from transformers import {auto}, AutoTokenizer
+
+folder = "."  # this folder
+model = {auto}.from_pretrained(folder{options}).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
 _CLASSIFY = """\
 import json
 from pathlib import Path
@@ -136,38 +144,61 @@ def model_card(
         imports=", BitsAndBytesConfig" if quantized else "",
         options=options,
     )
-    if spec.kind == "causal-lm":
-        code += "\n" + _GENERATE
-    elif spec.kind == "token-classification":
-        code += "\n" + _TAG.format(
-            imports="" if head_inside else _TAG_IMPORT,
-            logits=_TAG_LOGITS if head_inside else _TAG_HEAD,
-            max_length=spec.max_length,
-        )
-    else:
-        code += "\n" + _CLASSIFY.format(
-            pooling=_POOLING[facts["pooling"]], max_length=spec.max_length
-        )
+    code += _use(spec, facts, head_inside)
     return front_matter(facts, spec.kind) + (
         f"{card.strip()}\n\n## Use\n\nThe adapter belongs to the base model "
         f"`{facts['base']['id']}`.\n\n```python\n{code}```\n"
     )
 
 
-def front_matter(facts: Mapping[str, Any], kind: str, method: str = "lora") -> str:
+def whole_card(
+    spec: ModelSpec, facts: Mapping[str, Any], card: str, head_inside: bool, options: str
+) -> str:
+    """Return the README of a base model with an adapter in its weights.
+
+    Args:
+        spec: the base model and the task.
+        facts: what ``weft.json`` says.
+        card: what there is to say of the adapter, in Markdown.
+        head_inside: whether the head over tags is among the weights.
+        options: further arguments of ``from_pretrained``, each after a comma.
+    """
+    auto = "AutoModelForTokenClassification" if head_inside else _AUTO[spec.kind]
+    code = _LOAD_WHOLE.format(auto=auto, options=options) + _use(spec, facts, head_inside)
+    return front_matter(facts, spec.kind, None) + (
+        f"{card.strip()}\n\n## Use\n\nThe adapter is in the weights of the base model "
+        f"`{facts['base']['id']}`.\n\n```python\n{code}```\n"
+    )
+
+
+def _use(spec: ModelSpec, facts: Mapping[str, Any], head_inside: bool) -> str:
+    """Return code that uses ``model`` and ``tokenizer``."""
+    if spec.kind == "causal-lm":
+        return "\n" + _GENERATE
+    if spec.kind == "token-classification":
+        return "\n" + _TAG.format(
+            imports="" if head_inside else _TAG_IMPORT,
+            logits=_TAG_LOGITS if head_inside else _TAG_HEAD,
+            max_length=spec.max_length,
+        )
+    return "\n" + _CLASSIFY.format(pooling=_POOLING[facts["pooling"]], max_length=spec.max_length)
+
+
+def front_matter(facts: Mapping[str, Any], kind: str, method: str | None = "lora") -> str:
     """Return the YAML that the Hub reads of a card.
 
     Args:
         facts: what ``weft.json`` says.
         kind: the task.
-        method: PEFT's name of it, in lower case.
+        method: PEFT's name of it, in lower case; None of a whole model.
     """
     base = facts["base"]["id"]
+    library, relation = ("peft", "adapter") if method else ("transformers", "finetune")
     on_hub = not Path(base).is_absolute()  # the Hub refuses a card that names a path
     lines = [
-        "library_name: peft",
-        *([f"base_model: {base}", "base_model_relation: adapter"] if on_hub else []),
+        f"library_name: {library}",
+        *([f"base_model: {base}", f"base_model_relation: {relation}"] if on_hub else []),
         f"pipeline_tag: {_PIPELINE[kind]}",
-        f"tags: [weft, {method}]",
+        f"tags: [{', '.join(filter(None, ('weft', method)))}]",
     ]
     return "---\n" + "\n".join(lines) + "\n---\n\n"

@@ -38,7 +38,47 @@ _ELSEWHERE = {
 
 
 class NotConvertible(ValueError):
-    """This adapter cannot be written as LoRA."""
+    """This adapter cannot be written as LoRA.
+
+    Args:
+        method: the adapter's.
+        reason: why.
+    """
+
+    def __init__(self, method: str, reason: str) -> None:
+        super().__init__(f"{method} cannot be exported as LoRA: {reason}; export it without --as")
+        self.method, self.reason = method, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A base model of one's own with an adapter in it, to be read layer by layer.
+
+    Attributes:
+        method: the adapter's.
+        model: the base model, float32, in evaluation mode, with the adapter.
+        prefix: of PEFT's before the base model's names.
+        untouched: the base model's :func:`clients.linear_changes.weight_digests`.
+        detach: takes the adapter out again and returns the base model, whose linear layers are
+            the same objects all along.
+    """
+
+    method: str
+    model: Any
+    prefix: str
+    untouched: Mapping[str, str]
+    detach: Callable[[], Any]
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what :func:`clients.linear_changes.linear_changes` does.
+
+        Raises:
+            NotConvertible: if the adapter is no matrix that is added to linear layers.
+        """
+        try:
+            yield from linear_changes(self.model, self.prefix, self.untouched)
+        except NotLinear as reason:
+            raise NotConvertible(self.method, str(reason)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +156,37 @@ def convert(
         NotConvertible: with the reason.
         clients.models.ModelNotFound, clients.models.BaseMismatch: if the base model is not here.
     """
+    with attached(spec, choice, tensors) as made:
+        return _converted(made, rank)
+
+
+@contextmanager
+def attached(spec: ModelSpec, choice: PluginChoice, tensors: Tensors) -> Iterator[Attached]:
+    """Yield a base model of one's own with an adapter of weft's in it.
+
+    Args:
+        spec: the base model, not quantised.
+        choice: the method, and its options.
+        tensors: the adapter's, without a head.
+
+    Raises:
+        NotConvertible: if it acts from a token on, trains whole parameters, or the base model is
+            quantised.
+        clients.models.ModelNotFound, clients.models.BaseMismatch: if the base model is not here.
+    """
     if any(name.endswith(".invocation") for name in tensors):
-        raise _refused(choice.name, "it acts from its invocation tokens on, and LoRA on all tokens")
+        raise NotConvertible(
+            choice.name, "it acts from its invocation tokens on, and LoRA on all tokens"
+        )
     if changed := sorted(name for name in tensors if shifts.SHIFT in name):
-        raise _refused(choice.name, f"it has {changed[0]}, the change of a whole parameter")
+        raise NotConvertible(choice.name, f"it has {changed[0]}, the change of a whole parameter")
     base = _base(spec, choice.name)
     untouched = weight_digests(base)
     adapter = ADAPTERS.get(choice.name).build(**choice.options)
     with _alone():
         model = adapter.attach(base, {}).eval()
         adapter.write(model, tensors)
-        return _converted(choice.name, model, "", untouched, rank)
+        yield Attached(choice.name, model, "", untouched, partial(adapter.detach, model))
 
 
 def convert_kept(
@@ -144,6 +204,25 @@ def convert_kept(
         NotConvertible, clients.models.ModelNotFound, clients.models.BaseMismatch: as
             :func:`convert`.
     """
+    with attached_kept(spec, config, tensors) as made:
+        return _converted(made, rank)
+
+
+@contextmanager
+def attached_kept(
+    spec: ModelSpec, config: Mapping[str, Any], tensors: Tensors
+) -> Iterator[Attached]:
+    """Yield a base model of one's own with an adapter in it that was kept in PEFT's own format.
+
+    Args:
+        spec: the base model, not quantised.
+        config: PEFT's.
+        tensors: by PEFT's names.
+
+    Raises:
+        NotConvertible: if PEFT does not load it, or its config is not of what linear layers add.
+        clients.models.ModelNotFound, clients.models.BaseMismatch: if the base model is not here.
+    """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     method = str(config["peft_type"]).lower()
@@ -156,23 +235,17 @@ def convert_kept(
             set_peft_model_state_dict(model, dict(tensors))
         except _NOT_LOADED as error:
             reason = str(error).partition("\n")[0]
-            raise _refused(method, f"PEFT does not load it here ({reason})") from None
+            raise NotConvertible(method, f"PEFT does not load it here ({reason})") from None
         missing = sorted(get_peft_model_state_dict(model).keys() ^ tensors.keys())
         if missing:
-            raise _refused(method, f"its file and its config differ in {missing[0]}")
-        return _converted(method, model, PEFT_PREFIX, untouched, rank)
+            raise NotConvertible(method, f"its file and its config differ in {missing[0]}")
+        yield Attached(method, model, PEFT_PREFIX, untouched, model.unload)
 
 
-def _converted(
-    method: str, model: Any, prefix: str, untouched: Mapping[str, str], rank: int | None
-) -> Conversion:
-    made = {}
-    try:
-        for name, change in linear_changes(model, prefix, untouched):
-            made[name] = _nearest(change.double(), partial(_rank, limit=rank))
-    except NotLinear as reason:
-        raise _refused(method, str(reason)) from None
-    return _conversion(method, made)
+def _converted(made: Attached, rank: int | None) -> Conversion:
+    rank_of = partial(_rank, limit=rank)
+    factors = {name: _nearest(change.double(), rank_of) for name, change in made.changes()}
+    return _conversion(made.method, factors)
 
 
 @contextmanager
@@ -187,10 +260,6 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _refused(method: str, reason: str) -> NotConvertible:
-    return NotConvertible(f"{method} cannot be exported as LoRA: {reason}; export it without --as")
-
-
 def _config(method: str, config: Mapping[str, Any]) -> Any:
     """Return PEFT's config of an adapter.
 
@@ -201,33 +270,37 @@ def _config(method: str, config: Mapping[str, Any]) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if config["peft_type"] in _ELSEWHERE:
-        raise _refused(method, _ELSEWHERE[config["peft_type"]])
+        raise NotConvertible(method, _ELSEWHERE[config["peft_type"]])
     if config.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
-        raise _refused(method, f"its task type {config['task_type']} brings a head with it")
+        raise NotConvertible(method, f"its task type {config['task_type']} brings a head with it")
     if str(config.get("bias", "none")) != "none":
-        raise _refused(method, f"bias is {config['bias']!r}: it trains the base model's own biases")
+        raise NotConvertible(
+            method, f"bias is {config['bias']!r}: it trains the base model's own biases"
+        )
     if config.get("arrow_config"):
-        raise _refused(method, _ELSEWHERE["XLORA"])
+        raise NotConvertible(method, _ELSEWHERE["XLORA"])
     if config.get("alora_invocation_tokens"):
-        raise _refused(method, "it acts from its invocation tokens on, and LoRA on all tokens")
+        raise NotConvertible(
+            method, "it acts from its invocation tokens on, and LoRA on all tokens"
+        )
     if config.get("megatron_config"):
-        raise _refused(method, "it is for Megatron, whose module PEFT would import")
+        raise NotConvertible(method, "it is for Megatron, whose module PEFT would import")
     plain = {k: v for k, v in config.items() if k not in ("auto_mapping", "runtime_config")}
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])}
     if unheard := sorted(key for key, value in plain.items() if value and key not in known):
-        raise _refused(method, f"PEFT here does not know its setting {unheard[0]}")
+        raise NotConvertible(method, f"PEFT here does not know its setting {unheard[0]}")
     try:
         given = PeftConfig.from_peft_type(**{**plain, "inference_mode": True})
     except (TypeError, ValueError) as error:
-        raise _refused(method, f"PEFT does not read its config here ({error})") from None
+        raise NotConvertible(method, f"PEFT does not read its config here ({error})") from None
     if given.is_prompt_learning:
-        raise _refused(method, "it changes what the model is given, and no weight")
+        raise NotConvertible(method, "it changes what the model is given, and no weight")
     return given
 
 
 def _base(spec: ModelSpec, method: str) -> Any:
     if spec.quantization != "none":
-        raise _refused(
+        raise NotConvertible(
             method, f"what it adds depends on the {spec.quantization} weights of its base model"
         )
     found = models.base_hash(spec)

@@ -73,29 +73,37 @@ def export_peft(
         clients.models.ModelNotFound: if the base model is not here: its tokenizer is needed.
     """
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
-    _check_head(head, spec)
+    check_head(head, spec)
     adapter = {name: tensor for name, tensor in tensors.items() if name not in head}
     tagger = tagger_of(spec) if spec.kind == "token-classification" else None
     named, config = peft_files(adapter, spec, tagger)
     if tagger is not None:
-        named |= _plain({f"{PEFT_PREFIX}{tagger.head}{n[4:]}": t for n, t in head.items()})
+        named |= plain({f"{PEFT_PREFIX}{tagger.head}{n[4:]}": t for n, t in head.items()})
     save_file(named, folder / WEIGHTS, {"format": "pt"})
     write_json(folder / CONFIG, config)
     if head and tagger is None:
-        save_file(_plain(head), folder / HEAD, {"format": "pt"})
-    facts = {
-        "kind": spec.kind,
-        "labels": list(spec.labels),
-        "pooling": _pooling(spec),
-        "max_length": spec.max_length,
-        **base_facts(folder, spec),
-        **extra,
-    }
+        save_file(plain(head), folder / HEAD, {"format": "pt"})
+    facts = {**task_facts(folder, spec), **extra}
     write_json(folder / FACTS, facts)
     (folder / "README.md").write_text(
         model_card(spec, facts, card, tagger is not None), encoding="utf-8"
     )
     return facts
+
+
+def task_facts(folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Write the base model's tokenizer into ``folder``; return task and base for ``weft.json``.
+
+    Raises:
+        clients.models.ModelNotFound: if the base model is not here.
+    """
+    return {
+        "kind": spec.kind,
+        "labels": list(spec.labels),
+        "pooling": _pooling(spec),
+        "max_length": spec.max_length,
+        **base_facts(folder, spec),
+    }
 
 
 def _pooling(spec: ModelSpec) -> str | None:
@@ -119,9 +127,9 @@ def peft_files(
         clients.models.ModelNotFound: if the base model is not here.
     """
     factors, changes = shifts.split(spelled_out(tensors, spec))
-    plain = _layers(factors)
+    layered = _layers(factors)
     prefix = "" if tagger is None else tagger.prefix
-    layers = {f"{prefix}{name}": parts for name, parts in plain.items()}
+    layers = {f"{prefix}{name}": parts for name, parts in layered.items()}
     whole = skeleton(spec, whole=True) if tagger is None else tagger.model
     config = _peft_config(layers, spec, placement.linear_layers(whole))
     saved: list[str] = []
@@ -130,9 +138,9 @@ def peft_files(
     named = _peft_tensors(layers)
     if changes:
         backbone = load(spec).backbone
-        config.bias, modules = _trained_whole(backbone, changes, plain)
+        config.bias, modules = _trained_whole(backbone, changes, layered)
         saved += [f"{prefix}{name}" for name in modules]
-        named |= _peft_parameters(shifts.sums(backbone, changes), plain, prefix)
+        named |= _peft_parameters(shifts.sums(backbone, changes), layered, prefix)
     config.modules_to_save = saved or None
     return named, config.to_dict()
 
@@ -162,7 +170,7 @@ def _peft_parameters(changed: Tensors, adapted: Collection[str], prefix: str) ->
         layer, _, part = name.rpartition(".")
         inner = ".base_layer" if layer in adapted else ""
         found[f"{PEFT_PREFIX}{prefix}{layer}{inner}.{part}"] = tensor
-    return _plain(found)
+    return plain(found)
 
 
 def export_kept(
@@ -191,7 +199,7 @@ def export_kept(
     """
     facts = {"kind": spec.kind, "labels": [], **base_facts(folder, spec), **extra}
     place = {"base_model_name_or_path": public_id(spec), "revision": hub_revision(spec)}
-    save_file(_plain(tensors), folder / WEIGHTS, {"format": "pt"})
+    save_file(plain(tensors), folder / WEIGHTS, {"format": "pt"})
     write_json(folder / CONFIG, {**config, **place})
     write_json(folder / FACTS, facts)
     front = front_matter(facts, spec.kind, str(config["peft_type"]).lower())
@@ -236,7 +244,12 @@ def public_id(spec: ModelSpec) -> str:
     return str(folder.resolve()) if folder.is_dir() else spec.id
 
 
-def _check_head(head: Tensors, spec: ModelSpec) -> None:
+def check_head(head: Tensors, spec: ModelSpec) -> None:
+    """Refuse a head that is not the one that the task needs.
+
+    Raises:
+        NotExportable: if it is not.
+    """
     expected = [] if spec.kind == "causal-lm" else ["head.bias", "head.weight"]
     if sorted(head) != expected:
         raise NotExportable(
@@ -273,7 +286,7 @@ def _layers(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 
 
 def _peft_tensors(layers: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    return _plain(
+    return plain(
         {
             f"{PEFT_PREFIX}{layer}.{part.replace('.blocks', '.weight')}": tensor
             for layer, parts in layers.items()
@@ -283,7 +296,8 @@ def _peft_tensors(layers: Mapping[str, Tensors]) -> dict[str, Tensor]:
     )
 
 
-def _plain(tensors: Tensors) -> dict[str, Tensor]:
+def plain(tensors: Tensors) -> dict[str, Tensor]:
+    """Return tensors as safetensors writes them: on the CPU, without gaps."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

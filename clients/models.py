@@ -106,7 +106,7 @@ def _backbone(spec: ModelSpec, folder: Path, device: str) -> Any:
         "use_safetensors": True,
         "trust_remote_code": False,
         "output_loading_info": True,
-        **_class_options(spec, config),
+        **class_options(spec, config),
     }
     if spec.quantization != "none":
         options["quantization_config"] = _quantization(spec, device)
@@ -204,7 +204,8 @@ def _auto_class(spec: ModelSpec) -> Any:
     return AutoModelForCausalLM if spec.kind == "causal-lm" else AutoModel
 
 
-def _class_options(spec: ModelSpec, config: Any) -> dict[str, Any]:
+def class_options(spec: ModelSpec, config: Any) -> dict[str, Any]:
+    """Return what transformers' class is told besides its config, to be what weft trains."""
     # weft pools by itself; BERT's pooler would be dead weight, and random where it is not saved.
     if spec.kind != "causal-lm" and type(config) in MODEL_MAPPING:
         parameters = inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters
@@ -328,7 +329,7 @@ def unshared(spec: ModelSpec) -> Any:
         "use_safetensors": True,
         "trust_remote_code": False,
         "output_loading_info": True,
-        **_class_options(spec, config),
+        **class_options(spec, config),
     }
     return _frozen(_pretrained(spec, folder, options), spec)
 
@@ -346,7 +347,7 @@ def skeleton(spec: ModelSpec, *, whole: bool = False) -> Any:
     """
     config = _config(spec, locate(spec.id, spec.revision))
     with torch.device("meta"), quiet():
-        options = {} if whole else _class_options(spec, config)
+        options = {} if whole else class_options(spec, config)
         return _auto_class(spec).from_config(config, **options)
 
 

@@ -50,15 +50,29 @@ def export(  # noqa: PLR0913  (one option each)
         int | None,
         typer.Option(min=1, help="With --as lora: the most that a layer gets."),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge-into-base", help="Write a whole model, the adapter in it.")
+    ] = False,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Of a whole model; bf16 if not said.")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of a whole model: a quantised base may grow.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a version as a PEFT folder."""
+    """Write a version as a PEFT folder, or as a whole model."""
     from orchestrator import report, service, views
 
     if rank is not None and to is None:
         raise typer.BadParameter("--rank is the rank of --as lora; give both, or neither")
+    if merge and to is not None:
+        raise typer.BadParameter("--as lora writes an adapter, --merge-into-base none; choose one")
+    if not merge and (dtype is not None or dequantize):
+        raise typer.BadParameter("--dtype and --dequantize are for --merge-into-base; give it too")
     wanted = service.AsLora(rank) if to else None
-    made = service.export(workspace_here(), ref, folder, model, sign, wanted)
+    whole = service.IntoBase(dtype or "bf16", dequantize) if merge else None
+    made = service.export(workspace_here(), ref, folder, model, sign, whole or wanted)
     if as_json:
         print_json(views.export_json(made))
         return
@@ -66,6 +80,8 @@ def export(  # noqa: PLR0913  (one option each)
         out.print(str(file), highlight=False)
     if made.converted:
         out.print(report.conversion_table(made.converted))
+    if made.merged:
+        out.print(report.agreement_line(made.merged), highlight=False)
 
 
 def verify(

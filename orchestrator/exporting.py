@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.assignment import ModelSpec
+from clients.assignment import ModelSpec, PluginChoice
 from clients.conversion import Conversion, convert, convert_kept, cut
 from clients.export import export_kept, export_peft, peft_files
 from clients.folders import whole_folder
+from clients.into_base import IntoBase, Trained, merge_into_base
 from orchestrator.bases import base_of
 from orchestrator.card import conversion_card, version_card
 from orchestrator.manifest import write_manifest, write_signature
@@ -41,10 +43,13 @@ class Exported:
     Attributes:
         files: sorted.
         converted: what LoRA keeps of the version, or None where nothing was converted.
+        merged: how well the merged model agrees (:class:`clients.agreement.Agreement`, and the
+            ``dtype``), or None where the adapter went out by itself.
     """
 
     files: tuple[Path, ...]
     converted: Conversion | None
+    merged: Mapping[str, Any] | None = None
 
 
 def export(
@@ -53,7 +58,7 @@ def export(
     folder: str | Path,
     model: str | None = None,
     sign: str | None = None,
-    to: AsLora | None = None,
+    to: AsLora | IntoBase | None = None,
 ) -> Exported:
     """Write a version as a PEFT folder that peft, vLLM and the Hub load as is, whole or not at all.
 
@@ -67,7 +72,8 @@ def export(
         model: where its base model lies now, if not where it was last seen.
         sign: name of the key that signs the manifest, or None.
         to: whether to convert it to LoRA; how much of it that keeps is in ``weft.json``, the
-            manifest and the model card.
+            manifest and the model card. Or whether to write the base model with the adapter in its
+            weights, instead of a PEFT folder.
 
     Raises:
         UnknownVersion: if there is no such version.
@@ -75,6 +81,8 @@ def export(
         Unsigned: if the signature policy does not let the version out.
         UnknownKey, BadKey: if the key is not here or cannot sign.
         clients.conversion.NotConvertible: if the version cannot be LoRA, with the reason.
+        clients.into_base.NotMergeable: if it cannot go into the weights, with the reason.
+        clients.agreement.MergeIsOff: if the merged model does not compute the same.
     """
     version = admitted(workspace, ref)
     kept = version.recipe.get("peft")
@@ -83,13 +91,20 @@ def export(
     spec = base_of(workspace, version, model)
     tensors = effective(workspace.store, version) if kept is None else None
     with whole_folder(Path(folder)) as made:
-        converted = None if to is None else _converted(workspace, version, spec, tensors, to.rank)
-        facts = _fill(made, workspace, version, spec, tensors, converted)
+        converted = None
+        if isinstance(to, AsLora):
+            converted = _converted(workspace, version, spec, tensors, to.rank)
+        if isinstance(to, IntoBase):
+            card, extra = _said(workspace, version)
+            trained = _trained(workspace, version, spec, tensors)
+            facts = merge_into_base(made, trained, to, card, extra)
+        else:
+            facts = _fill(made, workspace, version, spec, tensors, converted)
         digest = write_manifest(made, facts)
         if sign is not None:
             write_signature(made, keys(workspace.home).sign("manifest", digest, sign))
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return Exported(tuple(files), converted)
+    return Exported(tuple(files), converted, facts.get("merged"))
 
 
 def _fill(
@@ -104,13 +119,7 @@ def _fill(
 
     ``tensors`` is all that a version does, or None where it is in PEFT's own format.
     """
-    ancestry = lineage(workspace, version.id)
-    card = version_card(version, ancestry.lineage, ancestry.epsilons)
-    extra: dict[str, Any] = {
-        "version": version.id,
-        "seen_labels": version.recipe["seen_labels"],
-        "privacy": [asdict(one) for one in ancestry.epsilons],
-    }
+    card, extra = _said(workspace, version)
     if converted is not None:
         card += "\n\n" + conversion_card(converted)
         extra["converted"] = converted.facts()
@@ -122,6 +131,28 @@ def _fill(
     if converted is not None:
         named, config = peft_files(converted.tensors, spec)
     return export_kept(folder, named, config, spec, card, extra)
+
+
+def _said(workspace: Workspace, version: Version) -> tuple[str, dict[str, Any]]:
+    """Return what the card says of a version, and what ``weft.json`` does."""
+    ancestry = lineage(workspace, version.id)
+    card = version_card(version, ancestry.lineage, ancestry.epsilons)
+    return card, {
+        "version": version.id,
+        "seen_labels": version.recipe["seen_labels"],
+        "privacy": [asdict(one) for one in ancestry.epsilons],
+    }
+
+
+def _trained(
+    workspace: Workspace, version: Version, spec: ModelSpec, tensors: Tensors | None
+) -> Trained:
+    """Return what goes into the base model; ``tensors`` as :func:`_fill`."""
+    if tensors is None:
+        choice = PluginChoice(version.recipe["adapter"]["name"], {})
+        own = workspace.store.tensors(version.id)
+        return Trained(spec, choice, own, version.recipe["peft"])
+    return Trained(spec, as_it_is(version, tensors), tensors)
 
 
 def _converted(

@@ -106,6 +106,14 @@ def conversion_table(converted: Conversion) -> Table:
     return table
 
 
+def agreement_line(merged: Mapping[str, Any]) -> str:
+    """Return how well a model that the adapter was merged into agrees with the adapter."""
+    return (
+        f"{merged['dtype']}: its logits differ by {merged['error']:.1g} of their norm from the "
+        f"adapter's (allowed {merged['tolerance']:g}), the base model's by {merged['effect']:.1g}"
+    )
+
+
 def runs_table(records: Sequence[RunRecord]) -> Table:
     """Return runs, newest first."""
     table = Table("run", "name", "status", "priority", "owner", "round", "age", "version", "error")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from clients.assignment import PluginChoice
+from clients.into_base import IntoBase
 from orchestrator.backends.base import Backend
 from orchestrator.bases import remember_base
 from orchestrator.config import RunConfig
@@ -67,6 +68,7 @@ __all__ = [
     "Diff",
     "Driving",
     "EvaluationFailed",
+    "IntoBase",
     "RunBusy",
     "RunRefused",
     "Selection",

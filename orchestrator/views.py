@@ -152,9 +152,10 @@ def restored_json(
 
 
 def export_json(made: Exported) -> dict[str, Any]:
-    """Return an export: its files, and what a conversion kept."""
+    """Return an export: its files, what a conversion kept, and how well a merge agrees."""
     done = made.converted
     return {
         "files": [str(file) for file in made.files],
         "converted": done and done.facts(),
+        "merged": made.merged and dict(made.merged),
     }
