@@ -164,6 +164,19 @@ class Privacy:
 
 
 @dataclass(frozen=True, slots=True)
+class NoiseShare:
+    """A client's part of the noise in a sum of clients' changes; see :mod:`clients.shares`.
+
+    Attributes:
+        of: how many shares are the whole noise, >= 1.
+        insecure_seed: replaces the secret key, for tests; marks the version as not private.
+    """
+
+    of: int
+    insecure_seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Past:
     """Where a client finds what it kept of earlier tasks, and how it draws what it keeps.
 
@@ -209,6 +222,8 @@ class Assignment:
         privacy: DP-SGD, or None.
         central: client-level DP, or None: what of it the client has to do is to bound its change,
             and to send nothing else.
+        noise_share: with ``central``: the client puts its share of the noise in by itself, and what
+            it sends is whole numbers; None where the coordinator makes the noise.
         seed: of everything random in this round but DP's noise and sample.
         threads: intra-op threads; changes rounding, so it is in the recipe.
         device: ``cpu`` or ``cuda``.
@@ -246,6 +261,7 @@ class Assignment:
     head: Literal["train", "freeze", "personal"] = "train"
     privacy: Privacy | None = None
     central: ClientLevel | None = None
+    noise_share: NoiseShare | None = None
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
@@ -265,7 +281,7 @@ class Assignment:
 
         Covers every field but ``run`` and ``site``, which name a place rather than a computation,
         ``held``, with which nothing may be left out any more, ``answer_tokens``, since an
-        evaluation draws no noise, and ``past`` where there is none.
+        evaluation draws no noise, and ``past`` and ``noise_share`` where there is none.
         A tensor that several assignments share is read once: see :mod:`clients.digests`.
 
         Raises:
@@ -280,6 +296,5 @@ class Assignment:
             )
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         unbound = {"run", "site", "held", "answer_tokens"}
-        if self.past is None:
-            unbound.add("past")
+        unbound |= {name for name in ("past", "noise_share") if named[name] is None}
         return digest_of({k: v for k, v in named.items() if k not in unbound})

@@ -139,20 +139,21 @@ class NoiseStream:
         return np.frombuffer(cipher.encryptor().update(bytes(8 * count)), dtype="<u8")
 
 
-def grid_of(bound: float, size: int) -> float:
+def grid_of(bound: float, size: int, fineness: float = _FINENESS) -> float:
     """Return the distance of neighbouring points of the grid that a noised sum is released on.
 
-    Rounding ``size`` numbers to it moves a sum by at most 2^-25 of ``bound``, and the difference of
-    two sums by twice that, whatever they are.
+    Rounding ``size`` numbers to it moves a sum by at most half of ``fineness`` times ``bound``, and
+    the difference of two sums by twice that, whatever they are.
 
     Args:
         bound: on the norm of what one example adds, > 0.
         size: how many numbers are released, >= 1.
+        fineness: 2^-24, or what :data:`MARGIN` pays for too.
 
     Returns:
         A power of two.
     """
-    return 2.0 ** math.floor(math.log2(bound * _FINENESS / math.sqrt(size)))
+    return 2.0 ** math.floor(math.log2(bound * fineness / math.sqrt(size)))
 
 
 def discretised(total: Tensor, noise: Tensor, grid: float) -> Tensor:

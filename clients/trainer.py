@@ -46,12 +46,12 @@ from clients.session import (
     returned_names,
     trained_names,
 )
+from clients.shares import bounded
 from clients.site import Site
 from clients.verification import chosen as chosen_engine
 from clients.wire import digest as digest_of
 from clients.wire import pack, unpack
 from strategies.base import Tensors, Update, corrections
-from strategies.bounded import shortened
 from strategies.pruning import cut, pruning_of
 from strategies.selection import compact, mask_of
 from strategies.spends import PrivacySpend
@@ -128,7 +128,7 @@ def train(
     own |= loop.correction.after(loop.reference, trained) | kept_ranks(now)
     own |= loop.learned
     if assignment.central is not None:
-        tensors = shortened(tensors, assignment.broadcast.tensors, assignment.central.bound)
+        tensors = bounded(tensors, assignment, site)
         metrics, data_digest = {}, ""
     sent, seed = assignment.broadcast, assignment.seed
     tensors, left = uplink.encoded(tensors, sent, assignment.uplink, seed, kept)
@@ -149,7 +149,7 @@ def train(
         site.keep_examples(assignment.client, digest_of(sealed), remembered)
     if own:
         site.store_state(assignment.run, assignment.client, assignment.round, own)
-    private = privacy is not None
+    private = privacy is not None or assignment.noise_share is not None
     site.store_update(assignment.run, assignment.client, digest, sealed, private)
     return update
 

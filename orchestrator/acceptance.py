@@ -17,6 +17,7 @@ from clients.reading import wanted as wanted_parts
 from clients.regularizers import When
 from clients.report import names
 from clients.session import returned_names
+from clients.shares import meant
 from clients.trainer import spend_of
 from clients.uplink import decoded
 from clients.wire import digest, pack, spend_json, unpack
@@ -193,6 +194,8 @@ def decoded_update(update: Update, assignment: Assignment) -> Update:
             choice of ranks.
     """
     sent = assignment.broadcast
+    if assignment.noise_share is not None:
+        return replace(update, tensors=meant(update.tensors, assignment))
     tensors = decoded(update.tensors, sent, assignment.uplink, assignment.seed)
     return replace(update, tensors=tensors)
 

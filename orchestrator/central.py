@@ -4,6 +4,9 @@ The coordinator sees single updates and is trusted with them. What it commits an
 private to the clients: noise in the mean change, spends, who was asked and answered, and digests of
 updates that are keyed, so that nobody can confirm a guess of what a client sent.
 
+Where the clients put the noise in by shares (:mod:`clients.shares`), it is formed of them alone.
+What follows is of the coordinator's own noise.
+
 The noise is bound to everything that it hides. A round that is aggregated again, after a crash
 between noise and commit, has the same updates (they were decided and written down first) and so the
 same noise, and releases the same bytes. A key that is lost in between stops the run: other noise on
@@ -13,6 +16,7 @@ the same updates would be a second release.
 from __future__ import annotations
 
 import hmac
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,14 +30,15 @@ from clients.digests import digest_of
 from clients.keys import has_key
 from clients.noise import MARGIN, NoiseStream, discretised, grid_of
 from clients.session import returned_names
+from clients.shares import counted, grid
 from clients.site import Site
 from orchestrator.acceptance import Accepted, Seal
 from orchestrator.collecting import RoundFailed
 from orchestrator.history import History
 from orchestrator.plan import Plan
 from orchestrator.retention import COORDINATOR, coordinator_keys
-from strategies.base import ServerState, Update
-from strategies.bounded import Noised, noised_mean
+from strategies.base import ServerState, Tensors, Update
+from strategies.bounded import Noised, TooFewShares, mean_of_shares, noised_mean
 from strategies.spends import ClientLevel
 
 _CLIP = "central/clip"
@@ -110,7 +115,9 @@ class Central:
         assert terms is not None
         noised = self.mean(updates, accepted, asked)
         state = aggregate([noised.update])
-        told = {"noise_std": terms.noise_std}
+        shares = asked.noise_share
+        more = 1.0 if shares is None else math.sqrt(len(accepted) / shares.of)
+        told = {"noise_std": terms.noise_std * more}
         if terms.quantile is None:
             return replace(state, metrics=told)
         clip = torch.tensor(terms.after(noised.share).clip, dtype=torch.float64)
@@ -120,10 +127,17 @@ class Central:
     def mean(
         self, updates: Iterable[Update], accepted: Sequence[Accepted], asked: Assignment
     ) -> Noised:
-        """Return a round's clients as one update; arguments as in :meth:`aggregated`."""
+        """Return a round's clients as one update; arguments as in :meth:`aggregated`.
+
+        Raises:
+            RoundFailed: if the clients were to make the noise, and it is not whole.
+        """
         terms = asked.central
         assert terms is not None
         names = returned_names(asked)
+        like = {name: asked.broadcast.tensors[name] for name in names}
+        if asked.noise_share is not None:
+            return Noised(_of_shares(updates, like, terms.cohort, asked), math.nan)
         hidden = {
             "round": asked.round,
             "base": asked.base,
@@ -133,18 +147,26 @@ class Central:
             "updates": [[a.leaf["client"], a.round, a.leaf["digest"]] for a in accepted],
         }
         stream = NoiseStream(self._key, digest_of(hidden))
-
-        like = {name: asked.broadcast.tensors[name] for name in names}
-        grid = grid_of(min(terms.clip, 1.0), sum(tensor.numel() for tensor in like.values()))
+        step = grid_of(min(terms.clip, 1.0), sum(tensor.numel() for tensor in like.values()))
 
         def noise(name: str, total: Tensor, deviation: float) -> Tensor:
             normals = stream.normal(name, asked.round, total.shape)
-            return discretised(total, deviation * MARGIN * normals, grid)
+            return discretised(total, deviation * MARGIN * normals, step)
 
         return noised_mean(updates, like, asked.broadcast.mask, terms, noise)
 
     def _digest(self, data: bytes) -> str:
         return hmac.digest(self._key, b"weft update\0" + data, "sha256").hex()
+
+
+def _of_shares(updates: Iterable[Update], like: Tensors, cohort: int, asked: Assignment) -> Update:
+    """Return the mean of changes in which each client has put a share of the noise."""
+    assert asked.noise_share is not None
+    whole = (replace(u, tensors=counted(u.tensors, asked)) for u in updates)
+    try:
+        return mean_of_shares(whole, like, grid(asked), cohort, asked.noise_share.of)
+    except TooFewShares as error:
+        raise RoundFailed(f"round {asked.round}: {error}") from None
 
 
 def central_of(plan: Plan, home: Path) -> Central | None:

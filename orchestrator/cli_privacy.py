@@ -118,6 +118,11 @@ def plan(config: Path, overrides: Set = [], as_json: JsonFlag = False) -> None: 
         )
         line = f"  a round {one.one_round}; in all {one.whole}"
         out.print(line, highlight=False, markup=False)
+        if one.against_coordinator is not None:
+            line = (
+                f"  in all against the coordinator, which sees it alone: {one.against_coordinator}"
+            )
+            out.print(line, highlight=False, markup=False)
         values = {name: f"{value:.2f}" for name, value in one.by_accountant.items()}
         line = (
             f"  in all by accountant: prv {values['prv']} and rdp {values['rdp']}, upper bounds; "

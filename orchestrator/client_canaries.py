@@ -3,7 +3,8 @@
 As :mod:`clients.canaries`, with clients for examples: a canary's change of what is sent is longer
 than the clip lets it be, and lies along a number of its own. Each is in all sums or in none, by a
 fair coin, and goes through what makes the run's noised mean; the attacker sees that of each round.
-No client is asked for anything.
+Where clients make the noise themselves, canaries add none, and as many made-up clients as make it
+whole, and no more, add their shares and no change. No client is asked for anything.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from clients.assignment import Assignment
 from clients.canaries import NoPlaceForCanaries, guessed, tossed
 from clients.one_run import Guesses
 from clients.session import returned_names
+from clients.shares import bounded, with_share
+from clients.site import Site
+from clients.uplink import encoded
 from orchestrator.acceptance import Accepted
 from orchestrator.central import Central
-from strategies.base import Update
+from strategies.base import Tensors, Update
 
 _EXCESS = 10.0  # a canary's change over the clip: it is the clip that must shorten it
 _FAR = 1e4  # no canary is within a clip that moves, which would grow without end
@@ -75,8 +79,12 @@ def attack_sums(
 def _changed(
     asked: Assignment, names: list[str], places: Tensor, length: float
 ) -> Iterator[Update]:
-    """Yield the updates of canaries, each of which changes one number by ``length``."""
-    sent = asked.broadcast.tensors
+    """Yield the updates of canaries, each of which changes one number by ``length``, and noise."""
+    sent, shares = asked.broadcast.tensors, asked.noise_share
+    for number in range(0 if shares is None else shares.of):
+        who = replace(asked, client=f"share-{number}")
+        noise = bounded({name: sent[name] for name in names}, who, Site(asked.site))
+        yield _travelled(who.client, asked, noise)
     for number, place in enumerate(places.tolist()):
         tensors = {name: sent[name] for name in names}
         for name in names:
@@ -86,7 +94,16 @@ def _changed(
                 tensors[name] = changed
                 break
             place -= sent[name].numel()
-        yield Update(_leaf(number)["client"], asked.round, asked.base, tensors, num_examples=1)
+        if shares is not None:
+            tensors = with_share(tensors, asked, None)
+        yield _travelled(_leaf(number)["client"], asked, tensors)
+
+
+def _travelled(client: str, asked: Assignment, tensors: Tensors) -> Update:
+    """Return an update as it comes: of a tensor with a mask, shares travel on that alone."""
+    if asked.noise_share is not None:
+        tensors, _ = encoded(tensors, asked.broadcast, (), 0, {})
+    return Update(client, asked.round, asked.base, tensors, num_examples=1)
 
 
 def _leaf(number: int) -> dict[str, str]:

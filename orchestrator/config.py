@@ -173,6 +173,12 @@ class RunConfig(Rounds):
         return self.privacy if self.privacy and self.privacy.level == "client" else None
 
     @property
+    def keyed_by_clients(self) -> bool:
+        """Whether noise comes from keys of the clients' own."""
+        shared = self.client_level is not None and self.client_level.noise_shares is not None
+        return self.dp_sgd is not None or shared
+
+    @property
     def judge(self) -> Stop:
         """Which metric makes a version the best."""
         return self.stop or Stop(metric=self.metrics[0])
@@ -251,6 +257,12 @@ def _problems(config: RunConfig) -> Iterable[str]:
 def _privacy_problems(c: RunConfig) -> Iterable[str]:
     if c.client_level:
         yield from c.one_sum_problems()
+        if c.client_level.noise_shares is not None and c.uplink:
+            yield (
+                "uplink: with privacy.noise_shares the sum alone is private, and an encoding is of "
+                "each update by itself; updates are whole numbers of 32 bits already, so leave it "
+                "out"
+            )
     if c.judge.metric == TRAIN_LOSS and c.privacy and c.privacy.report is None:
         yield (
             "stop.metric: train_loss is what clients' data say, and under privacy no loss leaves "

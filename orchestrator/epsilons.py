@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from clients.accounting import Accountant, epsilon
 from orchestrator.workspace import Workspace
 from storage.ledger import SpendRow
-from strategies.spends import PrivacySpend
+from strategies.spends import PrivacySpend, of_a_share
 
 DELTA = 1e-5
 """δ of an ε where no budget says which."""
@@ -54,6 +54,24 @@ def composed(
     first = spends[0]
     value = epsilon(spends, delta, accountant)
     return Epsilon(population, value, delta, first.unit, first.adjacency, public)
+
+
+def against_coordinator(
+    population: str, spends: Sequence[PrivacySpend], shares: Sequence[int], delta: float
+) -> Epsilon:
+    """Return the ε of clients' single updates, each with its own share of a sum's noise alone.
+
+    It is what holds against whoever sees them, as the coordinator does: by ``rdp``, which is
+    cheap where ε is large.
+
+    Args:
+        population: whose.
+        spends: of the sums.
+        shares: of each, how many make its noise whole.
+        delta: at this δ.
+    """
+    alone = [of_a_share(spend, of) for spend, of in zip(spends, shares, strict=True)]
+    return composed(population, alone, delta, "rdp")
 
 
 def epsilon_by(

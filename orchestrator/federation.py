@@ -134,8 +134,8 @@ class Federation:
         """
         if self._central is not None:
             self._central.refuse_lost_key(self._history())
-        private = self.plan.config.dp_sgd
-        if private is not None and private.insecure_seed is None:
+        private = self.plan.config.privacy
+        if private and private.insecure_seed is None and self.plan.config.keyed_by_clients:
             data_key(Path(self._sites))  # by which a spend knows its site: before the first
         try:
             done = self._last_commit() or self._begin()
@@ -187,10 +187,12 @@ class Federation:
         self, opened: Open, accepted: Sequence[Accepted], done: Committed
     ) -> ServerState:
         """Return the next state, from the updates or from their noised mean alone."""
-        updates = lazily(accepted, self._onto(done))
         if self._central is None:
-            return self.strategy.aggregate(done.state, updates)
+            return self.strategy.aggregate(done.state, lazily(accepted, self._onto(done)))
         [asked] = self._assignments(opened.round, done.version, self.plan.participants[:1])
+        # shares of the noise are added up as the whole numbers that they came as
+        fresh = self._onto(done) if asked.noise_share is None else (lambda update, weight: update)
+        updates = lazily(accepted, fresh)
         aggregate = partial(self.strategy.aggregate, done.state)
         return self._central.aggregated(aggregate, updates, accepted, asked)
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from clients.accounting import Accountant, approximate_epsilon, epsilon
 from orchestrator.budgets import Budgets, Limit, most_rounds, spend_over
 from orchestrator.config import BadConfig, RunConfig
-from orchestrator.epsilons import Epsilon, composed
+from orchestrator.epsilons import Epsilon, against_coordinator, composed
 from orchestrator.launch import make_plan
 from orchestrator.plan import Participant, Plan
 from orchestrator.precedents import Precedent, precedents
@@ -51,6 +51,8 @@ class Prospect:
         whole: the ε of all of them, of this run alone.
         by_accountant: the same by ``prv`` and ``rdp``, upper bounds, and by ``gdp``, which is an
             approximation and may be too low: nothing is judged by it.
+        against_coordinator: with ``noise_shares``, the ε of its single updates, each with its share
+            of the noise alone; else None.
     """
 
     client: str
@@ -62,6 +64,7 @@ class Prospect:
     one_round: Epsilon
     whole: Epsilon
     by_accountant: Mapping[str, float]
+    against_coordinator: Epsilon | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,7 @@ def forecast(workspace: Workspace, config: RunConfig) -> Forecast:
 def _prospect(who: Participant, plan: Plan) -> Prospect:
     privacy, rounds = plan.config.privacy, most_rounds(plan)
     assert privacy is not None
+    shares = privacy.noise_shares
     spends = [spend_over(who, plan, many) for many in (1, rounds)]
     one, whole = (
         composed(who.population, [spend], privacy.delta, privacy.accountant, who.public)
@@ -131,6 +135,9 @@ def _prospect(who: Participant, plan: Plan) -> Prospect:
         one,
         whole,
         _by_accountant(spends[1], privacy.delta),
+        against_coordinator(who.population, spends[1:], [shares], privacy.delta)
+        if shares
+        else None,
     )
 
 

@@ -14,6 +14,7 @@ from clients.assignment import (
     Assignment,
     DataSpec,
     ModelSpec,
+    NoiseShare,
     Past,
     PluginChoice,
     Privacy,
@@ -219,6 +220,7 @@ def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
         client="",
         privacy=None,
         central=None,
+        noise_share=None,
         data=NO_DATA,
         num_examples=0,
         held=None,
@@ -245,6 +247,7 @@ def plan_evaluation(
         data=data,
         privacy=None,
         central=None,
+        noise_share=None,
         memory={},
         head="freeze",
         held=None,
@@ -285,6 +288,14 @@ def head_masked(broadcast: Broadcast, labels: Sequence[str], task: Sequence[str]
     return replace(broadcast, mask=mask)
 
 
+def _noise_share(config: RunConfig) -> NoiseShare | None:
+    """Return what of the noise a client makes itself, or None where it makes none."""
+    privacy = config.client_level
+    if privacy is None or privacy.noise_shares is None:
+        return None
+    return NoiseShare(privacy.noise_shares, privacy.insecure_seed)
+
+
 def _assignment(
     plan: Plan, inputs: RoundInputs, who: Participant, broadcast: Broadcast, seed: int
 ) -> Assignment:
@@ -313,6 +324,7 @@ def _assignment(
         head=config.head,
         privacy=who.privacy,
         central=plan.central,
+        noise_share=_noise_share(config),
         seed=seed,
         threads=config.threads,
         device=config.device,

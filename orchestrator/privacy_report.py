@@ -14,12 +14,12 @@ from typing import Any
 
 from clients.files import write_durably
 from orchestrator.documents import Section, html_page, markdown
-from orchestrator.epsilons import Epsilon
+from orchestrator.epsilons import Epsilon, against_coordinator
 from orchestrator.provenance import lineage
 from orchestrator.statements import Statement, statements
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
-from strategies.spends import CLIENT_UNIT
+from strategies.spends import CLIENT_UNIT, PrivacySpend
 
 _SEES = (
     ("who", "sees", "does not see"),
@@ -55,10 +55,19 @@ _OF_CLIENTS = (
     "each single update without noise, makes the noise of their sum, and is trusted with both."
 )
 
+_OF_SHARES = (
+    "Where the clients made the noise by shares, no one of them nor the coordinator made the noise "
+    "of the sum. The coordinator sees each single update with its client's share of the noise and "
+    "no more, and against it holds the larger ε of that share alone. Clients that tell it "
+    "their shares, or made none, weaken the sum's noise by as much: one of them is allowed for."
+)
+
 _CLIENT_ASSUMPTIONS = (
     "Where the unit is the client, neighbours differ in one client's every change, which is there "
     "or is none (zero-out); another client's data in its place costs what half the noise would. "
     "That clients are drawn for a round is not counted.",
+)
+_OF_THE_KEY = (
     "The key of the noise in a sum was drawn well by the coordinator's operating system, was read "
     "by nobody else, and was deleted when its run was closed.",
 )
@@ -180,7 +189,10 @@ def _sections(workspace: Workspace, facts: _Facts) -> Iterator[Section]:
         _threats(facts),
         table=_SEES,
     )
-    more = _CLIENT_ASSUMPTIONS if _OF_CLIENTS in _threats(facts) else ()
+    yield from _against_coordinator(facts)
+    said = _threats(facts)
+    of_clients = _OF_CLIENTS in said or _OF_SHARES in said
+    more = (*_CLIENT_ASSUMPTIONS[: 1 if of_clients else 0], *_OF_THE_KEY[: _OF_CLIENTS in said])
     yield Section("Assumptions", items=(*_ASSUMPTIONS, *more))
     yield _mechanisms(facts)
     yield _audit(facts)
@@ -191,7 +203,16 @@ def _threats(facts: _Facts) -> tuple[str, ...]:
     """Return against whom the noise stands, by what it hides."""
     units = {one.unit for one in facts.inherited}
     examples = (_OF_EXAMPLES,) if units != {CLIENT_UNIT} else ()
-    return (*examples, *((_OF_CLIENTS,) if CLIENT_UNIT in units else ()))
+    whole, shared = _made_by(facts)
+    clients = (*((_OF_CLIENTS,) if whole else ()), *((_OF_SHARES,) if shared else ()))
+    return (*examples, *(clients if CLIENT_UNIT in units else ()))
+
+
+def _made_by(facts: _Facts) -> tuple[bool, bool]:
+    """Return whether the coordinator made the noise of sums, and whether clients did by shares."""
+    found = [v.recipe["privacy"] for v in facts.history if v.recipe.get("privacy")]
+    shared = ["noise_shares" in one for one in found if one.get("unit") == CLIENT_UNIT]
+    return not all(shared), any(shared)
 
 
 def _verdict(facts: _Facts) -> Section:
@@ -240,6 +261,36 @@ def _inherited(facts: _Facts) -> Section:
         ("Of everything that went into it, each event once.",),
         table=(header, *rows),
     )
+
+
+def _against_coordinator(facts: _Facts) -> Iterator[Section]:
+    """Yield the ε of single updates, where each has a share of the noise."""
+    deltas = {e.population: e.delta for e in facts.inherited if e.unit == CLIENT_UNIT}
+    events: dict[str, dict[str, tuple[PrivacySpend, int]]] = {}
+    bare: set[str] = set()
+    for version in facts.history:
+        shares = (version.recipe.get("privacy") or {}).get("noise_shares")
+        for leaf in version.recipe.get("updates", ()):
+            for spend in leaf["spends"]:
+                if spend["unit"] != CLIENT_UNIT:
+                    continue
+                if shares is None:
+                    bare.add(leaf["population"])
+                else:
+                    own = events.setdefault(leaf["population"], {})
+                    own[leaf["digest"]] = (PrivacySpend(**spend), shares)
+    rows = []
+    for population, own in sorted(events.items()):
+        spends, shares = zip(*own.values(), strict=True)
+        found = against_coordinator(population, spends, shares, deltas[population])
+        value = (
+            "none: it saw updates without noise" if population in bare else f"{found.epsilon:.3f}"
+        )
+        rows.append((population, value, f"{found.delta:g}", found.unit, found.adjacency))
+    if rows:
+        header = ("population", "ε", "δ", "unit", "adjacency")
+        said = "Of single updates, each with its own client's share of the noise alone."
+        yield Section("ε against the coordinator", (said,), table=(header, *rows))
 
 
 def _by_population(facts: _Facts) -> Section:

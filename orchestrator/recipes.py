@@ -201,6 +201,7 @@ def _common(plan: Plan, offset: str | None) -> dict[str, Any]:
             "insecure_seed": privacy.insecure_seed,
             **_clipping(privacy.clipping),
             **({"per_unit": privacy.per_unit} if privacy.per_unit > 1 else {}),
+            **({"noise_shares": privacy.noise_shares} if privacy.noise_shares else {}),
             **({"report": privacy.report.model_dump(mode="json")} if privacy.report else {}),
         },
         "private": privacy is not None and privacy.insecure_seed is None,

@@ -213,6 +213,7 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         )
     if needed > len(names):
         raise BadConfig(f"quorum: {needed} is more than the {len(names)} clients that may be asked")
+    _refuse_few_shares(config, needed)
     strategy = strategy_of(plan)
     _refuse_needy(plan, needs_of(strategy), names, needed)
     refuse_budgets(plan)
@@ -227,6 +228,22 @@ def refuse_impossible_rounds(plan: Plan) -> None:
         raise BadConfig(
             f"cohort.weight: examples needs every client's declared number of examples, and "
             f"{unknown[0]} has none; register it with --examples N"
+        )
+
+
+def _refuse_few_shares(config: RunConfig, needed: int) -> None:
+    """Refuse rounds that could close without the whole noise, of which each client knows a part.
+
+    Raises:
+        BadConfig: with the reason.
+    """
+    shares = config.client_level.noise_shares if config.client_level else None
+    if shares is not None and shares >= needed:
+        raise BadConfig(
+            f"privacy.noise_shares: {shares} clients make the whole noise, and a round makes do "
+            f"with {needed} updates (quorum), of whose senders each can take its own share away "
+            f"from the sum; it must be below the quorum: set quorum to {shares + 1} or more, or "
+            "lower noise_shares"
         )
 
 

@@ -88,6 +88,7 @@ class PrivacyConfig(Strict):
     level: Literal["example", "client"] = "example"
     clip: float | None = Field(default=None, gt=0)
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
+    noise_shares: int | None = Field(default=None, ge=1)
     accountant: Annotated[Literal["prv", "rdp"], BeforeValidator(_bound)] = "prv"
     insecure_seed: int | None = None
     over_budget: Literal["refuse", "shorten"] | None = None
@@ -119,6 +120,17 @@ class PrivacyConfig(Strict):
             )
         if self.clip_quantile is not None and self.level != "client":
             raise ValueError("clip_quantile moves the clip of level: client; leave it out")
+        if self.noise_shares is not None and self.level != "client":
+            raise ValueError(
+                "noise_shares are of the noise in a sum of clients, at level: client; at level: "
+                "example every client makes all of its noise already, so leave it out"
+            )
+        if self.noise_shares is not None and self.clip_quantile is not None:
+            raise ValueError(
+                "clip_quantile needs a noised count of the changes within the clip, which the "
+                "coordinator makes from single updates; with noise_shares it sees none without "
+                "noise, so leave one of them out"
+            )
         return self
 
     def steps_a_round(self, training: int) -> int:

@@ -210,8 +210,8 @@ def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, Budge
 
 def _mark(assignment: Assignment) -> str:
     """Return which site would make the update; nothing where its noise comes from no key of its."""
-    privacy = assignment.privacy
-    keyed = privacy is not None and privacy.insecure_seed is None
+    noise = assignment.privacy or assignment.noise_share
+    keyed = noise is not None and noise.insecure_seed is None
     return site_mark(Path(assignment.site)) if keyed else ""
 
 

@@ -27,6 +27,10 @@ Noise: TypeAlias = Callable[[str, Tensor, float], Tensor]
 """Returns the total of a name, float64, with normal noise of a standard deviation in it."""
 
 
+class TooFewShares(RuntimeError):
+    """A sum has not the noise that was promised, and may not be told."""
+
+
 class Noised(NamedTuple):
     """What a round tells of its clients.
 
@@ -109,6 +113,58 @@ def noised_mean(
         return Noised(update, math.nan)
     counted = noise(_WITHIN, torch.tensor([within], dtype=torch.float64), terms.count_std)
     return Noised(update, 0.5 + float(counted) / terms.cohort)
+
+
+def clipped_change(
+    trained: Tensors, sent: Tensors, mask: Tensors, clip: float
+) -> dict[str, Tensor]:
+    """Return a client's change, shortened to a norm: float64, zero where a mask is.
+
+    As :func:`shortened`, before anything is rounded.
+    """
+    changes, norm = _change(trained, sent, mask)
+    if not math.isfinite(norm):
+        return {name: torch.zeros_like(change) for name, change in changes.items()}
+    factor = min(1.0, clip / norm) if norm else 1.0
+    return {name: factor * change for name, change in changes.items()}
+
+
+def mean_of_shares(
+    updates: Iterable[Update], like: Tensors, grid: float, cohort: int, shares: int
+) -> Update:
+    """Return the clients as one update, where each has put its share of the noise in by itself.
+
+    The sum is of whole numbers, and exact. It has the noise of as many shares as it has updates:
+    never less than was promised, and more where more answered.
+
+    Args:
+        updates: of one round and base, from different clients; their tensors are changes with
+            noise, int64 multiples of ``grid``.
+        like: the tensors that were to be trained, as they were sent.
+        grid: what a one stands for, > 0.
+        cohort: what the sum is divided by, however many answered.
+        shares: how many make the noise whole.
+
+    Raises:
+        BadUpdate: if an update has other tensors than ``like``, or its client is there twice.
+        TooFewShares: if fewer answered. What the server added instead, it would know.
+    """
+    sums = {n: torch.zeros(t.shape, dtype=torch.int64) for n, t in sorted(like.items())}
+    seen: set[str] = set()
+    for update in updates:
+        _refuse_unfit(update, like, seen)
+        for name, counts in update.tensors.items():
+            sums[name].add_(counts)
+    if len(seen) < shares:
+        raise TooFewShares(
+            f"{len(seen)} clients' shares are not the whole noise, which {shares} make together; "
+            "what the coordinator added in their place would be no secret to it, so nothing is told"
+        )
+    tensors = {
+        name: (like[name].double() + total.double() * grid / cohort).to(like[name].dtype)
+        for name, total in sums.items()
+    }
+    return Update(client="", round=0, base="", tensors=tensors, num_examples=1)
 
 
 def _refuse_unfit(update: Update, like: Tensors, seen: set[str]) -> None:

@@ -31,6 +31,17 @@ class PrivacySpend:
 CLIENT_UNIT, ZERO_OUT = "client", "zero-out"
 
 
+def of_a_share(spend: PrivacySpend, shares: int) -> PrivacySpend:
+    """Return what a noised sum costs against whoever sees each client's part of it by itself.
+
+    Args:
+        spend: of the sum, a Gaussian mechanism.
+        shares: how many clients' parts have its noise together, in equal parts; >= 1.
+    """
+    noise = float(spend.parameters["noise_multiplier"]) / math.sqrt(shares)
+    return replace(spend, parameters={**spend.parameters, "noise_multiplier": noise})
+
+
 @dataclass(frozen=True, slots=True)
 class ClientLevel:
     """Client-level differential privacy: what one round does with all its clients' changes.
