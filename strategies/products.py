@@ -8,7 +8,7 @@ matrix itself, which is then the smaller and the cheaper to decompose. Everythin
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -113,13 +113,21 @@ class RunningProduct:
         return torch.cat(b, dim=1), torch.cat(a)
 
 
-def best(b: Tensor, a: Tensor, rank: int | None = None) -> Best:
-    """Return the best approximation of ``b @ a`` at ``rank``; None keeps all that is not zero."""
+def best(b: Tensor, a: Tensor, rank: int | Callable[[Tensor], int] | None = None) -> Best:
+    """Return the best approximation of ``b @ a`` at ``rank``; None keeps all that is not zero.
+
+    Args:
+        b: ``[out, R]``.
+        a: ``[R, in]``.
+        rank: how many singular values to keep, or what says so of them, ``[k]``, descending.
+    """
     squares = torch.zeros(0, dtype=torch.float64)
 
     def keep(values: Tensor) -> int:
         nonlocal squares
         squares = values.square()
+        if callable(rank):
+            return rank(values)
         return int((values > 0).sum()) if rank is None else rank
 
     u, s, vh = factored_svd(b, a, keep)

@@ -15,6 +15,7 @@ from strategies.tensors import lora_tensors
 from strategies.terms import merge_terms, merged_factors, stack
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
+WEIGHTS = "sums"
 
 
 def cat(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:

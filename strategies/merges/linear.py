@@ -17,6 +17,7 @@ from strategies.tensors import Factors, lora_tensors, product_norm
 from strategies.terms import BadMerge, Term, merge_terms, merged_factors
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
+WEIGHTS = "sums"
 
 
 def linear(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:

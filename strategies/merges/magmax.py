@@ -10,20 +10,20 @@ of a rank, and how much of it that keeps is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from strategies.base import Tensors
+from strategies.entrywise import Rows, merged_entrywise
 from strategies.plugins import Range
-from strategies.tensors import lora_tensors
-from strategies.terms import Measured, Term, merge_terms, merged_factors
+from strategies.terms import Measured, merge_terms
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
-_ENTRIES = 2**20  # of each product that are in memory at once: 8 MB in float64
-_ROUNDING = 1e-13  # relative, of eigenvalues that are squares of float32 values
+WEIGHTS = "ratios"
 
 
 def magmax(
@@ -38,8 +38,8 @@ def magmax(
 
     Of two changes of the same size and opposite signs the positive one counts. For versions that go
     on from one another (``start: continue``), each of which holds all that was changed since the
-    base model. Forms the product of every layer, a block of rows at a time: O(out in min(out, in))
-    operations and min(out, in)² numbers of memory.
+    base model. Forms the product of every layer, a block of rows at a time; see
+    :func:`strategies.entrywise.merged_entrywise` for what it costs.
 
     Args:
         adapters: low-rank layers of one base model, nothing else.
@@ -60,60 +60,10 @@ def magmax(
     """
     layers = merge_terms(adapters, weights)
     factor = scale / max(abs(w) for w in weights)
-    merged, kept, total = {}, {}, {}
-    for name, terms in layers.items():
-        limit = rank or (sum(len(t.factors.a) for t in terms) if energy is None else None)
-        b, a, squares = _nearest(terms, limit, energy)
-        merged[name] = merged_factors(b * factor, a, terms)
-        kept[name], total[name] = float(squares[: len(a)].sum()), float(squares.sum())
-    shares = {f"captured_energy/{n}": _share(kept[n], total[n]) for n in kept}
-    every = _share(sum(kept.values()), sum(total.values()))
-    return Measured(lora_tensors(merged), {"captured_energy": every, **shares})
+    return merged_entrywise(layers, partial(_largest, factor=factor), rank, energy)
 
 
-def _share(kept: float, total: float) -> float:
-    return min(1.0, kept / total) if total else 1.0
-
-
-def _nearest(
-    terms: Sequence[Term], limit: int | None, energy: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the nearest ``b @ a`` to the chosen product, and its squared singular values.
-
-    From the eigenvectors of the smaller Gram matrix, on which the product is projected.
-    """
-    out, width = len(terms[0].factors.b), terms[0].factors.a.shape[1]
-    wide = width > out
-    side = min(out, width)
-    gram = torch.zeros(side, side, dtype=torch.float64)
-    for _, block in _chosen(terms, wide):
-        gram += block.T @ block
-    squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
-    keep = int((squares > squares[0] * _ROUNDING).sum())
-    if energy is not None:
-        reached = squares.cumsum(0)
-        keep = min(keep, int((reached < energy * reached[-1]).sum()) + 1)
-    keep = max(1, keep if limit is None else min(keep, limit))
-    basis = vectors[:, :keep]
-    image = torch.zeros(max(out, width), keep, dtype=torch.float64)
-    for rows, block in _chosen(terms, wide):
-        image[rows] = block @ basis
-    return (basis, image.T, squares) if wide else (image, basis.T, squares)
-
-
-def _chosen(terms: Sequence[Term], transposed: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows of the product of the largest entries, or of its transpose, float64."""
-    pairs = []
-    for term in terms:
-        b = term.factors.b.double() * (term.weight * term.factors.scaling.item())
-        a = term.factors.a.double()
-        pairs.append((a.T, b.T) if transposed else (b, a))
-    step = max(1, _ENTRIES // pairs[0][1].shape[1])
-    for start in range(0, len(pairs[0][0]), step):
-        rows = slice(start, start + step)
-        highest = lowest = pairs[0][0][rows] @ pairs[0][1]
-        for left, right in pairs[1:]:
-            product = left[rows] @ right
-            highest, lowest = highest.maximum(product), lowest.minimum(product)
-        yield rows, torch.where(highest >= -lowest, highest, lowest)
+def _largest(rows: Rows, factor: float) -> Tensor:
+    changes = rows.values * rows.weights
+    highest, lowest = changes.amax(0), changes.amin(0)
+    return torch.where(highest >= -lowest, highest, lowest) * factor

@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor
 
 from strategies.base import Tensors
 from strategies.plugins import Range
-from strategies.tensors import factored_svd, lora_tensors
-from strategies.terms import merge_terms, merged_factors, stack
+from strategies.products import best, captured
+from strategies.tensors import lora_tensors
+from strategies.terms import Measured, merge_terms, merged_factors, stack
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
+WEIGHTS = "sums"
 
 
 def svd(
@@ -26,7 +29,7 @@ def svd(
     *,
     rank: Annotated[int | None, Range(1)] = None,
     energy: Annotated[float | None, Range(0, 1, open_low=True)] = None,
-) -> dict[str, Tensor]:
+) -> Measured:
     """Sum the adapters' products and keep the largest singular values of every layer.
 
     The nearest adapter of its rank to the exact sum, in the Frobenius norm; exact where the rank
@@ -42,16 +45,21 @@ def svd(
             values of the layer, in (0, 1]; 1 keeps all that is not zero. With ``rank``, the
             smaller of the two.
 
+    Returns:
+        The adapter; its metrics ``captured_energy`` and ``captured_energy/LAYER`` say how much of
+        the squared norm of the exact sum it keeps, 0 to 1.
+
     Raises:
         BadMerge: if the adapters do not fit each other or the weights.
     """
-    merged = {}
+    merged, found = {}, {}
     for name, terms in merge_terms(adapters, weights).items():
         largest = max(term.factors.a.shape[0] for term in terms)
         limit = rank or (largest if energy is None else None)
-        u, s, vh = factored_svd(*stack(terms), partial(_rank_to_keep, limit=limit, energy=energy))
-        merged[name] = merged_factors(u * s, vh, terms)
-    return lora_tensors(merged)
+        one = best(*stack(terms), partial(_rank_to_keep, limit=limit, energy=energy))
+        merged[name], found[name] = merged_factors(one.b, one.a, terms), one
+    ones = {name: torch.tensor(1.0) for name in found}
+    return Measured(lora_tensors(merged), captured(found, ones))
 
 
 def _rank_to_keep(singular_values: Tensor, limit: int | None, energy: float | None) -> int:

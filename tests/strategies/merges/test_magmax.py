@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from strategies.merges import magmax as module
+from strategies import entrywise
 from strategies.merges.magmax import magmax
 
 LAYER = "encoder.query"
@@ -51,7 +51,7 @@ def test_weights_count_by_their_ratios_and_the_scale_multiplies(products):
 def test_a_rank_keeps_the_nearest_product_whatever_the_blocks(
     monkeypatch, make_adapter, products, entries, sides
 ):
-    monkeypatch.setattr(module, "_ENTRIES", entries)
+    monkeypatch.setattr(entrywise, "_ENTRIES", entries)
     adapters = [
         make_adapter(seed, rank=2, scaling=seed, head=False, layers={"q": sides}) for seed in (1, 2)
     ]
