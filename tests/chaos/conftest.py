@@ -54,7 +54,7 @@ class Left:
         versions: ids of all versions; each was read and checked against its content.
         names: what names them.
         blobs: digests of all blobs; each was hashed again.
-        kept: digest of each client's accepted bytes, by round.
+        kept: digest of each client's accepted bytes, by round and by the labels that it learned.
         spends: (client, round, assignment, parameters) of every privacy event.
     """
 
@@ -181,7 +181,8 @@ def _left(workspace: Workspace) -> Left:
                 data = store.updates.read(leaf["digest"])
                 unpack(data)
                 made = f"{version.recipe['kind']}-{version.recipe['round']}"
-                kept[f"{made}/{leaf['client']}"] = digest(data)
+                learned = ",".join(version.recipe.get("task_labels", ()))  # of which task
+                kept[f"{made}/{leaf['client']}/{learned}"] = digest(data)
     problems += [f"no kept update hashes to {d}" for d in recorded - set(kept.values())]
     problems += [f"{path} was left behind" for path in home.glob("runs/*/round-*/*.safetensors")]
     return Left(

@@ -8,6 +8,7 @@ is a fresh process after the milliseconds of a fork.
 Reads jobs from standard input and answers each on standard output, one JSON object a line::
 
     {"home": ..., "config": {...}, "fail": "kill" | "full" | "outage" | null, "at": 17}
+    {"home": ..., "stream": {...}, "fail": ..., "at": ...}
     {"signal": 9} or {"signal": 0, "version": ..., "error": ..., "boundaries": [...]}
 """
 
@@ -37,6 +38,9 @@ from sqlalchemy.engine.default import DefaultDialect
 from clients import models
 from orchestrator import cli, service
 from orchestrator.config import RunConfig, parse_config
+from orchestrator.coordinator import Driving
+from orchestrator.stream import parse_stream
+from orchestrator.streaming import run_stream
 
 _FILE_CALLS = ("fsync", "link", "mkdir", "rename", "replace", "unlink")
 _READS = ("SELECT", "PRAGMA", "BEGIN", "WITH")
@@ -144,13 +148,31 @@ def drive(home: Path, config: RunConfig) -> str:
         workspace.close()
 
 
+def drive_stream(home: Path, document: dict[str, Any]) -> str | None:
+    """Do what ``weft stream run`` does with a stream's file; return what the last task ended with.
+
+    Run again it goes on: there is no other command for that.
+    """
+    workspace = service.open_workspace(home)
+    try:
+        stream = parse_stream(document)
+        found = run_stream(workspace, stream, Driving(), lambda run: lambda kind, data: None)
+        return found[-1].result
+    finally:
+        workspace.close()
+
+
 def work(job: dict[str, Any], answer: int) -> None:
     """Do one job and write its answer to a pipe."""
     boundaries = Boundaries(job.get("fail"), job.get("at", 0))
     boundaries.install()
     found: dict[str, Any] = {"signal": 0, "version": None, "error": None}
     try:
-        found["version"] = drive(Path(job["home"]), parse_config(job["config"]))
+        home = Path(job["home"])
+        if "stream" in job:
+            found["version"] = drive_stream(home, job["stream"])
+        else:
+            found["version"] = drive(home, parse_config(job["config"]))
     except Exception as error:
         # what the command line would do with it: print a sentence, or a traceback
         found["error"] = str(error)

@@ -25,7 +25,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def killed() -> Iterator[Callable[..., None]]:
-    """Runs a federation in a process of its own until it is killed at an event."""
+    """Runs a federation, or a stream of them, in a process of its own until it is killed."""
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("die_at.py"))],
         stdin=subprocess.PIPE,
@@ -36,7 +36,8 @@ def killed() -> Iterator[Callable[..., None]]:
         assert process.stdout
 
         def run(home: Path, document: Mapping[str, Any], kind: str, count: int) -> None:
-            job = {"folder": str(Path.cwd()), "home": str(home), "config": document}
+            what = "stream" if "tasks" in document else "config"
+            job = {"folder": str(Path.cwd()), "home": str(home), what: document}
             process.stdin.write(json.dumps({**job, "kind": kind, "count": count}) + "\n")
             process.stdin.flush()
             assert process.stdout.readline() == f"{-signal.SIGKILL}\n"
