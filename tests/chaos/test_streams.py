@@ -93,7 +93,7 @@ def test_a_stream_killed_at_any_boundary_and_run_again_ends_at_the_same_versions
     driver, whole, left, sampled, tmp_path
 ) -> None:
     problems = []
-    for point in sampled(len(whole.boundaries), 4):
+    for point in sampled(len(whole.boundaries), 8):
         home = tmp_path / f"killed-{point}"
         job = {"home": str(home), "stream": whole.document}
         where = f"{point} ({whole.boundaries[point - 1]})"
