@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from clients import data, reservoir
-from clients.assignment import Assignment
+from clients.alignment import aligned
+from clients.assignment import Assignment, ModelSpec
 from clients.examples import digest
 from clients.regularizers import REGULARIZERS, Regularizer, Rehearsal
-from clients.reservoir import Reservoir
+from clients.reservoir import Kept, Reservoir
 from clients.seeds import seed_for
 from clients.session import Session, move
 from clients.site import Site
@@ -70,7 +72,8 @@ class Rehearser:
         method: the regularizer that rehearses, and how; None where none does.
         encoded: of what was kept.
         barred: ``[kept, labels]``: which labels take no part in the softmax of each.
-        outputs: ``[kept, labels]``: the logits that each was kept with, NaN where there is none.
+        outputs: the logits that each was kept with, NaN where there is none: ``[labels]``, of tags
+            ``[length, labels]``.
     """
 
     assignment: Assignment
@@ -79,7 +82,7 @@ class Rehearser:
     method: tuple[Regularizer, Rehearsal] | None
     encoded: Sequence[data.Encoded]
     barred: Tensor
-    outputs: Tensor
+    outputs: Sequence[Tensor]
 
     @classmethod
     def of(cls, assignment: Assignment, session: Session, before: Reservoir) -> Rehearser:
@@ -91,15 +94,12 @@ class Rehearser:
         seen = now.union(*(one.labels for one in kept))
         every = found is not None and found[1].labels == "seen"
         barred = torch.ones(len(kept), len(model.labels), dtype=torch.bool)
-        outputs = torch.full(barred.shape, float("nan"))
         for row, one in enumerate(kept):
             barred[row, sorted(seen if every else one.labels)] = False
-            if one.outputs is not None:
-                outputs[row, list(one.labels)] = one.outputs
         device = assignment.device
-        return cls(
-            assignment, session, before, found, encoded, barred.to(device), outputs.to(device)
-        )
+        lengths = [len(one.input_ids) for one in encoded]
+        outputs = [one.to(device) for one in _outputs(kept, lengths, model, session)]
+        return cls(assignment, session, before, found, encoded, barred.to(device), outputs)
 
     def masks(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return 0/1 masks of the head, by name: rows that nothing here has the label of stay.
@@ -169,12 +169,14 @@ class Rehearser:
         """Return a reservoir with the logits of what was just kept, in evaluation mode."""
         kept = list(after.kept)
         places, encoded = list(fresh), list(fresh.values())
+        words = _pieces([kept[p] for p in places], self.assignment.model, self.session)
         self.session.model.eval()
         for part in data.by_length(encoded, range(len(encoded)), self.assignment.microbatch):
             with torch.no_grad():
                 logits = self.session.model(self._batch([encoded[i] for i in part]))
-            for i, row in zip(part, logits[:, list(labels)].cpu(), strict=True):
-                kept[places[i]] = replace(kept[places[i]], outputs=row.clone())
+            for i, row in zip(part, logits[..., list(labels)].cpu(), strict=True):
+                own = row.clone() if words is None else _of_words(row, words[i])
+                kept[places[i]] = replace(kept[places[i]], outputs=own)
         return replace(after, kept=tuple(kept))
 
     def _values(self, part: Sequence[int]) -> Tensor:
@@ -182,15 +184,59 @@ class Rehearser:
         assert self.method is not None
         batch = self._batch([self.encoded[i] for i in part])
         logits = self.session.model(batch)
-        scored, outputs = logits, self.outputs[list(part)]
-        if self.assignment.model.kind == "classification":
-            scored = logits.masked_fill(self.barred[list(part)], float("-inf"))
+        scored = logits
+        if self.assignment.model.labels:
+            barred = self.barred[list(part)]
+            barred = barred.reshape(len(part), *[1] * (logits.dim() - 2), -1)
+            scored = logits.masked_fill(barred, float("-inf"))
         losses = self.session.model.example_losses(scored, batch)
+        outputs = pad_sequence([self.outputs[i] for i in part], True, float("nan"))
         return self.method[0].rehearsal_loss(losses, logits, outputs)
 
     def _batch(self, encoded: Sequence[data.Encoded]) -> data.Batch:
         pad = data.padding_id(self.session.base.tokenizer)
         return move(data.collate(encoded, pad), self.assignment.device)
+
+
+def _pieces(
+    kept: Sequence[Kept], model: ModelSpec, session: Session
+) -> list[list[int | None]] | None:
+    """Return where the model sees the words of each; None where it sees no words but a text."""
+    if model.kind != "token-classification":
+        return None
+    examples = [one.example for one in kept]
+    return [one.places for one in aligned(examples, session.base.tokenizer, model.max_length)]
+
+
+def _of_words(logits: Tensor, places: Sequence[int | None]) -> Tensor:
+    """Return ``[words, labels]`` of ``[length, labels]``: NaN of what the model does not see."""
+    found = torch.full((len(places), logits.shape[-1]), float("nan"))
+    for word, place in enumerate(places):
+        if place is not None:
+            found[word] = logits[place]
+    return found
+
+
+def _outputs(
+    kept: Sequence[Kept], lengths: Sequence[int], model: ModelSpec, session: Session
+) -> list[Tensor]:
+    """Return the logits that each was kept with, as the model gives them; NaN where none are.
+
+    Of tags they were kept by the word, and a run with another ``max_length`` may see fewer.
+    """
+    words = _pieces(kept, model, session)
+    found = []
+    for number, one in enumerate(kept):
+        shape = (len(model.labels),) if words is None else (lengths[number], len(model.labels))
+        own = torch.full(shape, float("nan"))
+        if one.outputs is not None and words is None:
+            own[list(one.labels)] = one.outputs
+        elif one.outputs is not None and words is not None:
+            for place, row in zip(words[number], one.outputs, strict=True):
+                if place is not None:
+                    own[place, list(one.labels)] = row
+        found.append(own)
+    return found
 
 
 def fingerprint(

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from clients.assignment import ModelSpec
 from clients.examples import Example
+from clients.tags import IGNORED
 
 _EXAMPLES, _OUTPUTS = "examples.json", "outputs.safetensors"
-_OF_TAGS = ("words", "tags")  # none is kept of such a task
-_KEPT = [f.name for f in fields(Example) if f.name not in ("label", "unit", *_OF_TAGS)]
+_BY_NAME = ("label", "words", "tags")  # written otherwise than they are held
+_KEPT = [f.name for f in fields(Example) if f.name not in ("unit", *_BY_NAME)]
 
 
 class NotKept(ValueError):
@@ -33,7 +34,8 @@ class Kept:
     Attributes:
         example: what it says; its label is an index into the label set of the run.
         labels: indices of the labels that took part in its softmax; empty for a language model.
-        outputs: the logits of those, float32 ``[len(labels)]``; None where none are kept.
+        outputs: the logits of those, float32 ``[len(labels)]``, of tags ``[words, len(labels)]``
+            with NaN at a word that the model did not see; None where none are kept.
     """
 
     example: Example
@@ -108,6 +110,9 @@ def written(reservoir: Reservoir, model: ModelSpec) -> dict[str, bytes]:
         label = one.example.label
         row["label"] = None if label is None else model.labels[label]
         row["labels"] = [model.labels[i] for i in one.labels]
+        if one.example.words:
+            row["words"] = one.example.words
+            row["tags"] = [None if i == IGNORED else model.labels[i] for i in one.example.tags]
         rows.append(row)
     document = {"offered": reservoir.offered, "public": reservoir.public, "kept": rows}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -132,15 +137,21 @@ def read(parts: Mapping[str, bytes], model: ModelSpec) -> Reservoir:
     place = {label: i for i, label in enumerate(model.labels)}
     kept = []
     for number, row in enumerate(document["kept"]):
-        names = [*row["labels"], *([row["label"]] if row["label"] is not None else [])]
-        unknown = [name for name in names if name not in place]
+        tags = row.get("tags", ())
+        names = [*row["labels"], row["label"], *tags]
+        unknown = [name for name in names if name is not None and name not in place]
         if unknown:
             raise NotKept(
                 f"an example that was kept has the label {unknown[0]!r} in its task, which is "
                 "outside the run's label set; declare all labels that were there before"
             )
         label = None if row["label"] is None else place[row["label"]]
-        example = Example(**{name: row[name] for name in _KEPT}, label=label)
+        example = Example(
+            **{name: row[name] for name in _KEPT},
+            label=label,
+            words=tuple((start, end) for start, end in row.get("words", ())),
+            tags=tuple(IGNORED if name is None else place[name] for name in tags),
+        )
         labels = tuple(place[name] for name in row["labels"])
         kept.append(Kept(example, labels, outputs.get(f"{number}")))
     return Reservoir(document["offered"], tuple(kept), document["public"])

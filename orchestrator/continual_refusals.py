@@ -116,11 +116,9 @@ def _refuse_rehearsal(plan: Plan, name: str, outputs: bool) -> None:
             "sample that the accountant counts and perhaps of other people; leave it out (lwf and "
             "l2-sp read none), or run without privacy"
         )
-    kinds = ("classification",) if outputs else ("classification", "causal-lm")
-    if plan.model.kind not in kinds:
-        instead = "replay, which keeps none" if plan.model.kind == "causal-lm" else "lwf or l2-sp"
+    if outputs and plan.model.kind == "causal-lm":
         raise BadConfig(
-            f"regularizer {name!r} keeps "
-            + ("the logits of each example, one a label" if outputs else "texts with one label")
-            + f", and the task is {plan.model.kind}; use {instead}"
+            f"regularizer {name!r} keeps the logits of each example, one a label, and the task is "
+            "causal-lm, whose every token has one for each of its vocabulary; use replay, which "
+            "keeps none"
         )

@@ -145,9 +145,9 @@ class Regularizer:
 
         Args:
             losses: the cross entropy of each, ``[batch]``.
-            outputs: their logits now.
-            kept: their logits when they were kept, where those are kept, else empty; NaN for labels
-                that took no part in the softmax then.
+            outputs: their logits now, ``[batch, labels]``, of tags ``[batch, length, labels]``.
+            kept: their logits when they were kept, likewise; NaN where none are kept, for labels
+                that took no part in the softmax then, and at tokens that stand for no word.
         """
         raise NotImplementedError(f"{type(self).__name__} rehearses and does not say how")
 

@@ -46,5 +46,5 @@ class DERPlusPlus(Regularizer):
     def rehearsal_loss(self, losses: Tensor, outputs: Tensor, kept: Tensor) -> Tensor:
         """Return ``alpha * mean (z - z_kept)^2 + beta * cross entropy`` of each example (eq. 6)."""
         there = kept.isfinite()
-        apart = torch.where(there, outputs - kept.nan_to_num(), 0.0).square().sum(-1)
-        return self.alpha * apart / there.sum(-1).clamp(min=1) + self.beta * losses
+        apart = torch.where(there, outputs - kept.nan_to_num(), 0.0).square().flatten(1).sum(1)
+        return self.alpha * apart / there.flatten(1).sum(1).clamp(min=1) + self.beta * losses

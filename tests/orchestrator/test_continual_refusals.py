@@ -55,17 +55,14 @@ def test_a_client_keeps_one_reservoir(refusal):
 
 def test_logits_of_every_token_are_not_kept(refusal):
     causal = {"task": "causal-lm", "labels": None}
-    assert "one a label, and the task is causal-lm; use replay" in refusal(
-        "der-plus-plus", **causal
-    )
+    why = refusal("der-plus-plus", **causal)
+    assert "the task is causal-lm, whose every token has one for each of its vocabulary" in why
     assert refusal("replay", **causal) == ""
 
 
-@pytest.mark.parametrize("method", ["replay", "der-plus-plus"])
-def test_texts_with_a_tag_a_word_are_not_kept_and_what_reads_none_is_named(refusal, method):
-    why = refusal(method, task="token-classification")
-    assert why.endswith("and the task is token-classification; use lwf or l2-sp")
-    assert refusal("lwf", task="token-classification", start=GOES_ON) == ""
+@pytest.mark.parametrize("method", ["replay", "der-plus-plus", "lwf"])
+def test_texts_with_a_tag_a_word_are_kept_as_others_are(refusal, method):
+    assert refusal(method, task="token-classification", start=GOES_ON) == ""
 
 
 @pytest.mark.parametrize("method", ["lwf", "l2-sp"])
