@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from _continual_data import Part, TaskData, built_in_parts, clinc_parts, task_data, whole_part
@@ -27,6 +27,8 @@ from orchestrator.stream_report import report
 from orchestrator.streaming import run_stream
 from orchestrator.versions import EvaluationFailed
 from orchestrator.workspace import Workspace, open_workspace
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +168,7 @@ def _measured(given: argparse.Namespace, bench: Bench) -> Measured:
     return bench.measured()
 
 
-def with_streams(
-    given: argparse.Namespace, home: Path, use: Callable[[Streams], Measured]
-) -> Measured:
+def with_streams(given: argparse.Namespace, home: Path, use: Callable[[Streams], Result]) -> Result:
     """Return what ``use`` makes of the streams of a home, one thread at work on them."""
     torch.set_num_threads(1)
     workspace = open_workspace(home)

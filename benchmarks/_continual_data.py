@@ -46,7 +46,7 @@ def clinc_parts(folder: Path, data: DataSet) -> dict[str, Part]:
     """Return CLINC150's domains, in the order of the manifest in ``folder``."""
     listed = json.loads((folder / "manifest.json").read_text("utf-8"))["datasets"]
     domains = next(one["domains"] for one in listed if one["name"] == "clinc150")
-    rows = {"train": list(_read(data.train)), "test": list(_read(data.test))}
+    rows = {"train": list(lines_of(data.train)), "test": list(lines_of(data.test))}
     return {
         name: _part(name, [data.labels[i] for i in labels], data.labels, rows, labels)
         for name, labels in domains.items()
@@ -55,7 +55,7 @@ def clinc_parts(folder: Path, data: DataSet) -> dict[str, Part]:
 
 def whole_part(name: str, data: DataSet, most: Mapping[Split, int]) -> Part:
     """Return a data set as one part, with so many rows a split at most, alike by label."""
-    rows = {"train": list(_read(data.train)), "test": list(_read(data.test))}
+    rows = {"train": list(lines_of(data.train)), "test": list(lines_of(data.test))}
     part = _part(name, data.labels, data.labels, rows, range(len(data.labels)))
     cut = {split: tuple(_even(part, split, count)) for split, count in most.items()}
     return Part(name, part.labels, cut)
@@ -148,7 +148,8 @@ def _held_back(
     return fit, held
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file, packed or not."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         for line in file:

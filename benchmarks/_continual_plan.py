@@ -298,8 +298,13 @@ class Plan:
         }
         listed = [_task(one, method, number) for number, one in enumerate(tasks)]
         document = {"base": base, "method": method.document(choice), "tasks": listed}
-        digest = hashlib.sha256(canonical_json(document, "a stream").encode()).hexdigest()[:5]
-        return {"name": f"{cell.name}-{method.name}-s{seed}-{digest}", **document}
+        return named(f"{cell.name}-{method.name}-s{seed}", document)
+
+
+def named(begins: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stream's file with a name that follows from all else in it."""
+    digest = hashlib.sha256(canonical_json(document, "a stream").encode()).hexdigest()[:5]
+    return {"name": f"{begins}-{digest}", **document}
 
 
 def _task(data: TaskData, method: Method, number: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Found:
 
     Attributes:
         scores: by what the model is told, then by measure; without those that there are none of.
-        sent: bytes that a client sends in a round of the last task.
+        sent: bytes that a client sends in a round of the last task; what it sends once, when a
+            memory is made from its data, is not in it.
         adapter: numbers of the adapters that are kept for all tasks together, without the head.
         memory: numbers that are kept besides, for the tasks to come.
         general: perplexity on text of no task, before the first and after the last task.
@@ -93,8 +94,7 @@ def _numbers(tensors: Mapping[str, Any]) -> int:
 def _sent(workspace: Workspace, step: Step) -> int:
     assert step.record is not None
     events = workspace.ledger.events(step.record.id, kinds={"accepted"})
-    trained = [event.data["bytes"] for event in events if event.data["round"] == 1]
-    return round(sum(trained) / len(trained)) if trained else 0
+    return min((event.data["bytes"] for event in events), default=0)
 
 
 @dataclass(frozen=True, slots=True)

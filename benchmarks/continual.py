@@ -19,7 +19,8 @@ The same command again does what is missing; Ctrl-C or SIGTERM puts the run it w
 ``weft stream show`` and ``weft plot`` with the same home work on what there is. What there is of
 the plan is printed at the end, or with ``--report`` at once, and what is missing is named. The
 default plan is made for ten hours of one core, the most telling part first; ``--quick`` is a minute
-on data that are built in, ``--full`` all methods with three seeds everywhere.
+on data that are built in, ``--full`` all methods with three seeds everywhere. ``--perplexity`` is
+about a language model's own language instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from _continual_bench import measure
+from _continual_perplexity import json_perplexities, show_perplexities
+from _continual_perplexity import measure as perplexities
 from _continual_plan import CONTROLS, DOMAINS, METHODS, NAMED, Cell, Part, Plan
 from _continual_report import show_json, show_report
 from _quality_bench import arguments, in_home
@@ -93,7 +96,20 @@ def quick_plan() -> Plan:
 def main() -> None:
     """Measure and print."""
     quick, full = "three methods on built-in data", "all methods and sequences, three seeds"
-    given = arguments(__doc__.partition("\n")[0], quick, full).parse_args()
+    parser = arguments(__doc__.partition("\n")[0], quick, full)
+    parser.add_argument(
+        "--perplexity",
+        action="store_true",
+        help="instead: what tasks do to a small language model's own language",
+    )
+    given = parser.parse_args()
+    if given.perplexity:
+        told = in_home(given, "continual", lambda home: perplexities(given, home))
+        if given.json:
+            json_perplexities(told)
+        else:
+            show_perplexities(told, given.markdown)
+        return
     plan = full_plan(given.device) if given.full else default_plan(given.device)
     plan = quick_plan() if given.quick else plan
     found = in_home(given, "continual", lambda home: measure(given, plan, home))
