@@ -9,6 +9,8 @@ import continual
 import pytest
 from _continual_bench import Bench, Streams
 from _continual_data import Part, task_data
+from _continual_perplexity import METHODS as OF_LM
+from _continual_perplexity import Perplexities, Size, _document, json_perplexities
 from _continual_plan import CONTROLS, DOMAINS, METHODS, Cell, Method, Plan
 from _continual_plan import Part as Piece
 from _continual_report import Measured, draw
@@ -250,3 +252,42 @@ def test_the_plot_has_a_panel_a_sequence_and_follows_from_what_was_found(tmp_pat
     assert text == (tmp_path / "b.svg").read_text()
     assert "two small tasks" in text
     assert "joint" not in text
+
+
+def told(loss, perplexity=9.0):
+    return replace(
+        found(0.0, 0.0),
+        scores={FREE: {"average": loss, "learning_accuracy": loss - 0.1}},
+        general=(8.0, perplexity),
+    )
+
+
+def test_a_rate_for_a_language_model_is_that_of_the_lowest_loss_on_held_back_rows(capsys):
+    lora, size = OF_LM[0], Size(methods=OF_LM[:1])
+    tuned = {
+        (lora.name, choice, 100): told(loss)
+        for choice, loss in zip(lora.choices, (4.0, 3.5, 3.0, 3.2), strict=True)
+    }
+    reported = {(lora.name, choice, 0): told(5.0, 12.0) for choice in lora.choices}
+    whole = Perplexities(size, tuned | reported)
+    assert whole.best(lora) == lora.choices[2]
+    assert list(whole.missing()) == []
+    json_perplexities(whole)
+    figure = json.loads(capsys.readouterr().out)
+    assert (figure["value"], figure["setting"][:13]) == (12.0, "before: 8.000")
+
+    few = {key: one for key, one in tuned.items() if key[1] != lora.choices[3]}
+    some = Perplexities(size, few)
+    assert some.best(lora) is None
+    assert "lora at 0.03, seed 100" in list(some.missing())
+
+
+def test_every_method_for_a_language_model_makes_a_stream_that_is_accepted(tmp_path, tiny_decoder):
+    files = {
+        task: dict.fromkeys(("train", "test", "held"), tmp_path / f"{task}.jsonl")
+        for task in ("shakespeare_speakers", "agnews", "amazon5")
+    }
+    for method in OF_LM:
+        asked = (method, method.choices[-1])
+        document = _document(tiny_decoder, Size(), asked, 100, (files, tmp_path / "s.jsonl"))
+        assert parse_stream(document).lower_is_better
