@@ -150,6 +150,11 @@ def _asked(
         )
     if template.uplink:
         raise NotInFlower("uplink must be empty in a Flower run: nobody decodes what is sent there")
+    if template.held is not None:
+        raise NotInFlower(
+            "held must be None in a Flower run: its strategies send everything, for no log there "
+            "says what a client holds, and keeping it would be for nothing; leave it to weft run"
+        )
     for choice in template.regularizers:
         method: Regularizer = REGULARIZERS.get(choice.name).build(**choice.options)
         if method.holds or method.rehearsal is not None:

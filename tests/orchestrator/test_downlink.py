@@ -26,6 +26,11 @@ METHODS = {
     "ffa-lora": {"strategy": "ffa-lora"},
     "fed-sb": {"strategy": "fed-sb", "adapter": CORED},
     "private": {"strategy": "fedsvd", "privacy": PRIVACY},
+    "asynchronous": {
+        "strategy": "ffa-lora",
+        "asynchronous": {"buffer": 2, "concurrency": 2},
+        "cohort": None,
+    },
 }
 ROTATION_BYTES = 8 * 2 * 2
 DIGEST_BYTES = 32

@@ -136,6 +136,7 @@ def test_our_client_evaluates_for_both(ran, flown):
     [
         ({"privacy": Privacy(1.0, 1.0, 0.5)}, "with privacy cannot be trained in a Flower run"),
         ({"uplink": (PluginChoice("float16"),)}, "uplink must be empty"),
+        ({"held": {}}, "no log there says what a client holds"),
         ({"regularizers": (PluginChoice("lwf"),)}, "'lwf' goes on from earlier tasks"),
         ({"regularizers": (PluginChoice("replay"),)}, "'replay' goes on from earlier tasks"),
         ({"regularizers": (PluginChoice("ewc"),)}, "'ewc' has clients read their data"),
