@@ -219,9 +219,14 @@ class Collector:
     def _misplaced(self, result: Result) -> Failure | None:
         """Return the failure of a client that answers with an update that it was not asked for.
 
-        None where it owes no other, as when it sends an update twice, and where it was given up.
+        None where it owes no other, and where it was given up. An update that was accepted already
+        is refused with a sentence that is no fault: the first counts.
         """
         key = (result.client, result.round)
+        if key in self._taken and isinstance(result, Update):
+            reason = f"its update of round {result.round} came again, and the first counts"
+            self.log("duplicate", {"client": key[0], "round": key[1], "reason": reason})
+            return None
         if key in self._given_up:
             self._given_up.discard(key)
             return None

@@ -19,6 +19,7 @@ _EVENTS = logging.getLogger("weft.run")
 _LEVELS = {
     "failed": logging.ERROR,
     "refused": logging.WARNING,
+    "duplicate": logging.WARNING,
     "late": logging.WARNING,
     "evaluation failed": logging.WARNING,
     "below quorum": logging.WARNING,

@@ -106,6 +106,9 @@ def test_a_fault_that_costs_no_update_changes_no_byte(workspace, simulated, hone
     faults = {"kinds": [kind], "clients": 1.0, "delay_s": 0.01}
     assert service.launch(workspace, simulated(faults=faults)) == wanted
     assert len(events(workspace, "accepted")) == 2 * len(clients)
+    again = events(workspace, "duplicate")  # the last of a round is not waited for
+    assert len(again) == (2 * (len(clients) - 1) if kind == "duplicate" else 0)
+    assert all("came again, and the first counts" in one["reason"] for one in again)
 
 
 @pytest.mark.parametrize("faults", [None, {"kinds": ["slow"], "clients": 1.0, "delay_s": 0.01}])
