@@ -12,10 +12,11 @@ import typer
 
 from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
+from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_lineage import diff, lineage
 from orchestrator.cli_privacy import privacy_app
-from orchestrator.cli_refs import alias_app, names, promote, rollback, versions, yank
+from orchestrator.cli_refs import alias_app, names, versions, yank
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.cli_store import fsck, gc, store_app
@@ -61,6 +62,8 @@ app.command()(promote)
 app.command()(rollback)
 app.command()(yank)
 app.add_typer(alias_app, name="alias")
+app.add_typer(gate_app, name="gate")
+app.add_typer(followers_app, name="followers")
 app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")

@@ -1,4 +1,4 @@
-"""``weft names``, ``versions``, ``promote``, ``rollback``, ``yank`` and ``alias``."""
+"""``weft names``, ``versions``, ``yank`` and ``alias``."""
 
 from __future__ import annotations
 
@@ -9,60 +9,6 @@ import typer
 from orchestrator.terminal import JsonFlag, out, print_json, workspace_here
 
 alias_app = typer.Typer(help="Look at aliases.", no_args_is_help=True)
-
-Why = Annotated[str, typer.Option("--why", help="For the alias's history.")]
-Seen = Annotated[
-    str | None,
-    typer.Option("--from", help="Where it points, as you know; refused if that has changed."),
-]
-Sign = Annotated[
-    str | None, typer.Option("--sign", help="Key that signs the move and the version.")
-]
-
-
-def promote(
-    ref: str,
-    to: Annotated[str, typer.Option("--to", help="The alias, such as production.")],
-    name: Annotated[str | None, typer.Option(help="The name the alias belongs to.")] = None,
-    why: Why = "",
-    seen: Seen = None,
-    sign: Sign = None,
-) -> None:
-    """Point NAME@ALIAS at a version."""
-    from functools import partial
-
-    from orchestrator import deploying, signing
-
-    workspace = workspace_here()
-    owner = name or deploying.name_of(workspace, ref)
-    move = signing.signed(
-        workspace,
-        f"{owner}@{to}",
-        sign,
-        partial(deploying.promote, workspace, owner, to, ref, why, seen),
-    )
-    out.print(f"{owner}@{to}  {move.version}", highlight=False, markup=False)
-
-
-def rollback(
-    pointer: Annotated[str, typer.Argument(metavar="NAME@ALIAS")],
-    to: Annotated[
-        str | None, typer.Option("--to", help="A version, if not the one before.")
-    ] = None,
-    why: Why = "",
-    seen: Seen = None,
-    sign: Sign = None,
-) -> None:
-    """Point NAME@ALIAS back at the version before."""
-    from functools import partial
-
-    from orchestrator import deploying, signing
-
-    workspace = workspace_here()
-    back = partial(deploying.rollback, workspace, pointer, to, why, seen)
-    move = signing.signed(workspace, pointer, sign, back)
-    left = (move.before or "")[:12]
-    out.print(f"{pointer}  {move.version}  (was {left})", highlight=False, markup=False)
 
 
 def yank(

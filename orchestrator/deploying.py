@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.workspace import Workspace
-from storage.aliases import AliasMove, Yank
+from storage.aliases import AliasMove, NoReason, Yank
+from storage.gates import Gates
 from storage.refs import AmbiguousRef, quoted
+
+if TYPE_CHECKING:
+    from orchestrator.gating import Decision
 
 
 class BadPointer(ValueError):
     """What should be NAME@ALIAS is not."""
+
+
+class GateFailed(ValueError):
+    """The gate of an alias does not let a version pass.
+
+    Attributes:
+        decision: what it found.
+        tried: what remedies were tried, as JSON; empty if none were asked for.
+    """
+
+    def __init__(self, decision: Decision, tried: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.decision, self.tried = decision, tuple(tried)
+        checks = decision.failed
+        said = "; ".join(f"{one.check}: {one.said}" for one in checks)
+        super().__init__(
+            f"{decision.pointer} was not moved to {decision.version[:12]}: {len(checks)} of "
+            f"{len(decision.checks)} checks of its gate failed ({said})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """Why an alias is moved, and how.
+
+    Attributes:
+        why: for the history.
+        seen: the version that the alias is believed to point at; None for where it points now.
+        force: why it is moved though its gate may not let the version pass; None if it is not.
+        sign: name of the key that signs version and move once it is moved; None for none.
+        tried: remedies that were tried before, as JSON.
+    """
+
+    why: str = ""
+    seen: str | None = None
+    force: str | None = None
+    sign: str | None = None
+    tried: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +74,7 @@ class YankResult:
 def promote(
     workspace: Workspace, name: str, alias: str, ref: str, why: str = "", seen: str | None = None
 ) -> AliasMove:
-    """Point ``name@alias`` at a version; the alias and the version's runs keep the history.
+    """Point ``name@alias`` at a version, if the gate of that alias lets it pass.
 
     Args:
         workspace: where.
@@ -44,14 +86,73 @@ def promote(
 
     Raises:
         UnknownVersion: if there is no such version.
+        GateFailed: if the gate does not let it pass; nothing was moved.
         YankedVersion: if it is yanked.
         AliasMoved: if somebody else moved the alias meanwhile.
     """
-    store = workspace.store
-    expected = store.resolve(seen) if seen else store.pointing(name, alias)
-    move = store.promote(name, alias, ref, who=getpass.getuser(), why=why, expected=expected)
+    return promote_as(workspace, (name, alias), ref, Intent(why, seen))
+
+
+def promote_as(
+    workspace: Workspace, pointer: tuple[str, str], ref: str, intent: Intent
+) -> AliasMove:
+    """Point an alias at a version as :func:`promote` does; the gate may be overridden.
+
+    What the gate found, and who overrode it from where, is kept with the move.
+
+    Args:
+        workspace: where.
+        pointer: the name and the alias.
+        ref: one of the name's versions.
+        intent: why, and how.
+
+    Raises:
+        NoReason: if the gate is overridden without a reason.
+        UnknownVersion, GateFailed, YankedVersion, AliasMoved: as :func:`promote`.
+    """
+    store, (name, alias) = workspace.store, pointer
+    if intent.force is not None and not intent.force.strip():
+        raise NoReason("a gate is overridden for a reason, got none; say it with --reason")
+    expected = store.resolve(intent.seen) if intent.seen else store.pointing(name, alias)
+    version = store.resolve(ref)
+    evidence = _evidence(workspace, pointer, version, intent)
+    who = getpass.getuser()
+    move = store.promote(
+        name, alias, version, who=who, why=intent.why, expected=expected, evidence=evidence
+    )
     _log(workspace, "promoted", move.version, {"name": name, "alias": alias, **_facts(move)})
     return move
+
+
+def _evidence(
+    workspace: Workspace, pointer: tuple[str, str], version: str, intent: Intent
+) -> dict[str, Any] | None:
+    """Return what is kept with a promotion; None where nothing is asked and nothing overridden.
+
+    Raises:
+        GateFailed: if the gate does not let the version pass, and is not overridden.
+    """
+    if Gates(workspace.engine).find(pointer[0]) is None:
+        found: dict[str, Any] | None = None
+    else:
+        from orchestrator import gating  # it evaluates, and most names have no gate
+
+        decision = gating.check(workspace, pointer, version, intent.sign)
+        if decision is not None and not decision.passed and intent.force is None:
+            raise GateFailed(decision)
+        found = None if decision is None else decision.to_json()
+    if found is None and intent.force is None:
+        return None
+    forced = None
+    if intent.force is not None:
+        forced = {
+            "reason": intent.force,
+            "who": getpass.getuser(),
+            "host": socket.gethostname(),
+        }
+    asked = found or {"version": version, "gate": None, "passed": True, "checks": []}
+    tried = {"tried": list(intent.tried)} if intent.tried else {}
+    return {**asked, "forced": forced, **tried}
 
 
 def rollback(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.epsilons import Composed, Epsilon, epsilon_by
@@ -75,6 +75,8 @@ class Ancestry:
         epsilons: the ε that the root has inherited, by population and unit; each event counts
             once. Of its whole history, whatever is selected; empty towards children.
         by_data: the same by (client, fingerprint of its data).
+        decisions: what gates found when aliases were moved to the selected versions, by alias
+            such as ``bot@production``; of aliases that still point there, and were asked about.
     """
 
     lineage: Lineage
@@ -82,6 +84,7 @@ class Ancestry:
     leaves: tuple[Leaf, ...]
     epsilons: tuple[Epsilon, ...]
     by_data: Mapping[tuple[str, str], Epsilon]
+    decisions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def lineage(workspace: Workspace, ref: str, wanted: Selection | None = None) -> Ancestry:
@@ -103,6 +106,7 @@ def lineage(workspace: Workspace, ref: str, wanted: Selection | None = None) -> 
         leaves,
         tuple(epsilons.values()),
         {(client, data): spent for (client, data, *_), spent in by_data.items()},
+        _decisions(workspace, chosen),
     )
 
 
@@ -115,7 +119,17 @@ def descendants(workspace: Workspace, ref: str, wanted: Selection | None = None)
     selection = wanted or Selection()
     whole = workspace.store.descendants(ref, depth=selection.depth)
     chosen, leaves = _selected(workspace, whole, "children", selection)
-    return Ancestry(chosen, "children", leaves, (), {})
+    return Ancestry(chosen, "children", leaves, (), {}, _decisions(workspace, chosen))
+
+
+def _decisions(workspace: Workspace, chosen: Lineage) -> dict[str, Mapping[str, Any]]:
+    found = {}
+    for pointer in sorted({p for version in chosen.nodes.values() for p in version.aliases}):
+        name, _, alias = pointer.partition("@")
+        evidence = workspace.store.promotions(name, alias)[0].evidence
+        if evidence is not None:
+            found[pointer] = evidence
+    return found
 
 
 def deployed_with(workspace: Workspace, client: str) -> list[Deployment]:

@@ -89,12 +89,24 @@ def deployments_table(deployed: Sequence[Deployment]) -> Table:
 
 def moves_table(moves: Sequence[AliasMove]) -> Table:
     """Return the moves of an alias, in the order given."""
-    table = Table("", "when (UTC)", "what", "from", "to", "who", "why")
+    table = Table("", "when (UTC)", "what", "from", "to", "who", "why", "gate")
     for m in moves:
         when = m.created_at.strftime("%Y-%m-%d %H:%M:%S")
         facts = (str(m.number), when, m.kind, (m.before or "-")[:12], m.version[:12], m.who, m.why)
-        table.add_row(*(escape(text) for text in facts))
+        table.add_row(*(escape(text) for text in (*facts, gate_line(m.evidence))))
     return table
+
+
+def gate_line(evidence: Mapping[str, Any] | None) -> str:
+    """Return what a gate found of a move, in a line."""
+    if evidence is None:
+        return "-"
+    failed = [f"{c['check']} {c['subject']}" for c in evidence["checks"] if not c["passed"]]
+    found = f"failed: {', '.join(failed)}" if failed else "passed"
+    forced = evidence.get("forced")
+    if forced:
+        found += f"; forced by {forced['who']} on {forced['host']}: {forced['reason']}"
+    return found if evidence["gate"] or forced else "-"
 
 
 def conversion_table(converted: Conversion) -> Table:

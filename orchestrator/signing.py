@@ -202,6 +202,7 @@ def _digest(pointer: str, move: AliasMove) -> str:
         "who": move.who,
         "when": move.created_at.isoformat(),
         "why": move.why,
+        **({} if move.evidence is None else {"evidence": move.evidence}),
     }
     return hashlib.sha256(canonical_json(document, "the move").encode()).hexdigest()
 

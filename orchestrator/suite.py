@@ -187,21 +187,30 @@ def asked_of(workspace: Workspace, version: Version, test: DataSpec, stream: Str
 
     Labels that came later have rows as they would begin with; they are not answered.
     """
-    asked = use(workspace, version, test)
+    return with_labels(version, use(workspace, version, test), stream.labels)
+
+
+def with_labels(version: Version, asked: Assignment, labels: tuple[str, ...]) -> Assignment:
+    """Return the evaluation of a version on data that have more labels than it knows.
+
+    Raises:
+        BadConfig: if ``labels`` do not begin with those that it knows.
+    """
     old = asked.model.labels
-    if not old or old == stream.labels:
+    if not old or old == labels:
         return asked
-    if not is_beginning(old, stream.labels):
+    if not is_beginning(old, labels):
         raise BadConfig(
-            f"version {version.id[:12]} has the label set {_listed(old)}, and the stream "
-            f"{_listed(stream.labels)}, which does not begin with it"
+            f"version {version.id[:12]} has the label set {_listed(old)}, and what it is scored "
+            f"with {_listed(labels)}, which does not begin with it"
         )
     seed = int(version.recipe.get("seed") or 0)
-    tensors = grown(asked.broadcast.tensors, old, stream.labels, seed)
     return replace(
         asked,
-        model=replace(asked.model, labels=stream.labels),
-        broadcast=replace(asked.broadcast, tensors=tensors),
+        model=replace(asked.model, labels=labels),
+        broadcast=replace(
+            asked.broadcast, tensors=grown(asked.broadcast.tensors, old, labels, seed)
+        ),
     )
 
 

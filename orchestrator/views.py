@@ -60,6 +60,7 @@ def move_json(move: AliasMove) -> dict[str, Any]:
         "who": move.who,
         "why": move.why,
         "at": move.created_at.isoformat(),
+        "evidence": move.evidence,
     }
 
 
@@ -75,6 +76,7 @@ def lineage_json(ancestry: Ancestry) -> dict[str, Any]:
         "leaves": [asdict(leaf) for leaf in ancestry.leaves],
         "bases": [bases[key] for key in sorted(bases)],
         "deployed": {alias: key for key, v in found.nodes.items() for alias in v.aliases},
+        "decisions": dict(ancestry.decisions),
         "epsilon": [asdict(e) for e in ancestry.epsilons],
         "epsilon_by_data": [
             {"client": client, "fingerprint": data, **asdict(e)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, func, insert, select
 
 from storage import schema
+from storage.canonical import canonical_json, read_json
 from storage.database import writing
 from storage.lineage import yanked_now
 from storage.refs import UnknownVersion, check_name, pointed_at, quoted, resolve
@@ -49,6 +50,7 @@ class AliasMove:
         who: the mover.
         why: as the mover says; may be empty.
         created_at: when, UTC.
+        evidence: what a gate found of the version, and who overrode it, JSON; None without a gate.
     """
 
     number: int
@@ -58,6 +60,7 @@ class AliasMove:
     who: str
     why: str
     created_at: datetime
+    evidence: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Aliases:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def promote(
+    def promote(  # noqa: PLR0913  (what is moved, and each fact about it)
         self,
         name: str,
         alias: str,
@@ -90,6 +93,7 @@ class Aliases:
         who: str,
         why: str,
         expected: str | None = ANYWHERE,
+        evidence: Mapping[str, Any] | None = None,
     ) -> AliasMove:
         """Point ``name@alias`` at one of the name's versions, and return the move.
 
@@ -102,8 +106,10 @@ class Aliases:
             who: the mover.
             why: may be empty.
             expected: id of the version that it points at now, None for none, or :data:`ANYWHERE`.
+            evidence: what a gate found, JSON; kept with the move.
 
         Raises:
+            NotJson: if the evidence is not JSON.
             BadName: if the alias breaks the grammar of names.
             UnknownVersion: if ``ref`` is no version, or none of ``name``.
             AmbiguousRef: as :meth:`storage.store.AdapterStore.resolve`.
@@ -117,7 +123,9 @@ class Aliases:
             _check_usable(connection, name, version)
             log = _log(connection, name, alias, newest=1)
             _check_expected(f"{name}@{alias}", log, expected)
-            return _append(connection, name, alias, _Next("promote", version, who, why), log)
+            return _append(
+                connection, name, alias, _Next("promote", version, who, why, evidence), log
+            )
 
     def rollback(
         self,
@@ -250,6 +258,7 @@ class _Next:
     version: str
     who: str
     why: str
+    evidence: Mapping[str, Any] | None = None
 
 
 def _hold(connection: Connection, name: str) -> None:
@@ -322,9 +331,9 @@ def _log(
     found: list[AliasMove] = []
     for row in reversed(connection.execute(query).all()):
         before = found[-1].version if found else None
-        found.append(
-            AliasMove(row.number, row.kind, before, row.version, row.who, row.why, row.created_at)
-        )
+        kept = None if row.evidence is None else read_json(row.evidence, "a gate's evidence")
+        facts = (row.version, row.who, row.why, row.created_at, kept)
+        found.append(AliasMove(row.number, row.kind, before, *facts))
     return found
 
 
@@ -333,7 +342,9 @@ def _append(
 ) -> AliasMove:
     number, before = (log[-1].number + 1, log[-1].version) if log else (1, None)
     moment = datetime.now(UTC)
-    move = AliasMove(number, made.kind, before, made.version, made.who, made.why, moment)
+    facts = (made.version, made.who, made.why, moment, made.evidence)
+    move = AliasMove(number, made.kind, before, *facts)
+    evidence = None if made.evidence is None else canonical_json(made.evidence, "evidence")
     connection.execute(
         insert(promotions).values(
             name=name,
@@ -344,6 +355,7 @@ def _append(
             why=made.why,
             created_at=moment,
             kind=made.kind,
+            evidence=evidence,
         )
     )
     return move

@@ -16,13 +16,16 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, func, or_, select, text
 
+from storage.canonical import RecordCorrupt, read_json
 from storage.contributions import contributors
+from storage.gates import gate_digest
 from storage.lineage import Parent, parents_of, version_id
 from storage.projection import PROJECTED, project
 from storage.records import Event
 from storage.schema import (
     contributions,
     events,
+    gates,
     kept_updates,
     metadata,
     named_versions,
@@ -42,7 +45,7 @@ class Problem:
 
     Attributes:
         kind: ``database``, ``reference``, ``version``, ``contribution``, ``update``, ``edge``,
-            ``name``, ``alias``, ``run``, ``blob-missing`` or ``blob-corrupt``.
+            ``name``, ``alias``, ``gate``, ``run``, ``blob-missing`` or ``blob-corrupt``.
         subject: what it is about, such as a version's id or a blob's digest.
         text: a sentence.
         repaired: what was done about it, or None.
@@ -68,6 +71,8 @@ def row_problems(connection: Connection) -> Iterator[Problem]:
     yield from _gaps(connection, named_versions, ("name",), "name")
     yield from _gaps(connection, promotions, ("name", "alias"), "alias")
     yield from _foreign_aliases(connection)
+    yield from _gaps(connection, gates, ("name",), "gate")
+    yield from _wrong_evidence(connection)
     yield from _wrong_runs(connection)
 
 
@@ -213,6 +218,35 @@ def _foreign_aliases(connection: Connection) -> Iterator[Problem]:
     for name, alias, version in connection.execute(query.limit(_SHOWN)):
         subject = f"{name}@{alias}"
         yield Problem("alias", subject, f"{subject} points at {version[:12]}, no version of {name}")
+
+
+def _wrong_evidence(connection: Connection) -> Iterator[Problem]:
+    """Moves whose evidence is of another version, or by a gate that the name never had."""
+    known: dict[tuple[str, int], str] = {}
+    for row in connection.execute(select(gates.c.name, gates.c.number, gates.c.document)):
+        try:
+            document = None if row.document is None else read_json(row.document, "a gate")
+            known[row.name, row.number] = gate_digest(document)
+        except RecordCorrupt:
+            subject = f"{row.name} {row.number}"
+            yield Problem("gate", subject, f"gate {row.number} of {row.name} cannot be read")
+    query = select(promotions).where(promotions.c.evidence.is_not(None))
+    for move in connection.execute(query):
+        try:
+            found = read_json(move.evidence, "evidence")
+            gate = found["gate"]
+            told = gate and known.get((move.name, gate["number"])) != gate["digest"]
+            if found["version"] == move.version and not told:
+                continue
+        except (RecordCorrupt, LookupError, TypeError):
+            pass
+        subject = f"{move.name}@{move.alias}"
+        yield Problem(
+            "gate",
+            subject,
+            f"move {move.number} of {subject} has evidence that cannot be read, or is not of its "
+            "version and a gate of its name",
+        )
 
 
 def _wrong_runs(connection: Connection) -> Iterator[Problem]:

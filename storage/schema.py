@@ -31,7 +31,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0010"
+HEAD = "0011"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 BLOB = {"blob": True}
@@ -152,6 +152,20 @@ promotions = Table(
     Column("why", Text, nullable=False),
     Column("created_at", Timestamp, nullable=False),
     Column("kind", String, nullable=False, server_default="promote"),
+    Column("evidence", Text),
+)
+
+# The newest row of a name says what is asked of its versions; without a document, nothing is. No
+# foreign key: a name may have a gate before it has a version.
+gates = Table(
+    "gates",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("document", Text),
+    Column("who", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
 )
 
 # The newest row of a version says whether it is yanked.

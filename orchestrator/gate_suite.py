@@ -1,0 +1,170 @@
+"""A name's evaluation suite: versions scored on its data sets, once for each content of them.
+
+Scores are kept with the version, as those of streams are (:mod:`orchestrator.suite`): what a stream
+has measured under the same name on the same records is not measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clients import data
+from clients.assignment import Assignment, DataSpec
+from clients.evaluate import Evaluation
+from clients.weights import ModelNotFound
+from orchestrator.backends.base import Backend, Failure, complete
+from orchestrator.backends.inline import InlineBackend
+from orchestrator.gate_file import GateFile, TestData
+from orchestrator.growing import is_beginning
+from orchestrator.merging import NotAModel
+from orchestrator.signing import Unsigned, admitted
+from orchestrator.stream import Task
+from orchestrator.suite import TIMEOUT_S, column, prefix, with_labels
+from orchestrator.versions import EvaluationFailed, use
+from orchestrator.workspace import Workspace
+from storage.ledger import Ledger
+from storage.lineage import Version
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Metrics by data set; ``num_examples`` is among them."""
+
+_UNUSABLE = (NotAModel, EvaluationFailed, ModelNotFound, Unsigned)
+
+
+class PrivateData(ValueError):
+    """A suite has data of a client, whose scores would tell of them without being charged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A version's scores on a suite.
+
+    Attributes:
+        version: its id.
+        scores: by data set, as far as they could be had.
+        problems: why one could not, by data set.
+    """
+
+    version: str
+    scores: Scores
+    problems: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON."""
+        return {
+            "version": self.version,
+            "scores": {name: dict(found) for name, found in self.scores.items()},
+            "problems": dict(self.problems),
+        }
+
+
+def refuse_private(suite: Mapping[str, TestData], ledger: Ledger) -> None:
+    """Refuse a suite that holds the data of a client that are not public.
+
+    What a model scores on someone's data tells of them, and no ε counts it. Recognised are a
+    client's own files, by their place and by their content.
+
+    Raises:
+        PrivateData: naming the data set and the client.
+        DataNotFound, BadDataURI: if a data set is not there.
+    """
+    owners: dict[str, str] = {}
+    for record in ledger.clients():
+        if not record.public:
+            for uri in data.parts_of(record.data):
+                owners[data.absolute(uri)] = record.name
+                if data.is_there(uri):
+                    owners[data.content_of(uri)] = record.name
+    for name, one in suite.items():
+        for uri in data.parts_of(one.data):
+            for known in (data.absolute(uri), data.content_of(uri)):
+                if known in owners:
+                    raise PrivateData(
+                        f"the suite's {name!r} has the data of client {owners[known]!r}, and scores"
+                        " on them tell of them without being counted in any ε; give data that were "
+                        "held back for this, or register the client with --public if they are"
+                    )
+
+
+def scored(
+    workspace: Workspace,
+    gate: GateFile,
+    versions: Sequence[str],
+    backend: Backend | None = None,
+) -> dict[str, Scored]:
+    """Return how versions score on a suite, by id; what is missing is measured, and kept.
+
+    Args:
+        workspace: where.
+        gate: whose suite.
+        versions: their ids.
+        backend: where to evaluate; by default in this process.
+
+    Raises:
+        PrivateData: as :func:`refuse_private`.
+        DataNotFound, BadDataURI: if a data set is not there.
+    """
+    refuse_private(gate.suite, workspace.ledger)
+    tasks = [task_of(name, one) for name, one in gate.suite.items()]
+    found = [workspace.store.version(ref) for ref in dict.fromkeys(versions)]
+    labels = max((tuple(v.recipe["model"]["labels"]) for v in found), key=len, default=())
+    wanted: dict[str, tuple[Assignment, Version, Task]] = {}
+    problems: dict[str, dict[str, str]] = {}
+    for version in found:
+        for task in tasks:
+            if column(version.metrics, task):
+                continue
+            client = str(len(wanted))
+            try:
+                asked = _asked(workspace, version, task, labels)
+            except _UNUSABLE as error:
+                problems.setdefault(version.id, {})[task.name] = str(error)
+            else:
+                wanted[client] = (replace(asked, client=client), version, task)
+    for name, data_set, reason in _measure(workspace, wanted, backend or InlineBackend()):
+        problems.setdefault(name, {})[data_set] = reason
+    return {
+        version.id: Scored(
+            version.id, _scores(workspace, version.id, tasks), problems.get(version.id, {})
+        )
+        for version in found
+    }
+
+
+def _asked(
+    workspace: Workspace, version: Version, task: Task, labels: tuple[str, ...]
+) -> Assignment:
+    """Return the evaluation of a version, among the labels of those it is compared with."""
+    assert task.test is not None  # each data set of a suite has one
+    asked = use(workspace, admitted(workspace, version.id), task.test)
+    if is_beginning(asked.model.labels, labels):
+        asked = with_labels(version, asked, labels)
+    return replace(asked, answer_tokens=task.answer_tokens)
+
+
+def task_of(name: str, one: TestData) -> Task:
+    """Return a data set of a suite as a stream calls it."""
+    spec = DataSpec(one.data, dict(one.fields), labels=one.labels)
+    return Task(name, (), spec, answer_tokens=one.generate or 0)
+
+
+def _measure(
+    workspace: Workspace, wanted: Mapping[str, tuple[Assignment, Version, Task]], backend: Backend
+) -> Iterator[tuple[str, str, str]]:
+    """Evaluate what is asked, and keep it; yield of what could not be: version, data set, why."""
+    assignments = [asked for asked, _, _ in wanted.values()]
+    for result in complete(backend, assignments, TIMEOUT_S, lambda asked: None):
+        _, version, task = wanted[result.client]
+        if isinstance(result, Failure):
+            yield version.id, task.name, result.reason
+        elif isinstance(result, Evaluation):
+            values = {**result.metrics, "num_examples": float(result.num_examples)}
+            before = prefix(task)
+            workspace.store.record_metrics(version.id, {before + k: v for k, v in values.items()})
+
+
+def _scores(workspace: Workspace, version: str, tasks: Iterable[Task]) -> dict[str, Any]:
+    metrics = workspace.store.version(version).metrics
+    return {task.name: found for task in tasks if (found := column(metrics, task))}
