@@ -6,9 +6,10 @@ with it (:mod:`orchestrator.relating`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from clients.accounting import Accountant, BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Privacy
@@ -22,6 +23,7 @@ from storage.records import Policy
 from strategies.spends import CLIENT_UNIT, ZERO_OUT, ClientLevel, PrivacySpend
 
 _ROUNDING = 1e-9
+Spends: TypeAlias = tuple[PrivacySpend, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +64,41 @@ class Limit:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What will be spent before a run is asked for.
+
+    Attributes:
+        spends: by population.
+        runs: those that have begun: ``spends`` has all of theirs, also what is on the ledger.
+    """
+
+    spends: Mapping[str, Sequence[PrivacySpend]]
+    runs: Collection[str] = ()
+
+    def history(self, ledger: Ledger, population: str, related: Iterable[str]) -> Spends:
+        """Return what will have been spent on a population and on all that share records with it.
+
+        Args:
+            ledger: what was spent.
+            population: whose.
+            related: which share records with it.
+        """
+        rows = (row for row in ledger.spends(population) if row.run not in self.runs)
+        coming = (s for one in (population, *related) for s in self.spends.get(one, ()))
+        return (*map(spend_from_row, rows), *coming)
+
+
 class Budgets:
     """The budgets that there are; what counts against one is read where it is first asked for.
 
     Args:
         ledger: where they are; as it is now.
+        coming: what else will be spent by then.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, coming: Coming | None = None) -> None:
+        self._ledger, self._coming = ledger, coming or Coming({})
         self._budgets, self._policies = ledger.budgets(), ledger.policies()
         self._related = ledger.relations.all() if self._budgets else {}
         self._known: dict[str, Limit] = {}
@@ -90,7 +118,8 @@ class Budgets:
 
     def _limit(self, name: str) -> Limit:
         if name not in self._known:
-            history = tuple(spend_from_row(row) for row in self._ledger.spends(name))
+            related = sorted(self._related.get(name, ()))
+            history = self._coming.history(self._ledger, name, related)
             self._known[name] = Limit(name, *self._budgets[name], self._policies[name], history)
         return self._known[name]
 

@@ -19,6 +19,34 @@ stream_app = typer.Typer(
 File = Annotated[Path, typer.Argument(help="The stream's YAML file.")]
 
 
+@stream_app.command("init")
+def stream_init(
+    path: Annotated[Path, typer.Argument()] = Path("stream.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+) -> None:
+    """Write a commented stream.yaml to start from."""
+    from orchestrator.stream_template import write_stream_template
+
+    write_stream_template(path, force)
+    out.print(f"wrote {path}; next: weft stream plan {path}", highlight=False)
+
+
+@stream_app.command("plan")
+def stream_plan(file: File, as_json: JsonFlag = False) -> None:
+    """Show what each task and the whole stream would spend of whose privacy; train nothing."""
+    from orchestrator.stream import load_stream
+    from orchestrator.stream_forecast import forecast_stream
+    from orchestrator.stream_report import forecast_table, task_line
+
+    found = forecast_stream(workspace_here(), load_stream(file))
+    if as_json:
+        print_json(found.to_json())
+        return
+    for task in found.tasks:
+        out.print(task_line(task), highlight=False, markup=False)
+    out.print(forecast_table(found))
+
+
 @stream_app.command("run")
 def stream_run(
     file: File,
@@ -57,7 +85,7 @@ def stream_extend(
     else:
         known = recorded(workspace, stream)
         old = [one.name for one in known.tasks]
-        tasks = [*known.document["tasks"], read_document(task)]
+        tasks = [*known.document["tasks"], read_document(task, "weft stream init")]
         wanted = parse_stream({**known.document, "tasks": tasks}, str(task))
     names = [one.name for one in wanted.tasks]
     if names[: len(old)] != old:

@@ -15,6 +15,7 @@ from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec
 from orchestrator.budgets import (
     Budgets,
+    Coming,
     Limit,
     calibrated_for,
     central_terms,
@@ -40,7 +41,11 @@ from storage.store import AdapterStore
 
 
 def make_plan(
-    config: RunConfig, store: AdapterStore, ledger: Ledger, sites: Path | None = None
+    config: RunConfig,
+    store: AdapterStore,
+    ledger: Ledger,
+    sites: Path | None = None,
+    coming: Coming | None = None,
 ) -> Plan:
     """Return the plan of a new run; reads data sizes and weights' hashes, trains nothing.
 
@@ -50,6 +55,7 @@ def make_plan(
         ledger: the clients, their budgets and what was spent.
         sites: folder of the clients' private state, where it is looked up whose data share records;
             None plans by what the ledger knows.
+        coming: what will be spent before it, besides what is on the ledger.
 
     Raises:
         BadConfig: if the config cannot be run, with the reason.
@@ -81,7 +87,7 @@ def make_plan(
     label = weighing_label(plan.strategy.options)
     if sites is not None:
         relate_planned(replace(plan, participants=tuple(participants)), ledger, sites)
-    budgets = Budgets(ledger)
+    budgets = Budgets(ledger, coming)
     private = [
         _with_privacy(weighed(p, label), plan, budgets.on(p.population)) for p in participants
     ]

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from orchestrator.continual import Matrix, intransigence
 from orchestrator.stream import Stream
+from orchestrator.stream_forecast import StreamForecast, TaskForecast
 from orchestrator.stream_gate import Checked
 from orchestrator.stream_routing import routed_matrix
 from orchestrator.streaming import Step, recorded, rows, steps
@@ -195,6 +196,33 @@ def verdict_line(found: Checked) -> str:
         "falls": f"{what}: a past task fell by more",
         "unclear": f"{what}: a past task may have fallen by more; its test set is too small to say",
     }[found.verdict]
+
+
+def task_line(task: TaskForecast) -> str:
+    """Return how a task of a forecast stands, in a sentence."""
+    if not task.rounds:
+        return f"{task.name}: given, so that the stream spends nothing on it"
+    bound = "" if task.private else ", without DP: no ε bounds what it tells"
+    return f"{task.name}: {task.status}, {task.rounds} rounds{bound}"
+
+
+def forecast_table(found: StreamForecast) -> Table:
+    """Return what a stream would spend, a line each population: task by task, and in all."""
+    names = [task.name for task in found.tasks if task.private]
+    table = Table("population", *map(escape, names), "stream", "with all else", "budget", "left")
+    for total in found.totals:
+        shown = total.task
+        alone = [
+            next((f"{share.task.epsilon:.2f}" for share in task.shares if share.is_of(total)), "-")
+            for task in found.tasks
+            if task.private
+        ]
+        whole = f"{total.stream.epsilon:.2f}", f"{total.whole.epsilon:.2f}"
+        limit = ("-", "-") if total.left is None else (f"{total.budget:g}", f"{total.left:.2f}")
+        table.add_row(escape(shown.population), *alone, *whole, *limit)
+    kinds = {(s.task.delta, s.task.unit, s.task.adjacency) for s in found.totals}
+    table.caption = "; ".join(f"ε at δ = {d:g}, unit {u}, {a}" for d, u, a in sorted(kinds))
+    return table
 
 
 def _number(value: float | None) -> str:
