@@ -12,7 +12,7 @@ import typer
 
 from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
-from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback
+from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback, show_preview
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_lineage import diff, lineage
 from orchestrator.cli_privacy import privacy_app
@@ -167,21 +167,29 @@ def show(ref: str, as_json: JsonFlag = False) -> None:
 
 
 @app.command()
-def merge(
+def merge(  # noqa: PLR0913  (one option each)
     refs: list[str],
     into: Annotated[str, typer.Option("--into", help="The name that the result gets.")],
     method: Annotated[str, typer.Option("--method", "-m")] = "cat",
     weights: Annotated[str, typer.Option(help="One per version: 1,0.5; default 1 each.")] = "",
     option: Annotated[list[str], typer.Option("--option", help="Of the method: key=value.")] = [],  # noqa: B006
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Show what it would be; commit nothing.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Merge versions into a new one."""
     from clients.assignment import PluginChoice
     from orchestrator import service, views
+    from orchestrator.merge_draft import draft
 
     options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
     workspace = workspace_here()
     chosen = numbers(weights) if weights else None
+    if preview:
+        made = draft(workspace, refs, PluginChoice(method, options), chosen)
+        show_preview(workspace, made, into, as_json)
+        return
     version = service.merge(workspace, refs, PluginChoice(method, options), into, chosen)
     found = workspace.store.version(version)
     if as_json:

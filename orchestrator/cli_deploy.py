@@ -12,6 +12,8 @@ from orchestrator.terminal import JsonFlag, err, out, print_json, workspace_here
 if TYPE_CHECKING:
     from orchestrator.deploying import Intent
     from orchestrator.gating import Decision
+    from orchestrator.merge_draft import Draft
+    from orchestrator.workspace import Workspace
     from storage.aliases import AliasMove
 
 gate_app = typer.Typer(help="What is asked of a version.", no_args_is_help=True)
@@ -151,6 +153,27 @@ def _print_checks(decision: Decision) -> None:
     from orchestrator.gate_report import checks_table
 
     out.print(checks_table(decision))
+
+
+def show_preview(workspace: Workspace, made: Draft, into: str, as_json: bool) -> None:
+    """Print what a merge would be: conflicts, energy, and scores on the suite of ``into``."""
+    from orchestrator.gate_report import layers_table, scores_table
+    from orchestrator.previewing import preview
+
+    found = preview(workspace, made, into)
+    if as_json:
+        print_json(found.to_json())
+        return
+    out.print(layers_table(found))
+    if found.scores:
+        out.print(scores_table(found))
+    else:
+        err.print(
+            f"{into} has no evaluation suite; give it one with: weft gate set {into} FILE",
+            highlight=False,
+            markup=False,
+        )
+    out.print("nothing was committed", highlight=False)
 
 
 # --- gates ------------------------------------------------------------------------------------

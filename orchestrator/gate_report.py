@@ -14,6 +14,7 @@ from storage.gates import GateRow
 
 if TYPE_CHECKING:
     from orchestrator.gating import Decision
+    from orchestrator.previewing import Preview
 
 
 def gate_json(row: GateRow) -> dict[str, Any]:
@@ -55,6 +56,35 @@ def checks_table(decision: Decision) -> Table:
         mark = "[green]passed[/]" if one.passed else "[red]failed[/]"
         texts = (one.check, one.subject, short, one.said)
         table.add_row(mark, *(escape(text) for text in texts))
+    return table
+
+
+def layers_table(found: Preview) -> Table:
+    """Return where the parts of a merge work against each other, and what it keeps of them."""
+    table = Table(
+        "layer", "of", "signs differ", "cancelled", "inputs shared", "outputs shared", "energy"
+    )
+    for one in found.conflicts:
+        energy = found.layer_energy.get(one.layer)
+        shares = (one.disagreement, one.cancelled, one.input_overlap, one.output_overlap, energy)
+        told = ("-" if share is None else f"{share:.1%}" for share in shares)
+        table.add_row(escape(one.layer), str(len(one.adapters)), *told)
+    table.add_row("all", str(len(found.parents)), *[""] * 4, f"{found.energy:.1%}", style="bold")
+    return table
+
+
+def scores_table(found: Preview) -> Table:
+    """Return how the parts of a merge, and the merge, score on a suite."""
+    columns = [one[:12] for one in found.parents]
+    table = Table("data set", "metric", *columns, "merge")
+    names = sorted({(data, k) for s in found.scores for data in s.scores for k in s.scores[data]})
+    for data, metric in names:
+        values = (one.scores.get(data, {}).get(metric) for one in found.scores)
+        told = ("-" if value is None else f"{value:.4g}" for value in values)
+        table.add_row(escape(data), escape(metric), *told)
+    for one, column in zip(found.scores, [*columns, "merge"], strict=True):
+        for data, problem in one.problems.items():
+            table.add_row(escape(data), f"{column}: {escape(problem)}", style="red")
     return table
 
 

@@ -18,11 +18,12 @@ from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.gate_file import GateFile, TestData
 from orchestrator.growing import is_beginning
+from orchestrator.merge_draft import Draft
 from orchestrator.merging import NotAModel
 from orchestrator.signing import Unsigned, admitted
 from orchestrator.stream import Task
 from orchestrator.suite import TIMEOUT_S, column, prefix, with_labels
-from orchestrator.versions import EvaluationFailed, use
+from orchestrator.versions import EvaluationFailed, use, using
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger
 from storage.lineage import Version
@@ -42,7 +43,7 @@ class Scored:
     """A version's scores on a suite.
 
     Attributes:
-        version: its id.
+        version: its id; empty for a merge that is not committed.
         scores: by data set, as far as they could be had.
         problems: why one could not, by data set.
     """
@@ -131,6 +132,34 @@ def scored(
         )
         for version in found
     }
+
+
+def scored_draft(
+    workspace: Workspace, gate: GateFile, made: Draft, backend: Backend | None = None
+) -> Scored:
+    """Return how a merge that is not committed scores on a suite; nothing of it is kept.
+
+    Raises:
+        PrivateData: as :func:`refuse_private`.
+        DataNotFound, BadDataURI: if a data set is not there.
+    """
+    refuse_private(gate.suite, workspace.ledger)
+    version, tensors = made.version, made.effective(workspace.store)
+    tasks = [task_of(name, one) for name, one in gate.suite.items()]
+    assignments = []
+    for task in tasks:
+        assert task.test is not None  # each data set of a suite has one
+        asked = using(workspace, version, tensors, task.test)
+        assignments.append(replace(asked, client=task.name, answer_tokens=task.answer_tokens))
+    scores: dict[str, dict[str, float]] = {}
+    problems: dict[str, str] = {}
+    for result in complete(backend or InlineBackend(), assignments, TIMEOUT_S, lambda asked: None):
+        if isinstance(result, Failure):
+            problems[result.client] = result.reason
+        elif isinstance(result, Evaluation):
+            count = {"num_examples": float(result.num_examples)}
+            scores[result.client] = {**result.metrics, **count}
+    return Scored("", scores, problems)
 
 
 def _asked(

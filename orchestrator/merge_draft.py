@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from torch import Tensor
 
 from clients.assignment import PluginChoice
 from orchestrator.config import BadConfig, find_plugin
-from orchestrator.merging import check_alike, common_stack, merged_heads, split_head, task_vector
+from orchestrator.merging import (
+    check_alike,
+    common_stack,
+    merged_heads,
+    split_head,
+    stacked,
+    task_vector,
+)
 from orchestrator.recipes import merge_recipe
 from orchestrator.signing import admitted
 from orchestrator.workspace import Workspace
-from storage.lineage import Version
+from storage.lineage import Parent, Version
+from storage.store import AdapterStore
 from strategies.base import Tensors
 from strategies.terms import Measured
 
@@ -38,6 +47,28 @@ class Draft:
     tensors: Mapping[str, Tensor]
     recipe: Mapping[str, Any]
     metrics: Mapping[str, float]
+
+    @property
+    def version(self) -> Version:
+        """The version that it would be, without an id."""
+        return Version(
+            id="",
+            tensors="",
+            auxiliary=None,
+            memory=None,
+            parents=tuple(sorted(Parent(version.id, "merge") for version in self.parts)),
+            recipe=dict(self.recipe),
+            metrics=dict(self.metrics),
+            created_at=datetime.now(UTC),
+            names=(),
+            aliases=(),
+        )
+
+    def effective(self, store: AdapterStore) -> dict[str, Tensor]:
+        """Return what it does when it is used: what lies underneath and itself as one, and head."""
+        below = [task_vector(store, store.version(ref)) for ref in self.recipe["stack"]]
+        own, head = split_head(self.tensors)
+        return {**stacked([*below, own]), **head}
 
     def commit(self, workspace: Workspace) -> str:
         """Commit the merge and return its id."""

@@ -101,7 +101,28 @@ def use(
         models.ModelNotFound: if nobody says where its base model is.
     """
     refuse_unusable(version)
-    tensors = effective(workspace.store, version)
+    return using(workspace, version, effective(workspace.store, version), dataset, model)
+
+
+def using(
+    workspace: Workspace,
+    version: Version,
+    tensors: Tensors,
+    dataset: DataSpec,
+    model: str | None = None,
+) -> Assignment:
+    """Return the assignment that uses all that a version does, as one adapter, on a data set.
+
+    Args:
+        workspace: where.
+        version: whose base model and labels; it need not be in the store.
+        tensors: what it does, stack and all, as :func:`orchestrator.merging.effective` has it.
+        dataset: what on.
+        model: where its base model lies now, if not where it was last seen.
+
+    Raises:
+        models.ModelNotFound: if nobody says where its base model is.
+    """
     return Assignment(
         action="evaluate",
         run="",

@@ -1,0 +1,106 @@
+"""What a merge would be, before anything is committed: conflicts, energy, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clients.assignment import PluginChoice
+from orchestrator.backends.base import Backend
+from orchestrator.gate_file import GateFile, parse_gate
+from orchestrator.gate_suite import Scored, scored, scored_draft
+from orchestrator.merge_draft import Draft
+from orchestrator.merging import split_head
+from orchestrator.workspace import Workspace
+from storage.gates import Gates
+from strategies.disagreement import LayerConflict, conflicts
+from strategies.energy import captured_energy
+
+_OF_A_LAYER = "captured_energy/"
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A merge that was not committed.
+
+    Attributes:
+        parents: ids of the versions, in the order given.
+        weights: one for each.
+        method: the merge and its options.
+        conflicts: of each layer.
+        energy: how much of the weighted sum the merge keeps, of all layers together.
+        layer_energy: of each layer.
+        scores: of each parent on the suite of the name, and of the merge, last; empty where the
+            name has none.
+    """
+
+    parents: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: PluginChoice
+    conflicts: tuple[LayerConflict, ...]
+    energy: float
+    layer_energy: Mapping[str, float]
+    scores: tuple[Scored, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the preview as JSON."""
+        return {
+            "parents": list(self.parents),
+            "weights": list(self.weights),
+            "method": {"name": self.method.name, "options": dict(self.method.options)},
+            "layers": [
+                {**asdict(one), "captured_energy": self.layer_energy.get(one.layer)}
+                for one in self.conflicts
+            ],
+            "captured_energy": self.energy,
+            "scores": [one.to_json() for one in self.scores],
+        }
+
+
+def preview(
+    workspace: Workspace,
+    made: Draft,
+    into: str,
+    backend: Backend | None = None,
+) -> Preview:
+    """Return what a merge would be; nothing is committed, but the parents' scores are kept.
+
+    Args:
+        workspace: where.
+        made: the merge.
+        into: the name that it would get, whose evaluation suite is asked.
+        backend: where to evaluate; by default in this process.
+
+    Raises:
+        PrivateData: if the suite has data of a client.
+        DataNotFound: if a data set of it is not there.
+    """
+    measured = captured_energy(made.vectors, made.weights, split_head(made.tensors)[0])
+    gate = suite_of(workspace, into)
+    parents = [version.id for version in made.parts]
+    scores: Sequence[Scored] = ()
+    if gate is not None and gate.suite:
+        of_parents = scored(workspace, gate, parents, backend)
+        merged = scored_draft(workspace, gate, made, backend)
+        scores = [*(of_parents[one] for one in parents), merged]
+    choice = made.recipe["merge"]
+    return Preview(
+        parents=tuple(parents),
+        weights=made.weights,
+        method=PluginChoice(choice["name"], choice["options"]),
+        conflicts=tuple(conflicts(made.vectors, made.weights)),
+        energy=measured["captured_energy"],
+        layer_energy={
+            key.removeprefix(_OF_A_LAYER): value
+            for key, value in measured.items()
+            if key.startswith(_OF_A_LAYER)
+        },
+        scores=tuple(scores),
+    )
+
+
+def suite_of(workspace: Workspace, name: str) -> GateFile | None:
+    """Return the gate of a name, whose suite is its own; None where it has none."""
+    row = Gates(workspace.engine).find(name)
+    return None if row is None else parse_gate(row.document or {}, f"the gate of {name}")
