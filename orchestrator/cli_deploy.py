@@ -45,34 +45,46 @@ def promote(  # noqa: PLR0913  (one option each)
         bool, typer.Option("--force", help="Though the gate fails; needs --reason.")
     ] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why it is forced.")] = "",
+    remedy: Annotated[
+        bool, typer.Option("--remedy", help="If the gate fails, try merges with what is there.")
+    ] = False,
     wait: Wait = "30s",
     as_json: JsonFlag = False,
 ) -> None:
     """Point NAME@ALIAS at a version that its gate lets pass."""
     from orchestrator import deploying
 
-    workspace = workspace_here()
-    owner = name or deploying.name_of(workspace, ref)
     seconds = _seconds(wait)
     if reason and not force:
-        raise deploying.BadPointer("--reason is for --force; give both, or say --why")
+        raise deploying.BadIntent("--reason is for --force; give both, or say --why")
+    if remedy and force:
+        raise deploying.BadIntent("--remedy tries to pass the gate, --force does not; give one")
+    workspace = workspace_here()
+    owner = name or deploying.name_of(workspace, ref)
     intent = deploying.Intent(why, seen, reason if force else None, sign)
     try:
-        move = _promoted(workspace, (owner, to), ref, intent)
+        move = _promoted(workspace, (owner, to), ref, intent, remedy)
     except deploying.GateFailed as failed:
         _refused(failed, as_json)
         raise typer.Exit(NOT_PASSED) from None
     if not as_json:
+        for one in (move.evidence or {}).get("tried", ()):
+            out.print(f"tried {one['what']}: {one['said']}", highlight=False, markup=False)
         out.print(f"{owner}@{to}  {move.version}", highlight=False, markup=False)
     _await(workspace, (owner, to), move, seconds, as_json)
 
 
-def _promoted(workspace: Any, pointer: tuple[str, str], ref: str, intent: Intent) -> AliasMove:
+def _promoted(
+    workspace: Any, pointer: tuple[str, str], ref: str, intent: Intent, remedy: bool
+) -> AliasMove:
     from functools import partial
 
     from orchestrator import deploying, signing
 
-    move = partial(deploying.promote_as, workspace, pointer, ref, intent)
+    how = deploying.promote_as
+    if remedy:
+        from orchestrator.remedies import promote_or_remedy as how
+    move = partial(how, workspace, pointer, ref, intent)
     return signing.signed(workspace, "@".join(pointer), intent.sign, move)
 
 

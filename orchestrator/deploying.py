@@ -21,6 +21,10 @@ class BadPointer(ValueError):
     """What should be NAME@ALIAS is not."""
 
 
+class BadIntent(ValueError):
+    """Options of a promotion that cannot be meant together."""
+
+
 class GateFailed(ValueError):
     """The gate of an alias does not let a version pass.
 

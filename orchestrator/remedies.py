@@ -1,0 +1,142 @@
+"""What weft does about a version that a gate does not let pass: merges with the one there is.
+
+Each merge that is there is tried, as the mean of the two and with the newer one counting less; each
+is scored on the suite before anything is committed, and the best that passes everything is
+committed, named and promoted. Training again with rehearsal is no part of it: that takes a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clients.assignment import PluginChoice
+from orchestrator import gate_checks, gating
+from orchestrator.deploying import GateFailed, Intent, promote_as
+from orchestrator.gate_checks import Check
+from orchestrator.gate_file import LOWER_IS_BETTER, Asked, GateFile
+from orchestrator.gate_suite import Scored, scored, scored_draft
+from orchestrator.merge_draft import Draft, draft
+from orchestrator.merging import BadMerge, NotAModel
+from orchestrator.previewing import suite_of
+from orchestrator.workspace import Workspace
+from storage.aliases import AliasMove
+from strategies.merges import MERGES
+from strategies.plugins import BadOptions
+from strategies.tensors import NotLowRank
+from strategies.terms import BadMerge as CannotMerge
+
+_SHARES = (0.5, 0.25)
+"""How much of what the newer version learned counts, between the two."""
+
+_IMPOSSIBLE = (BadMerge, BadOptions, CannotMerge, NotAModel, NotLowRank)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remedy:
+    """One merge that was tried.
+
+    Attributes:
+        what: it is, such as ``merge by svd, 0.5 of it``.
+        said: what came of it.
+        made: the merge, where the suite lets it pass; else None.
+        quality: how good it is on the suite; higher is better.
+    """
+
+    what: str
+    said: str
+    made: Draft | None = None
+    quality: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"what": self.what, "said": self.said, "passed": self.made is not None}
+
+
+def promote_or_remedy(
+    workspace: Workspace, pointer: tuple[str, str], ref: str, intent: Intent
+) -> AliasMove:
+    """Point an alias at a version, or if its gate fails at the best remedy that passes.
+
+    What was tried is kept with the move.
+
+    Args:
+        workspace: where.
+        pointer: the name and the alias.
+        ref: one of the name's versions.
+        intent: why, and how; not forced.
+
+    Raises:
+        GateFailed: if no remedy passes either; it says what was tried, and nothing was moved.
+        UnknownVersion, YankedVersion, AliasMoved: as :func:`orchestrator.deploying.promote`.
+    """
+    decision = gating.check(workspace, pointer, ref, intent.sign)
+    there = None if decision is None else decision.against
+    if decision is None or decision.passed or there is None:
+        return promote_as(workspace, pointer, ref, intent)
+    version = workspace.store.resolve(ref)
+    found = list(_tried(workspace, pointer, (version, there)))
+    for one in sorted((r for r in found if r.made), key=lambda r: -r.quality):
+        assert one.made is not None  # it was just filtered
+        committed = one.made.commit(workspace)
+        again = gating.check(workspace, pointer, committed, intent.sign)
+        if again is None or again.passed:
+            workspace.store.name(pointer[0], committed)
+            tried = tuple(r.to_json() for r in found)
+            seen = replace(intent, seen=intent.seen or there, tried=tried)
+            return promote_as(workspace, pointer, committed, seen)
+        found[found.index(one)] = replace(one, said=_failures(again.failed), made=None)
+    raise GateFailed(decision, [r.to_json() for r in found])
+
+
+def _tried(
+    workspace: Workspace, pointer: tuple[str, str], pair: tuple[str, str]
+) -> Iterator[_Remedy]:
+    """Yield each merge of a version with the one there is, as the suite found it."""
+    found = gating.gate_for(workspace, *pointer)
+    gate = suite_of(workspace, pointer[0])
+    assert found is not None  # somebody was refused by it
+    assert gate is not None  # as before
+    asked = found[1]
+    there = scored(workspace, gate, [pair[1]])[pair[1]] if asked.needs_scores else None
+    # what was trained on top of the one there is holds what it learned itself, and not that too
+    stacked = pair[1] in workspace.store.version(pair[0]).recipe["stack"]
+    for name in MERGES.names():
+        for share in _SHARES:
+            what = f"merge by {name}, {share:g} of it"
+            try:
+                weights = (share, 1.0 if stacked else 1.0 - share)
+                made = draft(workspace, pair, PluginChoice(name, {}), weights)
+            except _IMPOSSIBLE as error:
+                yield _Remedy(what, f"cannot be: {error}")
+                break
+            if there is None:
+                yield _Remedy(what, "may pass", made)
+                continue
+            own = scored_draft(workspace, gate, made)
+            failed = [one for one in _scores(asked, own, there) if not one.passed]
+            if failed:
+                yield _Remedy(what, _failures(failed))
+            else:
+                yield _Remedy(what, "passes the suite", made, _quality(gate, own))
+
+
+def _scores(asked: Asked, own: Scored, there: Scored) -> Iterator[Check]:
+    yield from gate_checks.metrics(asked.metrics, own, there)
+    if asked.tasks is not None:
+        yield from gate_checks.tasks(asked.tasks, own, there)
+
+
+def _quality(gate: GateFile, own: Scored) -> float:
+    """Return the mean accuracy over a suite's data sets; of those without, minus the loss."""
+    values = []
+    for name in gate.suite:
+        scores = own.scores.get(name, {})
+        metric = next((k for k in ("accuracy", "exact_match", "loss") if k in scores), None)
+        if metric is not None:
+            values.append(-scores[metric] if metric in LOWER_IS_BETTER else scores[metric])
+    return sum(values) / len(values) if values else 0.0
+
+
+def _failures(checks: tuple[Check, ...] | list[Check]) -> str:
+    return "fails: " + "; ".join(f"{one.check}: {one.said}" for one in checks)

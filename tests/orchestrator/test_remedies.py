@@ -1,0 +1,113 @@
+"""What does not pass a gate may pass it merged with the version there is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clients.assignment import DataSpec
+from orchestrator import deploying, gating, remedies, service
+from orchestrator.gate_file import parse_gate
+from orchestrator.remedies import promote_or_remedy
+
+BOT = ("bot", "production")
+MERGED = ("cat", "svd", "magmax")
+WRONG = {"cat": "dog", "dog": "model", "model": "rank", "rank": "cat"}
+
+
+@pytest.fixture
+def loss(workspace, notes):
+    return lambda ref: service.evaluate(workspace, ref, DataSpec(notes("held"))).metrics["loss"]
+
+
+@pytest.fixture
+def gate(workspace, notes):
+    """Returns a function that asks for a loss on the held-back data."""
+
+    def give(at_most, **more):
+        asked = {"metrics": {"mail": {"loss": {"at_most": at_most}}}, **more}
+        document = {"suite": {"mail": notes("held")}, "aliases": {"production": asked}}
+        gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+
+    return give
+
+
+@pytest.fixture
+def bot(workspace, tiny, notes, monkeypatch):
+    """bot:v1 in production, and bot:v2, which was trained on and on until it was worse."""
+    monkeypatch.setattr(remedies.MERGES, "names", lambda: MERGED)
+    simulate = {"data": notes("train"), "by": "column", "column": "ward"}
+    clients = {"clients": {"simulate": simulate}}
+    first = service.launch(workspace, tiny(name="bot", **clients))
+    service.promote(workspace, *BOT, first)
+    path = Path(notes("wrong").removeprefix("jsonl:"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["label"] = WRONG[row["label"]]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    clients["clients"]["simulate"] = {**simulate, "data": f"jsonl:{path}"}
+    later = tiny(name="bot", start="continue", start_from="bot:v1", steps=12, **clients)
+    return first, service.launch(workspace, later)
+
+
+def test_the_best_merge_that_passes_is_promoted_as_a_new_version(
+    workspace, bot, gate, loss, ok, read
+):
+    losses = [loss(ref) for ref in bot]
+    assert losses[1] > losses[0]  # the later one is the worse one
+    gate(at_most=sum(losses) / 2)
+
+    told = ok("promote", "bot:v2", "--to", "production", "--remedy")
+
+    (move, _) = read("alias", "log", "bot@production")
+    merged = workspace.store.version("bot@production")
+    assert merged.names == ("bot:v3",)
+    assert [(p.kind, p.id) for p in merged.parents] == sorted(("merge", one) for one in bot)
+    assert loss(merged.id) <= sum(losses) / 2
+    assert move["evidence"]["passed"]
+    assert move["evidence"]["version"] == merged.id
+    tried = move["evidence"]["tried"]
+    assert {one["what"].split()[2].rstrip(",") for one in tried} == set(MERGED)
+    assert any(one["passed"] for one in tried)
+    assert f"tried {tried[0]['what']}: " in told
+
+
+def test_where_no_merge_passes_nothing_is_left(workspace, bot, gate, weft):
+    gate(at_most=0.0)
+    before = len(workspace.store.versions())
+    code, told, _ = weft("promote", "bot:v2", "--to", "production", "--remedy", "--json")
+    found = json.loads(told)
+
+    assert (code, found["moved"], found["version"]) == (1, False, bot[1])
+    assert len(found["tried"]) == 2 * len(MERGED)
+    assert all(one["said"].startswith("fails: metrics: mail loss is") for one in found["tried"])
+    assert len(workspace.store.versions()) == before
+    assert workspace.store.pointing(*BOT) == bot[0]
+
+
+def test_a_merge_that_passes_the_suite_must_pass_the_rest_too(workspace, bot, gate):
+    gate(at_most=100.0, size={"max_rank": 1})
+    with pytest.raises(deploying.GateFailed) as refused:
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+    assert all("must be at most 1" in one["said"] for one in refused.value.tried)
+    assert workspace.store.pointing(*BOT) == bot[0]
+
+
+def test_what_passes_needs_no_remedy(workspace, bot, gate):
+    gate(at_most=100.0)
+    move = promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+    assert (move.version, "tried" in move.evidence) == (bot[1], False)
+
+
+def test_a_merge_that_cannot_be_is_said_to_be_none(workspace, bot, gate, monkeypatch):
+    monkeypatch.setattr(remedies.MERGES, "names", lambda: ("layer-wise",))
+    gate(at_most=0.0)
+    with pytest.raises(deploying.GateFailed) as refused:
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+    (tried,) = refused.value.tried
+    assert tried["said"].startswith("cannot be: ")
+
+
+def test_a_gate_is_forced_or_remedied(refused):
+    said = refused("promote", "bot:v2", "--to", "production", "--remedy", "--force")
+    assert "--remedy tries to pass the gate, --force does not" in said
