@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sqlite3
 import tempfile
 import uuid
 import warnings
@@ -15,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
-from storage.database import connect
+from storage import database
+from storage.database import connect, migrate, open_database, revision, writing
 from storage.ledger import SpendRow
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +37,21 @@ _TEXTS = {
 }
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the garbage collector from what lives until the session ends.
+
+    Libraries and tests are a million objects, and going through them takes half a second each time
+    that a base model is released or a test looks for leaks.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep converted base weights out of the user's own cache; workers inherit the variable."""
@@ -41,6 +59,34 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WEFT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_at_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Migrate one SQLite database; a later one in this process gets the tables that this one has.
+
+    Migrations take twenty times as long as the statements that are left of them. The tests of
+    storage do without this.
+    """
+    made = tmp_path_factory.mktemp("migrated") / "weft.db"
+    open_database(f"sqlite:///{made}").dispose()
+    connection = sqlite3.connect(made)
+    [begin, *statements, commit] = connection.iterdump()
+    connection.close()
+    assert (begin, commit) == ("BEGIN TRANSACTION;", "COMMIT;")
+
+    def copied(engine: Engine, to: str = "head") -> None:
+        if engine.dialect.name != "sqlite" or to != "head" or revision(engine) is not None:
+            migrate(engine, to)
+            return
+        with writing(engine) as connection:
+            if database._revision(connection) is None:  # another may have been faster
+                for statement in statements:
+                    connection.exec_driver_sql(statement)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "migrate", copied)
+        yield
 
 
 def _corpus() -> list[str]:

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from storage import database
 from storage.blobs import BlobStore
-from storage.database import open_database
+from storage.database import migrate, open_database
 from storage.ledger import ClientRecord, Ledger
 from storage.schema import metadata
 from storage.store import AdapterStore
+
+
+@pytest.fixture(autouse=True)
+def migrated_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a new database as weft does, whatever tests elsewhere do with it."""
+    monkeypatch.setattr(database, "migrate", migrate)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import re
 import weakref
 from pathlib import Path
 
+import peft  # noqa: F401  (what it logs when it is first imported would keep a test's models)
 import pytest
 import torch
 
