@@ -9,11 +9,14 @@ In README.md and docs/, by the info string of a fenced block:
 - anything else is left alone.
 """
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,19 +83,38 @@ def script(document: str) -> str:
     return "".join(parts)
 
 
-def run(document: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Follow a document in ``folder``, offline, with the installed ``weft`` first on the path."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WEFT_")}
-    environment |= {
-        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-        "HF_HUB_OFFLINE": "1",
-        "TERM": "dumb",
-        "COLUMNS": "120",
-    }
+def environment(*first: Path) -> dict[str, str]:
+    """Return a reader's environment, offline, with the scripts of these folders before others."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WEFT_")}
+    path = os.pathsep.join([*map(str, first), str(SCRIPTS), os.environ["PATH"]])
+    return inherited | {"PATH": path, "HF_HUB_OFFLINE": "1", "TERM": "dumb", "COLUMNS": "120"}
+
+
+@pytest.fixture(scope="module")
+def forked_weft() -> Iterator[Path]:
+    """Folder of a ``weft`` that is quick to start: it asks a process that has imported all."""
+    # not tmp_path: a socket's path may have 107 characters only
+    with (
+        tempfile.TemporaryDirectory(prefix="weft-docs-") as folder,
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "forked_weft.py"), folder],
+            env=environment() | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as server,
+    ):
+        assert server.stdout
+        assert server.stdout.readline() == "ready\n"
+        yield Path(folder)
+
+
+def run(document: str, folder: Path, *first: Path) -> subprocess.CompletedProcess[str]:
+    """Follow a document in ``folder``; the ``weft`` is the installed one, or one of ``first``."""
     return subprocess.run(
         ["bash", "-c", script(document)],
         cwd=folder,
-        env=environment,
+        env=environment(*first),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -151,11 +173,11 @@ def timed(paths: list[Path]) -> list[Any]:
 
 @pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize("path", timed(DOCUMENTS), ids=names(DOCUMENTS))
-def test_the_commands_of_a_document_run(path: Path, tmp_path: Path) -> None:
+def test_the_commands_of_a_document_run(path: Path, tmp_path: Path, forked_weft: Path) -> None:
     document = path.read_text("utf-8")
     if not any(block.kind == "sh" for block in blocks(document)):
         pytest.skip(f"{path.name} has no sh blocks")
-    done = run(document, tmp_path)
+    done = run(document, tmp_path, forked_weft)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
@@ -240,6 +262,22 @@ def test_a_command_that_fails_fails_the_document(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "== line 20" in done.stderr
     assert "again" not in done.stdout
+
+
+def test_a_forked_command_has_its_own_folder_environment_and_exit_code(
+    tmp_path: Path, forked_weft: Path
+) -> None:
+    document = """```sh
+mkdir inner && cd inner
+WEFT_HOME=there weft runs --json | cat
+test -d there
+weft show nothing && exit 1 || test $? -eq 2
+weft show nothing
+```"""
+    done = run(document, tmp_path, forked_weft)
+    assert json.loads(done.stdout) == []
+    assert done.stderr.count("error: no version is called 'nothing'") == 2
+    assert done.returncode == 2
 
 
 def test_a_document_sees_no_home_of_somebody_else(
