@@ -49,6 +49,26 @@ def pooling(spec: ModelSpec, config: Any) -> str:
     return spec.pooling
 
 
+def pooled(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Return what stands for each sequence, ``[batch, hidden]``.
+
+    Args:
+        hidden: ``[batch, length, hidden]``.
+        mask: ``[batch, length]``, 0 on padding.
+        how: ``mean``, ``cls`` or ``last``; ``none`` returns ``hidden``: tags need all.
+    """
+    if how == "none":
+        return hidden
+    if how == "cls":
+        return hidden[:, 0]
+    if how == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (positions * mask).argmax(1)  # right on either side of padding
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
 class TaskModel(nn.Module):
     """A base model with its adapter, and for classification a linear head over the label set.
 
@@ -97,20 +117,7 @@ class TaskModel(nn.Module):
     def features(self, batch: Batch) -> Tensor:
         """Return what the head sees, float32: ``[batch, hidden]``, of tags for each token."""
         outputs = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return self._pool(outputs.last_hidden_state.float(), batch.attention_mask)
-
-    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return ``[batch, hidden]`` of ``hidden``: ``[batch, length, hidden]``; tags need all."""
-        if self._pooling == "none":
-            return hidden
-        if self._pooling == "cls":
-            return hidden[:, 0]
-        if self._pooling == "mean":
-            weights = mask.unsqueeze(-1).to(hidden.dtype)
-            return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (positions * mask).argmax(1)  # right on either side of padding
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return pooled(outputs.last_hidden_state.float(), batch.attention_mask, self._pooling)
 
     def example_losses(self, logits: Tensor, batch: Batch, allowed: Tensor | None = None) -> Tensor:
         """Return the cross entropy of each example, ``[batch]``.

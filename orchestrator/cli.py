@@ -19,6 +19,7 @@ from orchestrator.cli_privacy import privacy_app
 from orchestrator.cli_refs import alias_app, names, versions, yank
 from orchestrator.cli_replay import replay
 from orchestrator.cli_runs import coordinator, run, runs_app
+from orchestrator.cli_serve import serve
 from orchestrator.cli_store import fsck, gc, store_app
 from orchestrator.cli_streams import plot, stream_app
 from orchestrator.cli_tables import sweep
@@ -74,6 +75,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(sign)
 app.command()(replay)
+app.command()(serve)
 app.add_typer(store_app, name="store")
 app.add_typer(stream_app, name="stream")
 
