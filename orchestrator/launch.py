@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from clients import data, models
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec
+from clients.regularizers import rehearses
 from orchestrator.budgets import (
     Budgets,
     Coming,
@@ -173,7 +174,9 @@ def _start(config: RunConfig, model: ModelSpec, store: AdapterStore) -> Start:
     if config.start == "continue":
         _refuse_other_adapter(config, model, version, store)
     if config.start == "fresh":  # its memory goes on; its adapter and head do not
-        return Start("fresh", version.id, labels=labels)
+        kept = any(rehearses(one.name, one.options) for one in config.regularizers)
+        learned = tuple(recipe["seen_labels"]) if kept else ()  # anew, from what clients kept
+        return Start("fresh", version.id, seen_labels=learned, labels=labels)
     stack = tuple(recipe["stack"])
     if config.start == "stack":
         refuse_personal(version)

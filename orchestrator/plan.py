@@ -65,7 +65,8 @@ class Start:
         mode: ``fresh``, ``continue`` or ``stack``.
         version: id of the version it starts from, or None.
         stack: versions frozen underneath, oldest first.
-        seen_labels: labels that the start version can already tell apart.
+        seen_labels: labels that the start version can already tell apart; with ``fresh`` those that
+            are learned again from examples that clients kept.
         offset: with ``continue``, the offset that the version lies on, or None.
         labels: the label set of the version, with which the run's begins; empty for none.
     """

@@ -436,6 +436,20 @@ def test_answers_are_scored_and_general_text_is_watched(workspace, instructions)
     assert found.to_json()["general_perplexity"] == list(found.general)
 
 
+def test_a_new_head_learns_the_old_labels_again_from_what_clients_kept(workspace, stream):
+    fresh = {"start": "fresh", "regularizers": ["replay"]}
+    _, last = driven(workspace, stream(method=fresh))
+
+    result = workspace.store.version(last)
+    assert result.recipe["seen_labels"] == [*PETS, *PARTS]
+    begun = workspace.store.tensors(result.parents[0].id)["head.weight"]
+    moves = (workspace.store.tensors(last)["head.weight"] != begun).any(dim=1)
+    assert moves.tolist() == [True] * 4
+    alone = stream(name="alone", method="fresh")
+    forgotten = workspace.store.version(driven(workspace, alone)[1]).recipe["seen_labels"]
+    assert forgotten == list(PARTS)
+
+
 @pytest.mark.parametrize("name", ["der-plus-plus", "ewc", "lwf", "replay"])
 def test_what_a_method_remembers_goes_with_a_growing_head(workspace, stream, name):
     versions = driven(workspace, stream(method={"regularizers": [name]}))
