@@ -18,7 +18,7 @@ from rich.table import Table
 
 KEPT, FORGOTTEN = 0.95, 0.25
 """The goals: the best method's share of joint training's accuracy, with the task told, at least;
-and of what sequential LoRA forgets, without, at most."""
+and of what sequential LoRA forgets, at most."""
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("task told: accuracy", AWARE, "average"),
     ("backward transfer", AWARE, "backward_transfer"),
@@ -104,19 +104,20 @@ class Measured:
         found = []
         for cell in self.plan.cells:
             joint = self.score(cell, "joint", AWARE, "average")
-            alone = self.score(cell, "sequential", FREE, "forgetting")
             kept = self._best(cell, AWARE, "average")
-            lost = self._best(cell, FREE, "forgetting")
             if joint is not None and kept is not None:
                 name = f"{cell.title}: best with the task told, of joint training"
                 value = kept[1] / joint.mean
                 found.append(Figure(name, value, "share", KEPT, "higher", "joint", kept[0]))
-            if alone is not None and lost is not None and alone.mean > 0:
-                name = f"{cell.title}: least forgetting, task not told, of sequential"
-                value = lost[1] / alone.mean
-                found.append(
-                    Figure(name, value, "share", FORGOTTEN, "lower", "sequential", lost[0])
-                )
+            for how, asked in ((AWARE, "told"), (FREE, "not told")):
+                alone = self.score(cell, "sequential", how, "forgetting")
+                lost = self._best(cell, how, "forgetting")
+                if alone is not None and lost is not None and alone.mean > 0:
+                    name = f"{cell.title}: least forgetting, task {asked}, of sequential"
+                    value = lost[1] / alone.mean
+                    found.append(
+                        Figure(name, value, "share", FORGOTTEN, "lower", "sequential", lost[0])
+                    )
         return found
 
     def _best(self, cell: Cell, told: str, measure: str) -> tuple[str, float] | None:

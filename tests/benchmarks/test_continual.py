@@ -42,7 +42,8 @@ JOINT = replace(SEQUENTIAL, name="joint", how={"start": "joint", "adapter": LAYE
 
 
 def found(average, forgetting=0.0, told=0.9):
-    scores = {FREE: {"average": average, "forgetting": forgetting}, AWARE: {"average": told}}
+    aware = {"average": told, "forgetting": forgetting / 2}
+    scores = {FREE: {"average": average, "forgetting": forgetting}, AWARE: aware}
     return Found(scores, cpu_s=100.0)
 
 
@@ -150,7 +151,7 @@ def test_what_was_found_is_read_as_it_was_kept(tmp_path):
 
 def test_the_goals_are_held_against_the_best_method_that_is_no_control():
     plan = plan_of(*CONTROLS, *METHODS[:2])
-    best, least = measured(
+    best, told, least = measured(
         plan,
         sequential=found(0.4, 0.6, 0.85),
         joint=found(0.9, told=0.95),
@@ -161,6 +162,7 @@ def test_the_goals_are_held_against_the_best_method_that_is_no_control():
     assert (best.value, best.setting) == (pytest.approx(0.92 / 0.95), "replay")
     assert (least.value, least.setting) == (pytest.approx(0.2), "o-lora-hard")
     assert (best.verdict, least.verdict) == ("met", "met")
+    assert (told.value, told.name.partition("task ")[2]) == (0.2, "told, of sequential")
 
 
 def test_what_is_missing_is_named_with_why_and_about_how_long_it_takes():
