@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from _continual_bench import Streams, with_streams
 from _continual_data import lines_of
-from _continual_plan import TUNING_SEED, Choice, Method, named
+from _continual_plan import CUR_RATES, TUNING_SEED, Choice, Method, named
 from _continual_results import FREE, Found
 from _figures import Figure, show
 from _quality_plan import written
@@ -45,8 +45,8 @@ def _cur(rank: int) -> Mapping[str, Any]:
 
 METHODS: tuple[Method, ...] = (
     Method("lora", "rank 8, trained on", {"start": "continue", "adapter": _LORA}, _RATES),
-    Method("curlora-41", "as many trained numbers", _cur(41), (2e-2, 1e-1, 5e-1, 2.5)),
-    Method("curlora-16", "the paper's rank", _cur(16), (2e-2, 1e-1, 5e-1, 2.5)),
+    Method("curlora-41", "as many trained numbers", _cur(41), CUR_RATES),
+    Method("curlora-16", "the paper's rank", _cur(16), CUR_RATES),
     Method(
         "o-lora-hard",
         "A frozen outside of earlier ones",

@@ -25,8 +25,9 @@ CUR = {"name": "curlora", "r": 78}
 """Cores of 78 x 78: 73,008 numbers."""
 RATES = (1e-3, 3e-3, 8e-3, 2e-2)
 B_RATES = (3e-3, 8e-3, 2e-2, 5e-2)
-CORE_RATES = (8e-3, 2e-2, 5e-2, 1.2e-1)
-CUR_RATES = (2e-2, 5e-2, 1.2e-1, 3e-1)
+CORE_RATES = (1e-3, 3e-3, 8e-3, 2e-2)
+CUR_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""A step of AdamW moves each of rank² numbers alike, so that the higher the rank, the lower."""
 SGD_RATES = (1e-1, 3e-1, 1.0, 3.0)
 TUNING_SEED = 100
 """No reported stream has it."""
