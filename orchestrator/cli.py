@@ -23,6 +23,7 @@ from orchestrator.cli_serve import serve
 from orchestrator.cli_store import fsck, gc, store_app
 from orchestrator.cli_streams import plot, stream_app
 from orchestrator.cli_tables import sweep
+from orchestrator.cli_vllm import deploy, deployments, gateway
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
@@ -74,6 +75,9 @@ app.command("import")(import_)
 app.command()(export)
 app.command()(verify)
 app.command()(sign)
+app.command()(deploy)
+app.command()(deployments)
+app.command()(gateway)
 app.command()(replay)
 app.command()(serve)
 app.add_typer(store_app, name="store")

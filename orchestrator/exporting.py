@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clients.assignment import ModelSpec, PluginChoice
 from clients.conversion import Conversion, convert, convert_kept, cut
+from clients.even_ranks import NotPlain, evened
 from clients.export import export_kept, export_peft, peft_files
 from clients.folders import whole_folder
 from clients.into_base import IntoBase, Trained, merge_into_base
@@ -37,6 +38,21 @@ class AsLora:
 
 
 @dataclass(frozen=True, slots=True)
+class ForVllm:
+    """That an export is to be what vLLM serves: plain LoRA of a causal model, of one rank.
+
+    Attributes:
+        rank: the most that a layer gets of what is converted or cut, >= 1. None converts nothing.
+    """
+
+    rank: int | None = None
+
+
+class NotServable(ValueError):
+    """vLLM cannot serve this version as an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
 class Exported:
     """What an export wrote.
 
@@ -58,7 +74,7 @@ def export(
     folder: str | Path,
     model: str | None = None,
     sign: str | None = None,
-    to: AsLora | IntoBase | None = None,
+    to: AsLora | IntoBase | ForVllm | None = None,
 ) -> Exported:
     """Write a version as a PEFT folder that peft, vLLM and the Hub load as is, whole or not at all.
 
@@ -73,7 +89,7 @@ def export(
         sign: name of the key that signs the manifest, or None.
         to: whether to convert it to LoRA; how much of it that keeps is in ``weft.json``, the
             manifest and the model card. Or whether to write the base model with the adapter in its
-            weights, instead of a PEFT folder.
+            weights, instead of a PEFT folder. Or whether it is for vLLM.
 
     Raises:
         UnknownVersion: if there is no such version.
@@ -82,6 +98,7 @@ def export(
         UnknownKey, BadKey: if the key is not here or cannot sign.
         clients.conversion.NotConvertible: if the version cannot be LoRA, with the reason.
         clients.into_base.NotMergeable: if it cannot go into the weights, with the reason.
+        NotServable: if vLLM cannot serve it, with the reason.
         clients.agreement.MergeIsOff: if the merged model does not compute the same.
     """
     version = admitted(workspace, ref)
@@ -89,11 +106,15 @@ def export(
     if kept is None:
         refuse_unusable(version)
     spec = base_of(workspace, version, model)
-    tensors = effective(workspace.store, version) if kept is None else None
+    tensors: Tensors | None = None
+    if kept is None:
+        tensors = effective(workspace.store, version)
     with whole_folder(Path(folder)) as made:
         converted = None
-        if isinstance(to, AsLora):
+        if isinstance(to, AsLora) or (isinstance(to, ForVllm) and to.rank):
             converted = _converted(workspace, version, spec, tensors, to.rank)
+        if isinstance(to, ForVllm):
+            tensors, converted = _even(version, spec, tensors, converted)
         if isinstance(to, IntoBase):
             card, extra = _said(workspace, version)
             trained = _trained(workspace, version, spec, tensors)
@@ -131,6 +152,28 @@ def _fill(
     if converted is not None:
         named, config = peft_files(converted.tensors, spec)
     return export_kept(folder, named, config, spec, card, extra)
+
+
+def _even(
+    version: Version, spec: ModelSpec, tensors: Tensors | None, converted: Conversion | None
+) -> tuple[Tensors | None, Conversion | None]:
+    """Return tensors and conversion with one rank and scaling for all layers."""
+    if spec.kind != "causal-lm":
+        raise NotServable(
+            f"{version.id[:12]} is a {spec.kind} model, and vLLM serves adapters of causal-lm "
+            "models; serve it with: weft serve"
+        )
+    if converted is not None:
+        return tensors, replace(converted, tensors=evened(converted.tensors))
+    try:
+        if tensors is None:
+            raise NotPlain("it is kept in PEFT's own format")
+        return evened(tensors), None
+    except NotPlain as reason:
+        raise NotServable(
+            f"vLLM serves plain LoRA, and {version.id[:12]} "
+            f"({version.recipe['adapter']['name']}) is not: {reason}; convert it with --rank R"
+        ) from None
 
 
 def _said(workspace: Workspace, version: Version) -> tuple[str, dict[str, Any]]:

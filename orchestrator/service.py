@@ -22,7 +22,7 @@ from orchestrator.coordinator import (
 from orchestrator.deploying import YankResult, alias_log, name_of, promote, rollback, yank
 from orchestrator.differences import BadDiff, Diff, diff
 from orchestrator.epsilons import spent_by_population
-from orchestrator.exporting import AsLora, export
+from orchestrator.exporting import AsLora, ForVllm, export
 from orchestrator.federation import Observe
 from orchestrator.importing import import_adapter
 from orchestrator.launch import make_plan
@@ -68,6 +68,7 @@ __all__ = [
     "Diff",
     "Driving",
     "EvaluationFailed",
+    "ForVllm",
     "IntoBase",
     "RunBusy",
     "RunRefused",

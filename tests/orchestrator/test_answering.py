@@ -34,6 +34,7 @@ COMMANDS = (
     "data check {data}",
     "clients budget a --epsilon 4 --delta 1e-5",
     "privacy budget a --epsilon 4 --delta 1e-5 --policy ask",
+    "deployments --json",
     "keys list",
     "fsck",
     "gc",
