@@ -17,7 +17,7 @@ from torch import Tensor
 
 from strategies.base import Tensors, Update
 from strategies.plugins import Form
-from strategies.sums import plus
+from strategies.sums import bundles, plus_each
 
 LABEL = "label:"
 Weighting: TypeAlias = Annotated[
@@ -150,10 +150,14 @@ def weighted_mean(
         weights = [weight_of(update, weighting) for update in group]
         counted += weights
         total = math.fsum(counted)
-        for name in sorted(group[0].tensors if group else sums):
-            done = plus(sums.get(name), [update.tensors[name] for update in group], weights)
-            # a sum that is done makes room for the next one in the same memory
-            sums[name] = done.div_(total).to(like[name].dtype) if ended and total else done
+        sizes = {n: t.numel() for n, t in (group[0].tensors if group else sums).items()}
+        for names in bundles(sizes):
+            before = [sums[name] for name in names] if sums.keys() >= set(names) else None
+            done = plus_each(before, [[u.tensors[n] for n in names] for u in group], weights)
+            # sums that are done make room for the next ones in the same memory
+            for name, tensor in zip(names, done, strict=True):
+                last = ended and total
+                sums[name] = tensor.div_(total).to(like[name].dtype) if last else tensor
         group.clear()  # before others are read
     return sums if any(counted) else {}
 

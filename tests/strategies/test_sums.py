@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from strategies.sums import plus
+from strategies.sums import bundles, plus, plus_each
 
 
 def terms(count, shape, dtype=torch.float32):
@@ -47,3 +47,28 @@ def test_terms_are_not_changed(size):
     copies = [term.clone() for term in found]
     plus(None, found, [2.0, 3.0, 4.0])
     assert all(torch.equal(one, other) for one, other in zip(found, copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_that_are_made_together_have_the_bits_of_each_alone(dtype):
+    shapes, weights = [(), (0,), (3, 5), (700,)], [0.1, 3.7, 1 / 3, 2.0]
+    apart = [terms(4, shape, dtype) for shape in shapes]
+    apart[2] = [term.T for term in apart[2]]
+    together = list(zip(*apart, strict=True))
+    wanted = [plus(None, found, weights) for found in apart]
+
+    first = plus_each(None, together[:2], weights[:2])
+    for made in (plus_each(None, together, weights), plus_each(first, together[2:], weights[2:])):
+        assert all(torch.equal(one, other) for one, other in zip(made, wanted, strict=True))
+        assert all(one.is_contiguous() for one in made)
+    assert all(torch.equal(one, other) for one, other in zip(first, wanted, strict=True))
+    assert plus_each(first, [], [])[3] is first[3]
+
+
+def test_bundles_have_every_name_once_in_order_and_large_ones_alone():
+    sizes = {f"{n:02}": size for n, size in enumerate([5, 2**17, 7, 2**16, 2**16, 1, 2**20, 0])}
+    found = list(bundles(sizes))
+    assert [name for bundle in found for name in bundle] == sorted(sizes)
+    assert all(len(b) == 1 or sum(sizes[n] for n in b) <= 2**17 for b in found)
+    assert ["06"] in found
+    assert list(bundles({})) == []
