@@ -34,7 +34,7 @@ class SharedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class InOneBasis:
     """Several adapters in one basis.
 
     Attributes:
@@ -64,7 +64,7 @@ class Shared:
 
 def share(
     layers: Mapping[str, Sequence[Term]], rank: int | None = None, energy: float | None = None
-) -> Shared:
+) -> InOneBasis:
     """Return the basis of several adapters, and each adapter in it. Weights take no part.
 
     Args:
@@ -85,7 +85,7 @@ def share(
             whole = float(left.square().sum(0).square().sum())  # squared singular values
             kept[name, term.adapter] = float(cores[term.adapter].square().sum()), whole
         found[name] = SharedLayer(up, down.T, cores)
-    return Shared(found, _shares(kept))
+    return InOneBasis(found, _shares(kept))
 
 
 def _basis(columns: Tensor, limit: int | None, energy: float | None) -> Tensor:
