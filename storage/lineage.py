@@ -56,6 +56,14 @@ class Parent(NamedTuple):
     kind: str
 
 
+class Content(NamedTuple):
+    """The digests of what a version is made of; None where it has none."""
+
+    tensors: str
+    auxiliary: str | None
+    memory: str | None
+
+
 class Edge(NamedTuple):
     """One step of a lineage: ``child`` came from ``parent`` by ``kind``."""
 
@@ -255,6 +263,26 @@ def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Versi
     return by_id
 
 
+def load_content(connection: Connection, id_: str) -> Content:
+    """Return the digests of the version called ``id_``, checked as all of its content is.
+
+    Two queries: what a version is called, and what was measured of it, is not read.
+
+    Raises:
+        VersionCorrupt: as :func:`load_versions`.
+    """
+    row = connection.execute(select(versions).where(versions.c.id == id_)).first()
+    if row is None:
+        raise _no_row(f"version {id_[:12]}")
+    content = Content(row.tensors, row.auxiliary, row.memory)
+    edges = select(versions.c.id, parents.c.kind).join(
+        parents, versions.c.number == parents.c.parent
+    )
+    came_from = connection.execute(edges.where(parents.c.child == row.number)).all()
+    _check(id_, content, sorted(Parent(*edge) for edge in came_from), row.recipe)
+    return content
+
+
 def parents_of(connection: Connection, numbers: Sequence[int]) -> dict[int, list[Parent]]:
     """Return the parents of versions, sorted, by the number of the child."""
     edges = select(parents.c.child, versions.c.id, parents.c.kind)
@@ -371,10 +399,14 @@ def _grouped(
 
 
 def _verified(version: Version, recipe: str) -> Version:
-    content = _hashed([version.tensors, version.auxiliary, version.memory, version.parents], recipe)
-    if content != version.id:
+    content = Content(version.tensors, version.auxiliary, version.memory)
+    _check(version.id, content, version.parents, recipe)
+    return version
+
+
+def _check(id_: str, content: Content, came_from: Sequence[Parent], recipe: str) -> None:
+    if _hashed([*content, came_from], recipe) != id_:
         raise VersionCorrupt(
-            f"version {version.id[:12]} does not hash to its id: its row or its parents were "
+            f"version {id_[:12]} does not hash to its id: its row or its parents were "
             "changed outside weft; restore the database from a backup"
         )
-    return version

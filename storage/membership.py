@@ -17,6 +17,9 @@ def is_among(
 
     A parameter each would be limited in number, and with thousands takes longer than the query.
     """
+    if len(values) == 1:
+        [only] = values
+        return column == only
     listed = literal(json.dumps([*values]), String)
     if connection.dialect.name != "postgresql":
         return column.in_(select(func.json_each(listed).table_valued("value").c.value))

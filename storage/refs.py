@@ -83,7 +83,8 @@ def resolve(connection: Connection, ref: str) -> str:
         name, _, alias = ref.partition("@")
         found = pointed_at(connection, name, alias)
     else:
-        found = _by_name(connection, ref) or _by_prefix(connection, ref)
+        named = None if _LIKE_AN_ID.fullmatch(ref) else _by_name(connection, ref)
+        found = named or _by_prefix(connection, ref)
     if found is None:
         raise UnknownVersion(_unknown(connection, ref))
     return found

@@ -25,11 +25,13 @@ from storage.contributions import Deployment, contributed, deployed_with, record
 from storage.database import insert_missing, insert_or_update, writing
 from storage.lineage import (
     PARENT_KINDS,
+    Content,
     Edge,
     Lineage,
     Parent,
     Towards,
     Version,
+    load_content,
     load_versions,
     trace,
     version_id,
@@ -212,17 +214,21 @@ class AdapterStore(Aliases):
             UnknownVersion, AmbiguousRef, VersionCorrupt: as :meth:`version`.
             BlobMissing, BlobCorrupt: if they are not on the disk as they were committed.
         """
-        return self._blobs.get(self.version(ref).tensors)
+        return self._blobs.get(self._content(ref).tensors)
 
     def auxiliary(self, ref: str) -> dict[str, Tensor]:
         """Return the rest of the strategy's state; empty if none. Raises as :meth:`tensors`."""
-        digest = self.version(ref).auxiliary
+        digest = self._content(ref).auxiliary
         return self._blobs.get(digest) if digest else {}
 
     def memory(self, ref: str) -> dict[str, Tensor]:
         """Return the regularisers' memory; empty if none. Raises as :meth:`tensors`."""
-        digest = self.version(ref).memory
+        digest = self._content(ref).memory
         return self._blobs.get(digest) if digest else {}
+
+    def _content(self, ref: str) -> Content:
+        with self._engine.connect() as connection:
+            return load_content(connection, resolve(connection, ref))
 
     def name(self, name: str, ref: str) -> str:
         """Make a version the newest of ``name`` and return its new name, ``name:vN``.

@@ -189,8 +189,9 @@ def test_a_row_changed_behind_the_stores_back_is_found(store, engine):
     version = commit(store)
     with writing(engine) as connection:
         connection.execute(text('UPDATE versions SET recipe = \'{"strategy":"fedavg"}\''))
-    with pytest.raises(VersionCorrupt, match=f"version {version[:12]} does not hash to its id"):
-        store.version(version)
+    for read in (store.version, store.tensors, store.auxiliary, store.memory):
+        with pytest.raises(VersionCorrupt, match=f"version {version[:12]} does not hash to its id"):
+            read(version)
 
 
 def test_corrupt_and_missing_tensors_are_found(store, tmp_path):
