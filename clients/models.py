@@ -59,6 +59,8 @@ class Base:
     spec: ModelSpec
 
 
+_MOST_SHAPES = 256
+_shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 _resident: tuple[tuple[Any, ...], Base] | None = None
 
 
@@ -354,9 +356,24 @@ def skeleton(spec: ModelSpec, *, whole: bool = False) -> Any:
 def shapes(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that ``adapter`` (and the head) has, without any weights.
 
+    Worked out once a process, while the model's configuration does not change.
+
     Raises:
         ModelNotFound, UnsupportedBase, strategies.plugins.BadOptions: as :func:`estimate`.
     """
+    file = (locate(spec.id, spec.revision) / "config.json").resolve()
+    if not file.is_file():
+        return _shapes_of(spec, adapter)  # which says what is missing
+    status = file.stat()
+    key = (file, status.st_size, status.st_mtime_ns, spec, repr(adapter))
+    if key not in _shapes:
+        if len(_shapes) == _MOST_SHAPES:
+            _shapes.clear()
+        _shapes[key] = _shapes_of(spec, adapter)
+    return dict(_shapes[key])
+
+
+def _shapes_of(spec: ModelSpec, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), quiet():
         model = TaskModel(adapter.attach(skeleton(spec), {}), spec)
         live = {**adapter.parameters(model.backbone), **model.head_parameters()}

@@ -49,6 +49,17 @@ def edited(tmp_path):
     return edit
 
 
+def test_shapes_follow_a_model_whose_config_changes(encoder, edited):
+    spec = replace(encoder, id=edited(encoder.id))
+    adapter = ADAPTERS.get("lora").build(r=2)
+    before = models.shapes(spec, adapter)
+    assert models.shapes(spec, adapter) == before
+    assert models.shapes(spec, ADAPTERS.get("lora").build(r=3)) != before
+    file = Path(spec.id, "config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10}))
+    assert len(models.shapes(spec, adapter)) > len(before)
+
+
 def ids() -> dict[str, torch.Tensor]:
     tokens = torch.tensor([[5, 9, 11, 40, 8]])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
