@@ -167,6 +167,7 @@ def timed(paths: list[Path]) -> list[Any]:
         "exchange.md",
         "sweeps.md",
         "continual.md",
+        "serving.md",
     }
     return [pytest.param(p, marks=[pytest.mark.slow] * (p.name in long)) for p in paths]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.deploying import parse_pointer
+from orchestrator.lease import driver_name
 from orchestrator.serving import server
+from orchestrator.serving.announcing import Announcer
 from orchestrator.serving.keys import ApiKeys
 from orchestrator.serving.server import Limits, ServingUnavailable
 from orchestrator.workspace import Workspace
+from storage.followers import Followers
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -85,10 +88,12 @@ def serve_aliases(
     address = f"http://{host}:{port}"
     device = place.device or server.best_device()
 
-    def report(pointer: str, version: str | None, problem: str | None) -> None:
-        logging.getLogger(__name__).info("%s: %s %s", pointer, version, problem)
-
-    with server.assembled(workspace, pointers, place.base, device, limits, report) as made:
+    followers = Followers(workspace.engine)
+    named = {pointer: parse_pointer(pointer) for pointer in pointers}
+    announcer = Announcer(followers, driver_name(), place.url or address, named)
+    with server.assembled(
+        workspace, pointers, place.base, device, limits, announcer.report
+    ) as made:
         face = Serving(
             made.model.engine,
             made.shelf,
@@ -98,7 +103,14 @@ def serve_aliases(
             place.base or made.spec.id,
         )
         patience = Patience(limits.body_bytes, limits.body_s, limits.write_s)
+        announcer.begin()
+        made.follower.look()
         made.follower.start(place.poll_s)
+
+        def ended() -> None:
+            made.follower.stop()
+            announcer.end()
+
         app = create_app(face, keys, patience)
         listening(address)
-        server.run(app, socket, limits.drain_s, made.follower.stop)
+        server.run(app, socket, limits.drain_s, ended)

@@ -24,6 +24,10 @@ _LOG = logging.getLogger(__name__)
 RETRY_S = 10.0
 """Seconds after which a version that could not be loaded is tried again."""
 
+REPEAT_S = 4.0
+"""Seconds after which what was reported is said again."""
+
+_Said = tuple[str | None, str | None]
 Report = Callable[[str, str | None, str | None], None]
 """Told for an alias: which version alone answers for it now, and why it is not the one meant."""
 
@@ -82,7 +86,7 @@ class Follower:
         load: reads the version that an alias points at.
         model: the base model and its adapters.
         shelf: what is served.
-        report: told once for each change, and again if it raises.
+        report: told of each change, again if it raises, and every few seconds: it is alive.
     """
 
     def __init__(
@@ -97,7 +101,8 @@ class Follower:
         self._pointers, self._pointing, self._load = pointers, pointing, load
         self._model, self._shelf, self._report = model, shelf, report
         self._troubles: dict[str, _Trouble] = {}
-        self._said: dict[str, tuple[str | None, str | None]] = {}
+        self._said: dict[str, tuple[_Said, float]] = {}
+        self.repeat_s = REPEAT_S
         self._lock = threading.Lock()
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
@@ -192,10 +197,13 @@ class Follower:
         """Report what answers for an alias, once nothing else does."""
         now = self._shelf.pointers().get(pointer)
         trouble = self._troubles.get(pointer)
-        what = (now.version if now else None, trouble.reason if trouble else None)
-        if self._said.get(pointer) != what and self._shelf.is_drained(pointer):
+        what: _Said | None = (now.version if now else None, trouble.reason if trouble else None)
+        said, said_at = self._said.get(pointer, (None, 0.0))
+        if not self._shelf.is_drained(pointer):
+            what = said  # as long as older answers are under way, nothing new is true
+        if what is not None and (what != said or time.monotonic() - said_at >= self.repeat_s):
             self._report(pointer, *what)
-            self._said[pointer] = what
+            self._said[pointer] = what, time.monotonic()
 
 
 def _is_ours(error: Exception) -> bool:

@@ -61,6 +61,11 @@ class Guard:
         self, app: ASGIApp, keys: ApiKeys, patience: Patience, metrics: ServingMetrics
     ) -> None:
         self._app, self._keys, self._patience, self._metrics = app, keys, patience, metrics
+        self._ends = False
+
+    def begin_to_end(self) -> None:
+        """Say that the server is not ready any more, and that connections end with their answer."""
+        self._ends = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer that it is not."""
@@ -71,6 +76,9 @@ class Guard:
 
         async def patient(message: Message) -> None:
             nonlocal status
+            if self._ends and message["type"] == "http.response.start":
+                ending = (b"connection", b"close")
+                message = {**message, "headers": [*message.get("headers", ()), ending]}
             try:
                 async with asyncio.timeout(self._patience.write_s):
                     await send(message)
@@ -81,6 +89,8 @@ class Guard:
                 status = message["status"]
 
         try:
+            if self._ends and scope["path"] == "/readyz":
+                raise _Refused(503, "the server is about to end; ask another one", "stopping")
             self._check_key(scope)
             await self._app(scope, await self._whole(scope, receive), patient)
         except _Refused as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +26,11 @@ from orchestrator.serving.metrics import State
 from orchestrator.serving.shelf import Served, Shelf
 from orchestrator.workspace import Workspace
 
-_LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:  # what imports web libraries is imported where they are needed
+    from orchestrator.serving.guard import Guard
+
+LINGER_S = 1.0
+"""Seconds for which requests are still taken after the signal to end."""
 _UNBOUNDED = 1 << 20  # tokens, where a model's config names no limit
 
 
@@ -188,8 +192,12 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: Any, listening: socket.socket, drain_s: float, ended: Callable[[], None]) -> None:
+def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[], None]) -> None:
     """Answer over HTTP until SIGTERM or SIGINT, then finish what was begun.
+
+    For a second after the signal the server still takes requests, whose connections end with the
+    answer: whoever sent one before hearing of it is answered, and a balancer sees that it is not
+    ready. Then it listens no more.
 
     Args:
         app: the ASGI application.
@@ -198,6 +206,12 @@ def run(app: Any, listening: socket.socket, drain_s: float, ended: Callable[[], 
         ended: called when no more is answered.
     """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.begin_to_end()
+            await asyncio.sleep(LINGER_S)
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app,
@@ -210,7 +224,7 @@ def run(app: Any, listening: socket.socket, drain_s: float, ended: Callable[[], 
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     finally:
         listening.close()
         ended()

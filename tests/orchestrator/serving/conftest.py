@@ -75,6 +75,7 @@ def serve(workspace):
             Limits(**{"batch": 8, "timeout_s": 60.0, **limits}),
             lambda *what: said.append(what),
         ) as made:
+            made.follower.repeat_s = float("inf")
             face = Serving(
                 made.model.engine,
                 made.shelf,

@@ -13,6 +13,7 @@ from orchestrator.serving import server
 from orchestrator.serving.command import OpenToAll, Place, ServingUnavailable, serve_aliases
 from orchestrator.serving.keys import ApiKeys
 from orchestrator.serving.server import Limits
+from storage.followers import Followers
 
 CATS = {"model": "cats", "prompt": "the cat", "max_tokens": 20}
 
@@ -54,10 +55,12 @@ def test_a_signal_under_load_ends_the_server_when_all_that_was_begun_is_answered
     running.start()
     assert up.wait(60)
 
-    async def load():
+    async def load(followers):
         limits = httpx.Limits(max_connections=100)
         async with httpx.AsyncClient(base_url=addresses[0], limits=limits, timeout=60) as client:
             assert (await client.get("/readyz")).json()["status"] == "ready"
+            (follower,) = followers.following("cats", "production")
+            assert (follower.url, follower.version) == (addresses[0], cats)
             asked = [
                 asyncio.create_task(
                     client.post("/v1/completions", json=CATS | {"stream": number % 2 == 0})
@@ -66,11 +69,15 @@ def test_a_signal_under_load_ends_the_server_when_all_that_was_begun_is_answered
             ]
             await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
             servers[0].handle_exit(signal.SIGTERM, None)  # two at a time: most wait or run still
+            while (await client.get("/readyz")).status_code != 503:
+                await asyncio.sleep(0)
             return await asyncio.gather(*asked)
 
-    answers = asyncio.run(load())
+    followers = Followers(workspace.engine)
+    answers = asyncio.run(load(followers))
     running.join(60)
     assert not running.is_alive()
+    assert followers.following() == []  # it ended, and said so
     assert [answer.status_code for answer in answers] == [200] * 12
     for number, answer in enumerate(answers):
         if number % 2:

@@ -7,10 +7,12 @@ import threading
 import pytest
 
 from clients.serving.changes import Unservable
+from orchestrator.serving.announcing import Announcer
 from orchestrator.serving.loading import OtherBase
 from orchestrator.serving.shelf import Served, Shelf, UnknownModel
 from orchestrator.signing import Unsigned, set_policy, sign
 from orchestrator.signing import keys as keys_of
+from storage.followers import Followers
 from storage.refs import UnknownVersion
 from tests.orchestrator.serving.conftest import ask, client_of
 
@@ -236,3 +238,30 @@ def test_a_shelf_hands_out_what_a_name_stands_for_at_that_moment():
     assert [served.version[0] for served in shelf.take_unused()] == ["a"]
     with pytest.raises(UnknownModel), shelf.borrowed("a" * 64):
         pass
+
+
+def test_a_server_that_was_forgotten_registers_again_with_all_that_it_serves(workspace):
+    followers = Followers(workspace.engine)
+    pointers = {f"{name}@production": (name, "production") for name in ("cats", "dogs")}
+    announcer = Announcer(followers, "host:1", "http://host", pointers)
+    announcer.begin()
+    announcer.report("cats@production", "a" * 64, None)
+    followers.forget("host:1")
+    announcer.report("dogs@production", "b" * 64, "not signed")
+    found = {one.name: (one.version, one.problem) for one in followers.following()}
+    assert found == {"cats": ("a" * 64, None), "dogs": ("b" * 64, "not signed")}
+    announcer.end()
+    assert followers.following() == []
+
+
+def test_what_is_true_is_said_again_while_it_is_and_while_older_answers_are_under_way(
+    three, move, serve
+):
+    with serve(POINTER) as (made, _, said):
+        made.follower.repeat_s = 0.0
+        made.follower.look()
+        with made.shelf.borrowed("cats"):
+            move(POINTER, three[1])
+            made.follower.look()
+        made.follower.look()
+    assert said == [(POINTER, three[0], None)] * 2 + [(POINTER, three[1], None)]
