@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def _classification(
         within[chunk] = session.model.barred(scores, own).argmax(dim=1).cpu()
         truth[chunk] = batch.labels.cpu()
         loss += float(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
-    metrics, label_accuracy = _by_label(predicted, truth, names)
+    metrics, label_accuracy = label_scores(predicted, truth, names)
     if own is not None:
         metrics["task_accuracy"] = float((within == truth).double().mean())
     if math.isfinite(loss):  # infinite where a label outside the softmax occurs
@@ -151,6 +152,25 @@ def _tagging(
     assignment: Assignment, session: Session, examples: Sequence[data.Example], stepped: Stepped
 ) -> Evaluation:
     """Score words. One that the model does not see counts as outside of everything."""
+    said, loss = _tags_of(assignment, session, examples, stepped)
+    if not any(tag != IGNORED for example in examples for tag in example.tags):
+        raise NothingToScore(f"{assignment.data.uri} holds no word of the asked labels")
+    metrics, label_accuracy = tag_scores(examples, said, assignment.model.labels)
+    if math.isfinite(loss):
+        metrics["loss"] = loss / len(examples)
+    return Evaluation(
+        client=assignment.client,
+        round=assignment.round,
+        num_examples=len(examples),
+        metrics=metrics,
+        label_accuracy=label_accuracy,
+    )
+
+
+def _tags_of(
+    assignment: Assignment, session: Session, examples: Sequence[data.Example], stepped: Stepped
+) -> tuple[list[list[int]], float]:
+    """Return the tag of each word of each example, as an index, and the sum of their losses."""
     names, model = assignment.model.labels, session.model
     allowed = allowed_labels(assignment)
     texts = aligned(examples, session.base.tokenizer, assignment.model.max_length)
@@ -167,29 +187,60 @@ def _tagging(
         best = model.barred(logits, allowed).argmax(dim=-1).cpu()
         for row, i in zip(best.tolist(), chunk, strict=True):
             said[i] = [unseen if place is None else row[place] for place in texts[i].places]
+    return said, loss
+
+
+def tag_scores(
+    examples: Sequence[data.Example], said: Sequence[Sequence[int]], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the scores of words, and of entities where the tags mark any; and accuracy by tag.
+
+    Args:
+        examples: with a word to be scored, at least one of all.
+        said: the tag of each word of each, as an index.
+        names: the tags.
+    """
     truth = [tag for example in examples for tag in example.tags]
     scored = torch.tensor(truth) != IGNORED
-    if not scored.any():
-        raise NothingToScore(f"{assignment.data.uri} holds no word of the asked labels")
-    metrics, label_accuracy = _by_label(
+    metrics, label_accuracy = label_scores(
         torch.tensor([tag for row in said for tag in row])[scored],
         torch.tensor(truth)[scored],
         names,
     )
-    if math.isfinite(loss):
-        metrics["loss"] = loss / len(encoded)
     if is_bio(names):
         metrics |= entity_scores(
             (_named(example.tags, example.tags, names) for example in examples),
             (_named(row, e.tags, names) for row, e in zip(said, examples, strict=True)),
         )
-    return Evaluation(
-        client=assignment.client,
-        round=assignment.round,
-        num_examples=len(encoded),
-        metrics=metrics,
-        label_accuracy=label_accuracy,
-    )
+    return metrics, label_accuracy
+
+
+def predicted(assignment: Assignment, examples: Sequence[data.Example]) -> list[Any]:
+    """Return what a version answers to each example: a label's index, its words' tags', or a text.
+
+    Of data that whoever asks may read: answers tell of examples, and do not leave a client.
+
+    Args:
+        assignment: an evaluation; its ``labels`` may be answered.
+        examples: of its task; of causal-lm each with a prompt.
+
+    Raises:
+        NoPrompt: if answers are asked for, and a record has no prompt.
+    """
+    with opened(assignment) as session, torch.no_grad():
+        session.write(assignment.broadcast.tensors)
+        session.model.eval()
+        if assignment.model.kind == "token-classification":
+            return list(_tags_of(assignment, session, examples, unheard)[0])
+        encoded = data.encode(examples, session.base.tokenizer, assignment.model)
+        if assignment.model.kind == "causal-lm":
+            return _texts(assignment, session, encoded)
+        found, allowed = [0] * len(encoded), allowed_labels(assignment)
+        for chunk, batch in _batches(assignment, session, encoded, unheard):
+            best = session.model.barred(session.model(batch), allowed).argmax(dim=1)
+            for i, label in zip(chunk, best.tolist(), strict=True):
+                found[i] = label
+        return list(found)
 
 
 def _named(tags: Sequence[int], truth: Sequence[int], names: Sequence[str]) -> list[str]:
@@ -199,10 +250,16 @@ def _named(tags: Sequence[int], truth: Sequence[int], names: Sequence[str]) -> l
     ]
 
 
-def _by_label(
+def label_scores(
     predicted: Tensor, truth: Tensor, names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return ``accuracy`` and ``macro_f1``, and the accuracy per label that occurs."""
+    """Return ``accuracy`` and ``macro_f1``, and the accuracy per label that occurs.
+
+    Args:
+        predicted: indices of labels, ``[examples]``.
+        truth: the right ones, ``[examples]``, >= 1 of them.
+        names: of the labels.
+    """
     right = predicted == truth
     present = sorted(set(truth.tolist()))
     metrics = {
@@ -258,7 +315,12 @@ def _answers(
     """
     if any(example.prompt is None for example in examples):
         raise NoPrompt("answers are asked for, and a record is a text without a prompt to answer")
-    matches, overlaps = 0.0, 0.0
+    return answer_scores(examples, _texts(assignment, session, encoded))
+
+
+def _texts(assignment: Assignment, session: Session, encoded: Sequence[data.Encoded]) -> list[str]:
+    """Return a causal model's own greedy answer to each prompt."""
+    found = [""] * len(encoded)
     for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch):
         said = answers(
             session.model.backbone,
@@ -268,7 +330,12 @@ def _answers(
             assignment.device,
         )
         for i, answer in zip(chunk, said, strict=True):
-            wanted = examples[i].completion or ""
-            matches += exact_match(answer, wanted)
-            overlaps += rouge_l(answer, wanted)
-    return {"exact_match": matches / len(encoded), "rouge_l": overlaps / len(encoded)}
+            found[i] = answer
+    return found
+
+
+def answer_scores(examples: Sequence[data.Example], said: Sequence[str]) -> dict[str, float]:
+    """Return how like the completions of examples, of which there are some, the answers are."""
+    pairs = [(a, e.completion or "") for a, e in zip(said, examples, strict=True)]
+    scores = {"exact_match": exact_match, "rouge_l": rouge_l}
+    return {name: sum(of(*pair) for pair in pairs) / len(pairs) for name, of in scores.items()}

@@ -1,21 +1,23 @@
 """Which task an input is of, by the frozen base model alone: the nearest mean of what is public.
 
 Nearest class mean (as in iCaRL, 1611.07725, section 2.1), over the pooled features of the base
-model without any adapter: nothing is trained, and a new task moves no mean of another.
+model without any adapter: nothing is trained, and a new task moves no mean of another. Where texts
+have no class, as those with tags and prompts have none, a task has one mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from clients import data, models
-from clients.assignment import Assignment, ModelSpec
-from clients.session import allowed_labels, move, opened
+from clients.assignment import ModelSpec
+from clients.tags import IGNORED
 
 _BATCH = 32
 
@@ -54,7 +56,7 @@ def router(spec: ModelSpec, tasks: Sequence[Sequence[data.Example]]) -> Router:
     means, owners = [], []
     for number, examples in enumerate(tasks):
         found = embedded(spec, examples)
-        labels = torch.tensor([example.label for example in examples])
+        labels = torch.tensor([example.label or 0 for example in examples])
         for label in sorted(set(labels.tolist())):
             means.append(found[labels == label].mean(dim=0))
             owners.append(number)
@@ -62,36 +64,41 @@ def router(spec: ModelSpec, tasks: Sequence[Sequence[data.Example]]) -> Router:
 
 
 def embedded(spec: ModelSpec, examples: Sequence[data.Example]) -> Tensor:
-    """Return the frozen base model's pooled features of examples, ``[examples, hidden]``."""
+    """Return the frozen base model's pooled features of examples, ``[examples, hidden]``.
+
+    Of classified texts as the head would see them; else the mean over the positions of what the
+    model is given, which of a prompt with its completion is the prompt.
+    """
     base = models.load(spec)
     model = models.TaskModel(base.backbone, spec)
     model.eval()
     encoded = data.encode(examples, base.tokenizer, spec)
+    if spec.kind == "causal-lm":
+        encoded = [_prompt(one) for one in encoded]
     pad = data.padding_id(base.tokenizer)
     found = torch.empty(len(encoded), base.backbone.config.get_text_config().hidden_size)
     with torch.no_grad():
         for chunk in data.by_length(encoded, range(len(encoded)), _BATCH):
-            found[chunk] = model.features(data.collate([encoded[i] for i in chunk], pad))
+            found[chunk] = _features(model, spec, data.collate([encoded[i] for i in chunk], pad))
     return found
 
 
-def predicted(assignment: Assignment, examples: Sequence[data.Example]) -> Tensor:
-    """Return the label index that a version answers to each example, ``[examples]``.
+def _prompt(encoded: data.Encoded) -> data.Encoded:
+    """Return the prompt of an example; all of it where there is none to speak of."""
+    given = encoded.labels == IGNORED
+    if int(given.sum()) < 2:  # a text: what begins a sequence may be all that is not learned
+        return encoded
+    return data.Encoded(encoded.input_ids[given], encoded.labels[given])
 
-    Of data that whoever asks may read: answers tell of examples, and do not leave a client.
 
-    Args:
-        assignment: an evaluation; its ``labels`` may be answered.
-        examples: classified ones.
-    """
-    with opened(assignment) as session, torch.no_grad():
-        session.write(assignment.broadcast.tensors)
-        session.model.eval()
-        encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        pad, allowed = data.padding_id(session.base.tokenizer), allowed_labels(assignment)
-        found = torch.empty(len(encoded), dtype=torch.long)
-        for chunk in data.by_length(encoded, range(len(encoded)), assignment.microbatch):
-            batch = move(data.collate([encoded[i] for i in chunk], pad), assignment.device)
-            logits = session.model.barred(session.model(batch), allowed)
-            found[chunk] = logits.argmax(dim=1).cpu()
-        return found
+def _features(model: models.TaskModel, spec: ModelSpec, batch: data.Batch) -> Tensor:
+    """Return ``[batch, hidden]``."""
+    if spec.kind == "classification":
+        return model.features(batch)
+    backbone: Any = model.backbone
+    if spec.kind == "causal-lm":
+        backbone = backbone.base_model  # without the head over the vocabulary
+    outputs = backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    weights = batch.attention_mask.unsqueeze(-1).float()
+    hidden: Tensor = outputs.last_hidden_state.float()
+    return (hidden * weights).sum(1) / weights.sum(1)

@@ -171,7 +171,7 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     configs = [_checked(stage, where) for stage in stages]
     start = file.method.start or _natural_start(configs[-1])
     for key, problem in (
-        ("router", _router_problem(file, start, configs[-1].task)),
+        ("router", _router_problem(file, start, configs[-1])),
         ("head", _head_problem(file, configs[-1])),
     ):
         if problem:
@@ -207,13 +207,18 @@ def _head_problem(file: StreamFile, config: RunConfig) -> str:
     return ""
 
 
-def _router_problem(file: StreamFile, start: str, kind: str) -> str:
+def _router_problem(file: StreamFile, start: str, config: RunConfig) -> str:
     """Return why a router has nothing to choose from, or empty."""
     routed = [task.router is not None for task in file.tasks]
     if not any(routed):
         return ""
-    if kind != "classification":
-        return f"it is for classification, and the task is {kind}; leave it out"
+    metric = file.metric or config.metrics[0]
+    if metric in LOWER_IS_BETTER:
+        instead = " or ".join(ANSWERS) if config.task == "causal-lm" else config.metrics[0]
+        return (
+            f"each input is answered by one of several adapters, and answers have no {metric}, by "
+            f"which this stream is measured; give metric: {instead}, or leave it out"
+        )
     if start not in ("fresh", "isolated"):
         return (
             f"with start: {start} one adapter answers for all tasks, and there is none to choose; "

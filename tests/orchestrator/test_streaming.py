@@ -450,6 +450,72 @@ def test_a_new_head_learns_the_old_labels_again_from_what_clients_kept(workspace
     assert forgotten == list(PARTS)
 
 
+def routed(stream):
+    """Return a stream with an adapter a task, each of whose inputs chooses its own."""
+    tasks = [
+        {**task, "router": {"data": task["data"], "public": True}}
+        for task in stream.document["tasks"]
+    ]
+    return parse_stream({**stream.document, "tasks": tasks, "method": "isolated"})
+
+
+@pytest.mark.slow
+def test_prompts_and_tagged_texts_choose_their_adapter_too(workspace, instructions, tags):
+    for made in (routed(instructions), routed(tags)):
+        driven(workspace, made)
+        found = report(workspace, made.name)
+
+        assert found.routed.tasks == found.task_free.tasks
+        assert found.routed.at(1, 1) == found.task_aware.at(1, 1) > 0  # there is one to choose
+        metrics = workspace.store.version(f"{made.name}:v2").metrics
+        for number, task in enumerate(made.tasks, 1):
+            [right] = [
+                value
+                for name, value in metrics.items()
+                if name.startswith(f"suite/{task.name}@") and name.endswith("/routing")
+            ]
+            assert right > 0.5  # the tasks differ in their words
+            best, chosen = found.task_aware.at(2, number), found.routed.at(2, number)
+            assert 0 < chosen <= best
+            # who is sent to the other task's adapter gets its word, or no entity of its own
+            assert made.metric != "exact_match" or chosen == pytest.approx(right * best)
+        assert found.routed.at(2, 2) > found.routed.at(1, 2)
+
+
+def test_a_loss_has_no_answers_to_be_routed(instructions):
+    document = {**instructions.document, "metric": "perplexity"}
+    with pytest.raises(BadConfig, match=r"answers have no perplexity.*give metric: exact_match or"):
+        routed(parse_stream(document))
+
+
+@pytest.fixture
+def tags(tmp_path, tiny_encoder):
+    """Return a stream of two tasks whose words have tags, an entity of its own each."""
+    tasks = []
+    for name, word, rest in (("pets", "cat", "the dog sings"), ("parts", "rank", "a model weaves")):
+        rows = [
+            {"tokens": [*rest.split()[: n % 3], word], "tags": ["O"] * (n % 3) + [f"B-{word}"]}
+            for n in range(9)
+        ]
+        file = tmp_path / f"tagged-{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        uri, own = f"jsonl:{file}", ["O", f"B-{word}"]
+        tasks.append({"name": name, "data": uri, "labels": own, "evaluate": uri})
+    base = {
+        "model": {"id": str(tiny_encoder), "max_length": 16},
+        "task": "token-classification",
+        "strategy": "fedavg",
+        "adapter": {"name": "lora", "r": 4},
+        "optimizer": {"name": "adamw", "lr": 0.05},
+        "clients": {"simulate": {"by": "iid", "parts": 1, "public": True}},
+        "rounds": 1,
+        "steps": 12,
+        "batch_size": 9,
+        "backend": "inline",
+    }
+    return parse_stream({"name": "marks", "base": base, "tasks": tasks})
+
+
 @pytest.mark.parametrize("name", ["der-plus-plus", "ewc", "lwf", "replay"])
 def test_what_a_method_remembers_goes_with_a_growing_head(workspace, stream, name):
     versions = driven(workspace, stream(method={"regularizers": [name]}))
