@@ -174,11 +174,20 @@ def show(ref: str, as_json: JsonFlag = False) -> None:
 
 @app.command()
 def merge(  # noqa: PLR0913  (one option each)
-    refs: list[str],
-    into: Annotated[str, typer.Option("--into", help="The name that the result gets.")],
+    refs: Annotated[list[str] | None, typer.Argument(help="At least two versions.")] = None,
+    into: Annotated[str, typer.Option("--into", help="The name that the result gets.")] = "",
     method: Annotated[str, typer.Option("--method", "-m")] = "cat",
     weights: Annotated[str, typer.Option(help="One per version: 1,0.5; default 1 each.")] = "",
     option: Annotated[list[str], typer.Option("--option", help="Of the method: key=value.")] = [],  # noqa: B006
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A file of stages, in place of all else.")
+    ] = None,
+    union: Annotated[
+        bool, typer.Option("--union", help="Merge versions that change different layers.")
+    ] = False,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Merge what is no LoRA as the nearest LoRA.")
+    ] = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Show what it would be; commit nothing.")
     ] = False,
@@ -188,20 +197,34 @@ def merge(  # noqa: PLR0913  (one option each)
     from clients.assignment import PluginChoice
     from orchestrator import service, views
     from orchestrator.merge_draft import draft
+    from orchestrator.merge_file import read_merge
+    from orchestrator.staged_merging import merge_in_stages
 
-    options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
     workspace = workspace_here()
-    chosen = numbers(weights) if weights else None
-    if preview:
-        made = draft(workspace, refs, PluginChoice(method, options), chosen)
-        show_preview(workspace, made, into, as_json)
-        return
-    version = service.merge(workspace, refs, PluginChoice(method, options), into, chosen)
+    if recipe is not None:
+        if refs or into or preview:
+            raise typer.BadParameter("--recipe says what is merged into what; give nothing else")
+        version = merge_in_stages(workspace, read_merge(recipe))[-1].version
+    else:
+        if not into:
+            raise typer.BadParameter("--into NAME is missing: the name that the result gets")
+        options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
+        chosen = numbers(weights) if weights else None
+        allow = service.Allow(union, convert)
+        what = PluginChoice(method, options)
+        if preview:
+            made = draft(workspace, refs or [], what, chosen, allow)
+            show_preview(workspace, made, into, as_json)
+            return
+        version = service.merge(workspace, refs or [], what, into, chosen, allow)
     found = workspace.store.version(version)
     if as_json:
         print_json(views.version_json(found))
-    else:
-        out.print(f"{found.names[-1]}  {version}")
+        return
+    out.print(f"{found.names[-1]}  {version}", highlight=False)
+    for what_is, share in sorted(found.metrics.items()):
+        if "/" not in what_is or what_is.startswith("converted"):
+            out.print(f"{what_is:<24}{share:.4f}", highlight=False)
 
 
 @app.command()

@@ -10,22 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from clients.assignment import PluginChoice
+from clients.shifts import SHIFT
 from orchestrator.config import BadConfig, find_plugin
-from orchestrator.merging import (
-    check_alike,
-    common_stack,
-    merged_heads,
-    split_head,
-    stacked,
-    task_vector,
-)
+from orchestrator.merge_parts import Allow, Parts, parts_of
+from orchestrator.merging import merged_heads, split_head, stacked, task_vector
 from orchestrator.recipes import merge_recipe
-from orchestrator.signing import admitted
 from orchestrator.workspace import Workspace
 from storage.lineage import Parent, Version
 from storage.store import AdapterStore
 from strategies.base import Tensors
 from strategies.terms import Measured
+from strategies.whole import as_layers, from_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +30,8 @@ class Draft:
     Attributes:
         parts: the merged versions, in the order given.
         weights: one for each.
-        vectors: what each part itself changes, without a head.
+        vectors: what each part itself changes, without a head, as low-rank layers: changes of whole
+            parameters as columns.
         tensors: of the merge.
         recipe: of the merge.
         metrics: what the merge measured of itself.
@@ -64,6 +60,12 @@ class Draft:
             aliases=(),
         )
 
+    @property
+    def merged(self) -> dict[str, Tensor]:
+        """What comes of ``vectors``, likewise without a head and as low-rank layers."""
+        own = split_head(self.tensors)[0]
+        return as_layers(own, [name for name in own if SHIFT in name])
+
     def effective(self, store: AdapterStore) -> dict[str, Tensor]:
         """Return what it does when it is used: what lies underneath and itself as one, and head."""
         below = [task_vector(store, store.version(ref)) for ref in self.recipe["stack"]]
@@ -85,6 +87,7 @@ def draft(
     refs: Sequence[str],
     method: PluginChoice,
     weights: Sequence[float] | None = None,
+    allow: Allow = Allow(),  # noqa: B008  (frozen)
 ) -> Draft:
     """Return the merge of versions; nothing is written.
 
@@ -93,36 +96,60 @@ def draft(
         refs: at least two versions of one base model.
         method: the merge and its options.
         weights: one per version; by default 1 for each, so that task adapters add up.
+        allow: what else may be: different layers, what must be converted.
 
     Raises:
+        BadConfig: if there are not two versions, or not a weight for each.
         BadMerge: if they do not belong together.
         Unsigned: if the signature policy does not let one be loaded.
         UnknownPlugin, BadOptions: if the merge is unknown or wrongly set.
     """
-    store = workspace.store
-    if len(refs) < 2:
-        raise BadConfig("a merge needs at least two versions")
-    chosen = list(weights or [1.0] * len(refs))
-    if len(chosen) != len(refs):
-        raise BadConfig(f"give one weight per version: {len(refs)} versions, {len(chosen)} weights")
     plugin = find_plugin("merge", method.name)
-    options = plugin.check(method.options)
-    versions = [admitted(workspace, ref) for ref in refs]
-    check_alike(versions, refs)
-    stack = common_stack(versions)
-    vectors = [task_vector(store, v) for v in versions]
-    adapter = plugin.build(vectors, chosen, **options)
-    head = merged_heads([split_head(store.tensors(v.id))[1] for v in versions], versions, chosen)
+    chosen = PluginChoice(plugin.name, plugin.check(method.options))
+    given = list(weights or [1.0] * len(refs))
+    if len(given) != len(refs):
+        raise BadConfig(f"give one weight per version: {len(refs)} versions, {len(given)} weights")
+    return draft_of(workspace, parts_of(workspace, refs, allow), chosen, given, allow.rank)
+
+
+def draft_of(
+    workspace: Workspace,
+    parts: Parts,
+    method: PluginChoice,
+    weights: Sequence[float],
+    rank: int | None = None,
+) -> Draft:
+    """Return the merge of what versions change.
+
+    Args:
+        workspace: where the versions are.
+        parts: what they change.
+        method: the merge and its options, all of them.
+        weights: one per version.
+        rank: what of :class:`orchestrator.merge_parts.Allow` what was converted was cut to.
+
+    Raises:
+        BadOptions: if the method cannot merge these.
+    """
+    versions, store = parts.versions, workspace.store
+    merged = find_plugin("merge", method.name).build(parts.vectors, weights, **method.options)
+    heads = [split_head(store.tensors(v.id))[1] for v in versions]
+    recipe = merge_recipe(
+        {v.id: v.recipe for v in versions},
+        {v.id: w for v, w in zip(versions, weights, strict=True)},
+        method,
+        parts.stack,
+        {v: {"from": one.method, "rank": rank} for v, one in parts.converted.items()},
+    )
+    kept = {f"converted_energy/{v[:12]}": one.energy for v, one in parts.converted.items()}
     return Draft(
-        parts=tuple(versions),
-        weights=tuple(chosen),
-        vectors=tuple(vectors),
-        tensors={**adapter, **head},
-        recipe=merge_recipe(
-            {v.id: v.recipe for v in versions},
-            {v.id: w for v, w in zip(versions, chosen, strict=True)},
-            PluginChoice(plugin.name, options),
-            stack,
-        ),
-        metrics=adapter.metrics if isinstance(adapter, Measured) else {},
+        parts=versions,
+        weights=tuple(weights),
+        vectors=parts.vectors,
+        tensors={
+            **from_layers(merged, parts.shapes),
+            **merged_heads(heads, versions, weights),
+        },
+        recipe={**recipe, "adapter": dict(parts.adapter)},
+        metrics={**(merged.metrics if isinstance(merged, Measured) else {}), **kept},
     )

@@ -15,6 +15,9 @@ from strategies.base import Tensors
 from strategies.base import beneath as kept_beneath
 from strategies.merges.cat import cat
 
+MERGEABLE = frozenset({"low-rank", "low-rank-and-shifts"})
+"""What an adapter is, so that its changes are a vector that can be merged as it is."""
+
 
 class BadMerge(ValueError):
     """These versions cannot be merged."""
@@ -146,8 +149,13 @@ def common_stack(versions: Sequence[Version]) -> tuple[str, ...]:
     return left[0]
 
 
-def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
+def check_alike(versions: Sequence[Version], refs: Sequence[str], convert: bool = False) -> None:
     """Refuse versions that do not belong together.
+
+    Args:
+        versions: at least one.
+        refs: what they were called, for messages.
+        convert: whether what is no plain product is to be converted, and so not refused.
 
     Raises:
         BadMerge: naming the first two that differ, and in what.
@@ -177,9 +185,12 @@ def check_alike(versions: Sequence[Version], refs: Sequence[str]) -> None:
                 f"{refs[versions.index(longest)]} and {ref} have different label sets: "
                 f"{_short(most)} and {_short(labels)}; the longest must begin with the others"
             )
-        if "low-rank" not in adapter_of(version).capabilities:
+        if not convert and not MERGEABLE & adapter_of(version).capabilities:
             name = recipe["adapter"]["name"]
-            raise BadMerge(f"{ref} is a {name} adapter, which is not a plain product B A")
+            raise BadMerge(
+                f"{ref} is a {name} adapter, which is not a plain product B A; --convert merges "
+                "the LoRA that is nearest to it, and says how near"
+            )
 
 
 def merged_heads(

@@ -11,7 +11,6 @@ from orchestrator.backends.base import Backend
 from orchestrator.gate_file import GateFile, parse_gate
 from orchestrator.gate_suite import Scored, scored, scored_draft
 from orchestrator.merge_draft import Draft
-from orchestrator.merging import split_head
 from orchestrator.workspace import Workspace
 from storage.gates import Gates
 from strategies.disagreement import LayerConflict, conflicts
@@ -76,7 +75,7 @@ def preview(
         PrivateData: if the suite has data of a client.
         DataNotFound: if a data set of it is not there.
     """
-    measured = captured_energy(made.vectors, made.weights, split_head(made.tensors)[0])
+    measured = captured_energy(made.vectors, made.weights, made.merged)
     gate = suite_of(workspace, into)
     parents = [version.id for version in made.parts]
     scores: Sequence[Scored] = ()

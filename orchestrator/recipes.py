@@ -95,6 +95,7 @@ def merge_recipe(
     weights: Mapping[str, float],
     method: PluginChoice,
     stack: Sequence[str],
+    converted: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the recipe of a merge.
 
@@ -103,6 +104,7 @@ def merge_recipe(
         weights: by id.
         method: the merge and its options.
         stack: versions that stay frozen underneath the result.
+        converted: of those that were merged as the nearest LoRA, by id: from what, at which rank.
     """
     first = max(parts.values(), key=lambda recipe: len(recipe["model"]["labels"]))
     labels = first["model"]["labels"]
@@ -121,6 +123,7 @@ def merge_recipe(
         "private": all(recipe["private"] for recipe in parts.values()),
         "libraries": libraries(),
         "updates": [],
+        **({"converted": {k: dict(v) for k, v in converted.items()}} if converted else {}),
     }
 
 

@@ -28,6 +28,7 @@ from orchestrator.importing import import_adapter
 from orchestrator.launch import make_plan
 from orchestrator.lease import driver_name
 from orchestrator.merge_draft import draft
+from orchestrator.merge_parts import Allow
 from orchestrator.observers.of_run import observers_of
 from orchestrator.provenance import (
     Ancestry,
@@ -61,6 +62,7 @@ from orchestrator.workspace import Workspace, open_workspace
 from storage.ledger import Queueing, RunRecord
 
 __all__ = [
+    "Allow",
     "Ancestry",
     "AsLora",
     "BadDiff",
@@ -233,6 +235,7 @@ def merge(
     method: PluginChoice,
     into: str,
     weights: Sequence[float] | None = None,
+    allow: Allow = Allow(),  # noqa: B008  (frozen)
 ) -> str:
     """Merge versions into a new version of name ``into`` and return its id.
 
@@ -242,12 +245,13 @@ def merge(
         method: the merge and its options.
         into: the name that the result gets.
         weights: one per version; by default 1 for each, so that task adapters add up.
+        allow: what else may be: different layers, what must be converted.
 
     Raises:
         BadMerge: if they do not belong together.
         Unsigned: if the signature policy does not let one be loaded.
         UnknownPlugin, BadOptions: if the merge is unknown or wrongly set.
     """
-    version = draft(workspace, refs, method, weights).commit(workspace)
+    version = draft(workspace, refs, method, weights, allow).commit(workspace)
     workspace.store.name(into, version)
     return version

@@ -20,7 +20,7 @@ from orchestrator.config import RunConfig
 from orchestrator.coordinator import Driving, claim, drive
 from orchestrator.federation import Observe
 from orchestrator.launch import anchored
-from orchestrator.service import merge, submit
+from orchestrator.service import Allow, merge, submit
 from orchestrator.signing import admitted
 from orchestrator.steering import requeue
 from orchestrator.stream import STREAM, TASK, Stage, Stream, parse_stream
@@ -171,7 +171,9 @@ def settle(workspace: Workspace, stream: Stream) -> list[Step]:
         if step.result is None:
             weights = list(_weights(stream, trained).values())
             assert stream.merge is not None
-            merged = merge(workspace, trained, stream.merge, stream.name, weights)
+            merged = merge(
+                workspace, trained, stream.merge, stream.name, weights, Allow(union=True)
+            )
             found[number] = replace(step, result=merged)
         elif step.result not in named:
             workspace.store.name(stream.name, step.result)

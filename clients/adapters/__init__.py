@@ -28,7 +28,9 @@ class Adapter(Protocol):
         """What is true of the method, proven by its contract test.
 
         ``low-rank``: its delta is exactly ``scaling * B @ A`` of what :meth:`factored` returns, so
-        it can be stacked and merged; ``merge``: it can be folded into the base weights;
+        it can be stacked and merged; ``low-rank-and-shifts``: its delta is that and the changes of
+        whole parameters (:mod:`clients.shifts`), so that it can be merged; ``merge``: it can be
+        folded into the base weights;
         ``dp-taps``, ``dp-hooks``, ``dp-vmap`` or ``dp-alone``: the first engine of
         :mod:`clients.per_example` that gives its exact per-example gradients, whichever of its
         tensors train; without any it is refused under DP;

@@ -54,8 +54,8 @@ class Lora(PeftLora):
             adapted layers) or ``all``.
         modules_to_save: names, as in ``target_modules``, of modules whose parameters all train too,
             such as ``LayerNorm``. Of these and of biases the *change* is part of the adapter, see
-            :mod:`clients.shifts`; it is no product, so such an adapter is neither stacked nor
-            merged.
+            :mod:`clients.shifts`; it is no product, so such an adapter is not stacked; a
+            merge sums it entry by entry.
     """
 
     init: str = "kaiming"
@@ -83,7 +83,10 @@ class Lora(PeftLora):
     def capabilities(self) -> frozenset[str]:
         """What is true of the method and of how it starts."""
         own = self.method.capabilities | init_of(self.init).traits
-        return own - LOW_RANK | {"merge", "dp-vmap"} if self._shifts else own
+        if not self._shifts:
+            return own
+        more = {"low-rank-and-shifts"} if "low-rank" in own else set()
+        return own - LOW_RANK | {"merge", "dp-vmap"} | more
 
     @property
     def _shifts(self) -> bool:
