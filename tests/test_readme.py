@@ -168,6 +168,7 @@ def timed(paths: list[Path]) -> list[Any]:
         "sweeps.md",
         "continual.md",
         "serving.md",
+        "deploying.md",
     }
     return [pytest.param(p, marks=[pytest.mark.slow] * (p.name in long)) for p in paths]
 
