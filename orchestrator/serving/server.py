@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # what imports web libraries is imported where they are neede
 
 LINGER_S = 1.0
 """Seconds for which requests are still taken after the signal to end."""
+KEEP_ALIVE_S = 75
+"""Seconds that a connection may be silent: longer than clients keep theirs in a pool."""
 _UNBOUNDED = 1 << 20  # tokens, where a model's config names no limit
 
 
@@ -219,12 +223,28 @@ def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[]
         access_log=False,
         server_header=False,
         lifespan="off",
+        timeout_keep_alive=KEEP_ALIVE_S,
         http="h11",
         ws="none",
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
+    with _outliving_signals():
+        try:
+            Server(config).run(sockets=[listening])
+        finally:
+            listening.close()
+            ended()
+
+
+@contextmanager
+def _outliving_signals() -> Iterator[None]:
+    """Let the signal that ended uvicorn, which raises it again, not end what is left to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
-        Server(config).run(sockets=[listening])
+        yield
     finally:
-        listening.close()
-        ended()
+        for one, handler in before.items():
+            signal.signal(one, handler)
