@@ -11,8 +11,8 @@ held-out rows; the score is the mean over tasks of the accuracy on test rows amo
 labels.
 
 *Time.* One layer ``[d, d]`` and adapters of rank 16 in float32, merged by weft and by PEFT's
-``add_weighted_adapter``, once, each in a process of its own of one thread: the processor's seconds, which
-others do not lengthen by waiting, and the memory that it adds at its peak.
+``add_weighted_adapter``, once, each in a process of its own of one thread: the processor's seconds,
+which others do not lengthen by waiting, and the memory that it adds at its peak.
 mergekit needs dense checkpoints and its own pins of torch and transformers: it is not measured.
 """
 
@@ -230,7 +230,7 @@ def factors(size: int, adapters: int) -> list[dict[str, torch.Tensor]]:
 
 
 def timed(side: str, method: str, size: int, adapters: int) -> dict[str, float]:
-    """Return processor seconds and megabytes of one merge, by ``weft`` or ``peft``, in this process."""
+    """Return processor seconds and megabytes of one merge, by ``weft`` or ``peft``."""
     torch.set_num_threads(1)
     parts, weights = factors(size, adapters), [0.5] * adapters
     if side == "weft":
