@@ -209,7 +209,8 @@ def test_a_merge_of_adapters_on_different_layers_can_be_scored(home, tiny, notes
     for name, layer in (("low", 0), ("high", 1)):
         adapter = {"name": "lora", "r": 2, "layers": [layer], "rank_pattern": {"query": 1}}
         service.launch(home, tiny(name=name, adapter=adapter))
-    service.merge(home, ["low", "high"], PluginChoice("cat"), "both")
+    allow = service.Allow(union=True)
+    service.merge(home, ["low", "high"], PluginChoice("cat"), "both", allow=allow)
 
     scored = service.evaluate(home, "both", DataSpec(notes()))
 
