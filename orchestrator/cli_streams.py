@@ -85,7 +85,7 @@ def stream_extend(
     else:
         known = recorded(workspace, stream)
         old = [one.name for one in known.tasks]
-        tasks = [*known.document["tasks"], read_document(task, "weft stream init")]
+        tasks = [*known.document["tasks"], read_document(task, "docs/continual.md shows one")]
         wanted = parse_stream({**known.document, "tasks": tasks}, str(task))
     names = [one.name for one in wanted.tasks]
     if names[: len(old)] != old:

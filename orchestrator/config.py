@@ -324,12 +324,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_config(read_document(path), overrides)
 
 
-def read_document(path: str | Path, writer: str = "weft init") -> dict[str, Any]:
+def read_document(path: str | Path, hint: str = "weft init writes one") -> dict[str, Any]:
     """Return the mapping in a YAML file, unchecked.
 
     Args:
         path: the file's.
-        writer: the command that writes such a one.
+        hint: how to come by such a one.
 
     Raises:
         BadConfig: if there is none.
@@ -338,7 +338,7 @@ def read_document(path: str | Path, writer: str = "weft init") -> dict[str, Any]
     try:
         document = yaml.safe_load(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise BadConfig(f"there is no file {file}; {writer} writes one") from None
+        raise BadConfig(f"there is no file {file}; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadConfig(f"{file} cannot be read ({error})") from None
     except yaml.YAMLError as error:

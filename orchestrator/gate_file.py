@@ -176,7 +176,7 @@ def read_gate(path: str | Path) -> GateFile:
     Raises:
         BadConfig: if there is none, or with a line for each mistake.
     """
-    found = parse_gate(read_document(path), str(path))
+    found = parse_gate(read_document(path, "docs/deploying.md shows one"), str(path))
     suite = {
         name: one.model_copy(update={"data": data.absolute(one.data)})
         for name, one in found.suite.items()

@@ -77,7 +77,7 @@ def read_merge(path: str | Path) -> MergeFile:
     Raises:
         BadConfig: with a line for each mistake.
     """
-    return parse_merge(read_document(path), str(path))
+    return parse_merge(read_document(path, "docs/merging.md shows one"), str(path))
 
 
 def parse_merge(document: Mapping[str, Any], where: str) -> MergeFile:

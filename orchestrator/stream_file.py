@@ -145,7 +145,7 @@ def read_stream(path: str | Path) -> dict[str, Any]:
         BadConfig: if there is no such file, or it is no mapping.
     """
     file = Path(path)
-    document = dict(read_document(file, "weft stream init"))
+    document = dict(read_document(file, "weft stream init writes one"))
     base = document.get("base")
     return (
         {**document, "base": read_document(file.parent / base)}

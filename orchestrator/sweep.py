@@ -77,7 +77,7 @@ def load_sweep(path: str | Path) -> tuple[str, list[Point]]:
     """
     file = Path(path)
     try:
-        sweep = Sweep.model_validate(read_document(file))
+        sweep = Sweep.model_validate(read_document(file, "docs/sweeps.md shows one"))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise BadConfig("\n".join(f"{file}: {line}" for line in lines)) from None
