@@ -60,7 +60,7 @@ def serve_aliases(
         place: where and how.
         limits: what it takes on.
         keys: who may ask.
-        listening: told the address, once it answers.
+        listening: told the address, once whoever asks there is answered.
 
     Raises:
         ServingUnavailable: if a package is not installed.
@@ -112,5 +112,6 @@ def serve_aliases(
             announcer.end()
 
         app = create_app(face, keys, patience)
+        socket.listen(server.BACKLOG)  # who comes before the first answer waits for it
         listening(address)
         server.run(app, socket, limits.drain_s, ended)

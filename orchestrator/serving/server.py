@@ -35,6 +35,8 @@ LINGER_S = 1.0
 """Seconds for which requests are still taken after the signal to end."""
 KEEP_ALIVE_S = 75
 """Seconds that a connection may be silent: longer than clients keep theirs in a pool."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
 _UNBOUNDED = 1 << 20  # tokens, where a model's config names no limit
 
 
@@ -223,6 +225,7 @@ def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[]
         access_log=False,
         server_header=False,
         lifespan="off",
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         http="h11",
         ws="none",

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import sys
 import threading
 
@@ -36,9 +37,11 @@ def test_a_signal_under_load_ends_the_server_when_all_that_was_begun_is_answered
             super().__init__(config)
             servers.append(self)
 
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            up.set()
+    def listening(address):
+        url = httpx.URL(address)
+        socket.create_connection((url.host, url.port)).close()  # from now on nobody is turned away
+        addresses.append(address)
+        up.set()
 
     monkeypatch.setattr(uvicorn, "Server", Kept)
     running = threading.Thread(
@@ -49,7 +52,7 @@ def test_a_signal_under_load_ends_the_server_when_all_that_was_begun_is_answered
             Place(port=0, device="cpu"),
             Limits(batch=2),
             ApiKeys(),
-            addresses.append,
+            listening,
         ),
     )
     running.start()
