@@ -205,6 +205,26 @@ class Engine:
             self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._answer()
+        except Exception:
+            _LOG.exception("the thread that runs the model failed; nothing is answered any more")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Leave nobody waiting for a thread that is not there any more."""
+        with self._changed:
+            self._closing = self._stopped = True
+            calls, self._calls = self._calls, deque()
+            left = [*self._running.values(), *self._waiting]
+            self._running.clear(), self._waiting.clear()
+        for _, done in calls:
+            done.set_exception(Stopping("the engine has ended"))
+        for job in left:
+            job.tell(Broken("stopped"))
+
+    def _answer(self) -> None:
         while self._pause():
             self._run_calls()
             self._give_up()
@@ -215,8 +235,6 @@ class Engine:
             if self._worker.num_running:
                 self._tell(self._tried(self._worker.step))
         self._run_calls()
-        for job in [*self._running.values(), *self._waiting]:
-            job.tell(Broken("stopped"))
 
     def _pause(self) -> bool:
         """Wait until there is something to do; return whether to go on."""

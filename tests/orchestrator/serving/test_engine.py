@@ -180,3 +180,20 @@ def test_an_engine_that_ends_at_once_says_so_to_everybody(engine, steps):
     steps.let(1)
     closing.join(LONG)
     assert [box.last() for box in boxes] == [Broken("stopped")] * 3
+
+
+def test_an_engine_that_fails_itself_leaves_nobody_waiting(engine, steps, caplog):
+    def cancel(keys):
+        raise RuntimeError("out of memory again")
+
+    steps.cancel, steps.breaks = cancel, True
+    boxes = [submit(engine, 5)[1] for _ in range(3)]
+    steps.let(1)
+    assert [box.last() for box in boxes] == [Broken("stopped")] * 3
+    with pytest.raises(Stopping):
+        submit(engine)
+    with pytest.raises(Stopping):
+        engine.call(list)
+    engine.close()
+    assert not engine.is_alive
+    assert "nothing is answered any more" in caplog.text
