@@ -9,13 +9,17 @@ from random import Random
 import torch
 from torch import Tensor
 
+COLDEST = 1e-5
+"""Below it a temperature is as good as 0, and logits over it would be infinite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a sequence's tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above, logits are divided by it.
+        temperature: below :data:`COLDEST` the likeliest token is taken; above, logits are divided
+            by it.
         top_p: in (0, 1]: only the likeliest tokens that together have this probability.
         seed: the same seed and prompt give the same tokens, whatever else is in the batch, as far
             as rounding does; None draws a new one.
@@ -42,7 +46,7 @@ def choose(logits: Tensor, wanted: Sequence[Sampling], sources: Sequence[Random]
         sources: random numbers, by sequence.
     """
     tokens = logits.argmax(dim=-1)
-    drawn = [i for i, one in enumerate(wanted) if one.temperature > 0]
+    drawn = [i for i, one in enumerate(wanted) if one.temperature >= COLDEST]
     if not drawn:
         return tokens
 
@@ -58,6 +62,6 @@ def choose(logits: Tensor, wanted: Sequence[Sampling], sources: Sequence[Random]
     ordered = ordered.masked_fill(before >= kept, 0.0)  # the first always stays: nothing before it
     total = ordered.cumsum(dim=-1)
     passed = (total <= numbers * total[:, -1:]).sum(dim=-1, keepdim=True)
-    last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
+    last = ((ordered > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # none > 0: NaN, top-p ~ 0
     tokens[drawn] = places.gather(1, torch.minimum(passed, last)).squeeze(1)
     return tokens

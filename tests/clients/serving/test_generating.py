@@ -162,6 +162,13 @@ def test_a_temperature_sharpens_and_zero_takes_the_likeliest():
     assert drawn[-1] == 0
 
 
+@pytest.mark.parametrize("way", [Sampling(1e-42), Sampling(1.0, 1e-60), Sampling(1e-60, 1e-60)])
+def test_the_coldest_and_the_narrowest_sampling_take_the_likeliest_and_harm_nobody(way):
+    logits = torch.tensor([[1.0, 30.0, -2.0], [0.0, 0.0, 50.0], [float("nan")] * 3])
+    ways = [way, Sampling(1.0), Sampling(1.0)]
+    assert choose(logits, ways, [one.source() for one in ways])[:2].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("text", ["déjà vu, 東京 🙂 done", "plain words"])
 def test_what_is_said_in_pieces_is_the_text_in_whole_characters(decoder, text):
     ids = decoder.tokenizer(text)["input_ids"]
