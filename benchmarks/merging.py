@@ -204,9 +204,18 @@ def accuracy(bench: Bench) -> list[Row]:
     single = {}
     for task, ref in zip(bench.tasks, refs, strict=True):
         single[task] = bench.scores(ref, "test")[task]
-    rows = [Row("single-task adapters", None, single)]  # the two that no merge competes with
-    rows.append(Row("joint training", None, bench.scores(bench.train("joint"), "test")))
-    return [*rows, *(bench.merged(name) for name in MERGES.names()), bench.searched()]
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.method}: {row.mean:.3f} {row.note}", file=sys.stderr, flush=True)
+
+    add(Row("single-task adapters", None, single))  # the two that no merge competes with
+    add(Row("joint training", None, bench.scores(bench.train("joint"), "test")))
+    for name in MERGES.names():
+        add(bench.merged(name))
+    add(bench.searched())
+    return rows
 
 
 def _labels(facts: Any, task: str) -> list[str]:
