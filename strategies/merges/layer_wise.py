@@ -7,6 +7,7 @@ multiplies that layer's change before the merge, so that every method takes them
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def layer_wise(
         What that merge returns.
 
     Raises:
-        BadMerge: if a pattern fits no layer or has not a number for each adapter, and as the merge.
+        BadMerge: if a pattern fits no layer or has not a finite number for each adapter, and as
+            the merge.
         UnknownPlugin, BadOptions: if there is no such merge, or it has no such options.
     """
     from strategies.merges import MERGES  # this is one of them
@@ -58,6 +60,8 @@ def layer_wise(
                 f"layers has {len(numbers)} numbers for {pattern!r} and there are {len(adapters)} "
                 "adapters; give one for each"
             )
+        if not all(map(math.isfinite, numbers)):
+            raise BadMerge(f"the numbers of {pattern!r} must be finite, got {list(numbers)}")
         if not fnmatch.filter(names, pattern):
             raise BadMerge(
                 f"no layer is called like {pattern!r}; there are {names[0]!r} and "

@@ -1,5 +1,7 @@
 """Layer-wise weights, for any merge."""
 
+import math
+
 import pytest
 from torch.testing import assert_close
 
@@ -34,6 +36,7 @@ def test_the_method_and_its_options_are_those_that_are_given(adapters, products)
     [
         ({"layers": {"*.quary": [1.0, 1.0]}}, "no layer is called like '\\*.quary'; there are"),
         ({"layers": {"*.query": [1.0]}}, "1 numbers for '\\*.query' and there are 2 adapters"),
+        ({"layers": {"*.query": [1.0, math.inf]}}, "of '\\*.query' must be finite, got"),
         ({"layers": {}, "method": "ties", "options": {"densety": 1}}, "did you mean 'density'"),
     ],
 )
