@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from clients import data
 from orchestrator.config import NAME, BadConfig, PluginField, read_document
+from orchestrator.merge_search import HIGHEST, LOWEST
 from orchestrator.policy import Strict
 
 _STAGE = r"^[a-z0-9][a-z0-9_-]{0,30}$"
@@ -59,6 +60,16 @@ class Stage(Strict):
     union: bool = False
     convert: bool = False
     rank: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _begins_within_bounds(self) -> Stage:
+        for part in self.of if self.search else ():
+            if not LOWEST <= part.weight <= HIGHEST:
+                raise ValueError(
+                    f"{part.ref!r} has weight {part.weight:g}, and weights are looked for between "
+                    f"{LOWEST:g} and {HIGHEST:g}; give one to begin with from there"
+                )
+        return self
 
 
 class MergeFile(Strict):

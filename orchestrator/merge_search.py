@@ -7,6 +7,7 @@ which is flat between steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from orchestrator.merge_draft import Draft, draft_of
 from orchestrator.merge_parts import Parts
 from orchestrator.versions import EvaluationFailed, using
 from orchestrator.workspace import Workspace
+from strategies.plugins import BadOptions
 
 LOWEST, HIGHEST = -1.0, 2.0
 """Between what a weight is looked for."""
@@ -108,12 +110,13 @@ def searched_merge(
 ) -> Draft:
     """Return the merge of the weights at which its loss on public data is lowest.
 
+    Weights that the method cannot merge, and those whose merge has no finite loss, are passed over.
     Its metrics tell ``search_loss_before``, with the weights ``start``, ``search_loss_after`` and
     ``search_trials``. The weights are in its recipe, and all that its bytes depend on.
 
     Raises:
         BadOptions: as :func:`orchestrator.merge_draft.draft_of`, of the start.
-        EvaluationFailed: if a merge cannot be scored.
+        EvaluationFailed: if a merge cannot be scored, or that of the start has no finite loss.
     """
     used = looking.backend or InlineBackend()
 
@@ -121,9 +124,19 @@ def searched_merge(
         return draft_of(workspace, parts, method, weights, looking.rank)
 
     def loss(weights: Sequence[float]) -> float:
-        return _loss(workspace, made(weights), looking.data, used) if any(weights) else float("inf")
+        try:
+            one = made(weights)
+        except BadOptions:
+            return math.inf
+        return _loss(workspace, one, looking.data, used)
 
+    made(start)
     found = search(loss, start, looking.trials)
+    if not math.isfinite(found.first):
+        raise EvaluationFailed(
+            f"the merge that the search begins with has no finite loss on {looking.data.uri}; give "
+            "data of labels that all versions know, or other weights to begin with"
+        )
     best = made(found.weights)
     told = {
         "search_loss_before": found.first,
@@ -137,7 +150,7 @@ def _loss(workspace: Workspace, made: Draft, data: DataSpec, backend: Backend) -
     wanted = using(workspace, made.version, made.effective(workspace.store), data)
     for result in complete(backend, [wanted], 3600.0, lambda a: None):
         if isinstance(result, Evaluation):
-            return result.metrics["loss"]
+            return result.metrics.get("loss", math.inf)
         if isinstance(result, Failure):
             raise EvaluationFailed(f"the merge cannot be scored: {result.reason}")
     raise EvaluationFailed("the merge was not scored")

@@ -6,14 +6,17 @@ import yaml
 from torch.testing import assert_close
 
 from clients.assignment import DataSpec, PluginChoice
-from orchestrator import service
+from orchestrator import merge_search, service
 from orchestrator.config import BadConfig
+from orchestrator.merge_draft import draft_of
 from orchestrator.merge_file import parse_merge
 from orchestrator.merge_parts import Allow, parts_of
 from orchestrator.merge_search import Looking, search, searched_merge
 from orchestrator.merging import BadMerge
 from orchestrator.recipes import round_recipe
 from orchestrator.staged_merging import merge_in_stages
+from orchestrator.versions import EvaluationFailed
+from strategies.plugins import BadOptions
 from strategies.tensors import lora_layers
 
 STAGES = {
@@ -74,6 +77,10 @@ def test_a_file_that_runs_again_makes_nothing_new(named):
         ({"name": "without"}, "two stages are called 'without'"),
         ({"search": "jsonl:/x.jsonl"}, "is not known to be public, and weights that are found on"),
         ({"search": {"data": "builtin:parameter-types", "trails": 9}}, r"mean 'trials'\?"),
+        (
+            {"of": ["one", {"ref": "two", "weight": 3}], "search": "builtin:parameter-types"},
+            r"stages\.0: 'two' has weight 3, and weights are looked for between -1 and 2; give one",
+        ),
     ],
 )
 def test_mistakes_are_told_with_what_was_meant(change, message):
@@ -134,6 +141,38 @@ def test_weights_that_are_looked_for_lower_the_loss_and_are_in_the_recipe(home, 
     assert all(torch.equal(made.tensors[n], t) for n, t in stored.items())
     scored = service.evaluate(home, again, looking.data)
     assert scored.metrics["loss"] == pytest.approx(told["search_loss_after"])
+
+
+def test_a_search_passes_over_weights_that_cannot_be_merged(named, monkeypatch):
+    tried = []
+
+    def refusing(workspace, parts, method, weights, rank=None):
+        tried.append(weights[1])
+        if weights[1] < 0:
+            raise BadOptions("these cancel")
+        return draft_of(workspace, parts, method, weights, rank)
+
+    monkeypatch.setattr(merge_search, "draft_of", refusing)
+    monkeypatch.setattr(merge_search, "_loss", lambda workspace, made, *_: made.weights[1])
+    parts = parts_of(named, ["one", "two"], Allow())
+    looking = Looking(DataSpec("builtin:parameter-types"), trials=20)
+    made = searched_merge(named, parts, PluginChoice("cat", {}), [0.5, 0.5], looking)
+    assert min(tried) < 0 <= made.weights[1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        ([0.0, 0.0], BadOptions, "nothing to merge"),
+        ([1.0, 1.0], EvaluationFailed, "begins with has no finite loss on jsonl:/x.jsonl; give"),
+    ],
+)
+def test_a_search_that_cannot_begin_says_why(named, monkeypatch, start, error, message):
+    monkeypatch.setattr(merge_search, "_loss", lambda *args: float("inf"))
+    parts = parts_of(named, ["one", "two"], Allow())
+    looking = Looking(DataSpec("jsonl:/x.jsonl"), trials=3)
+    with pytest.raises(error, match=message):
+        searched_merge(named, parts, PluginChoice("cat", {}), start, looking)
 
 
 def test_the_command_line_merges_by_a_file_and_refuses_what_does_not_go_with_it(
