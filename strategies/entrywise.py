@@ -63,7 +63,7 @@ def merged_entrywise(
     """Return the adapter nearest to what is chosen.
 
     Needs ``min(out, in)²`` numbers of memory where that is at most 1024² or no rank is asked for,
-    and else those of a block and ``(out + in) (rank + 16)``.
+    and else those of a block; and ``(out + in) (rank + 16)`` besides, of the rank that is kept.
 
     Args:
         layers: as :func:`strategies.terms.merge_terms` returns them.
@@ -232,7 +232,9 @@ def _nearest(
         gram = torch.zeros(side, side, dtype=torch.float64)
         for _, block in blocks():
             gram += block.T @ block
-        directions = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :limit]
+        squares, directions = (t.flip(-1) for t in torch.linalg.eigh(gram))
+        wanted = _number(squares.clamp(min=0), float(gram.trace()), limit, energy)
+        directions = directions[:, : min(side, wanted + 1)]  # one more than rounding can ask for
     else:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(side, limit + _SPARE, generator=generator, dtype=torch.float64)

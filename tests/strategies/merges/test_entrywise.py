@@ -129,3 +129,24 @@ def test_a_layer_too_large_for_its_gram_matrix_gets_nearly_the_nearest_product(
     whole = magnitude_prune(adapters, [1.0] * 3, rank=60)
     change = (products(whole)["q"] - products(found)["q"]).norm() / products(whole)["q"].norm()
     assert 1 - float(change) ** 2 == pytest.approx(share, abs=1e-5)
+
+
+def test_a_share_of_the_energy_is_found_without_the_whole_product(monkeypatch, make_adapter):
+    """Neither the product nor anything of its size is decomposed: what is kept, and one more."""
+    adapters = [make_adapter(seed, head=False, layers={"q": (50, 40)}) for seed in (1, 2)]
+    exact = magnitude_prune(adapters, [1.0, 1.0], density=0.5, rank=40)
+    sizes, real = [], torch.linalg.svd
+
+    def watched(matrix, **options):
+        sizes.append(matrix.shape)
+        return real(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    found = magnitude_prune(adapters, [1.0, 1.0], density=0.5, energy=0.6)
+    rank = len(found["q.lora_A.weight"])
+    assert 1 < rank < 20
+    assert sizes == [(50, rank + 1)]
+    squares = exact["q.lora_B.weight"].double().square().sum(0)
+    shares = squares.cumsum(0) / squares.sum()
+    assert shares[rank - 2] < 0.6 <= shares[rank - 1]
+    assert found.metrics["captured_energy"] == pytest.approx(float(shares[rank - 1]), abs=1e-5)
