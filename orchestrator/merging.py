@@ -199,7 +199,8 @@ def merged_heads(
     """Return one head that takes each label's row from the versions that learned it.
 
     A row learned by several is their weighted mean, without those that another of them was stacked
-    on: it went on from their row. One learned by none is that of the version with most labels.
+    on: it went on from their row; and without those that are taken away by a negative weight, if
+    any is added. One learned by none is that of the version with most labels.
     """
     if not heads or not heads[0]:
         return {}
@@ -210,9 +211,10 @@ def merged_heads(
         merged = first.clone()
         for index, label in enumerate(labels):
             owners = _owners(label, versions)
-            total = sum(weights[i] for i in owners)
-            if owners and total != 0:
-                parts = [heads[i][name][index].double() * weights[i] for i in owners]
+            owners = [i for i in owners if weights[i] > 0] or owners
+            total = sum(abs(weights[i]) for i in owners)
+            if total > 0:
+                parts = [heads[i][name][index].double() * abs(weights[i]) for i in owners]
                 merged[index] = (torch.stack(parts).sum(dim=0) / total).to(first.dtype)
         rows[name] = merged
     return rows

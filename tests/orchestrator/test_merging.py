@@ -68,12 +68,15 @@ def test_a_row_that_several_learned_is_their_weighted_mean(learned):
     assert heads[0]["head.weight"].sum() == 0  # the arguments stay as they are
 
 
-def test_rows_whose_weights_cancel_are_the_first_version_s(learned):
+@pytest.mark.parametrize(
+    ("weights", "row"), [((1.0, -0.9), 1.0), ((-1.0, 1.0), 5.0), ((-1.0, -1.0), 3.0), ((0, 0), 1.0)]
+)
+def test_a_version_that_is_taken_away_leaves_rows_to_those_that_are_added(learned, weights, row):
     heads = [{"head.bias": torch.ones(4)}, {"head.bias": torch.full((4,), 5.0)}]
 
-    merged = merged_heads(heads, learned(LABELS, LABELS), [1.0, -1.0])
+    merged = merged_heads(heads, learned(LABELS, LABELS), weights)
 
-    assert merged["head.bias"].tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(merged["head.bias"], torch.full((4,), row))
 
 
 @pytest.mark.parametrize("order", [1, -1])
