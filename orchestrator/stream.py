@@ -27,8 +27,8 @@ from orchestrator.stream_file import (
     anchored_stream,
     read_stream,
 )
-from strategies import STRATEGIES
-from strategies.base import Strategy, starts_of
+from orchestrator.stream_refusals import strategy_of, stream_problem
+from strategies.base import starts_of
 from strategies.plugins import BadOptions, UnknownPlugin
 
 STREAM, TASK = "stream", "task"
@@ -170,12 +170,10 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
     stages = _stages(file, base, sets)
     configs = [_checked(stage, where) for stage in stages]
     start = file.method.start or _natural_start(configs[-1])
-    for key, problem in (
-        ("router", _router_problem(file, start, configs[-1])),
-        ("head", _head_problem(file, configs[-1])),
-    ):
-        if problem:
-            raise BadConfig(f"{where}: {key}: {problem}")
+    merge = _merge(file.method.merge, where)
+    problem = stream_problem(file, start, configs, merge)
+    if problem:
+        raise BadConfig(f"{where}: {problem}")
     return Stream(
         name=file.name,
         document=anchored,
@@ -186,48 +184,9 @@ def parse_stream(document: Mapping[str, Any], where: str = "the stream") -> Stre
         library=_recycles(configs[-1]) if file.method.library is None else file.method.library,
         metric=_metric(file, configs[-1], where),
         general=_general(file, configs[-1].task, where),
-        merge=_merge(file.method.merge, where),
+        merge=merge,
         merge_weight=_merge_weight(file.method, start),
     )
-
-
-def _head_problem(file: StreamFile, config: RunConfig) -> str:
-    """Return why a stream's head could not do what is asked of it, or empty."""
-    tested = any(task.evaluate is not None for task in file.tasks)
-    if tested and (config.head == "personal" or "personal" in _strategy(config).capabilities):
-        return (
-            "a part of each version stays at the clients, so that none can be scored; leave "
-            "evaluate out, or train without"
-        )
-    if config.head == "freeze" and any(task.labels for task in file.tasks):
-        return (
-            "with head: freeze the rows of labels that tasks bring would stay as they were drawn; "
-            "use head: train, or declare the labels in the base alone"
-        )
-    return ""
-
-
-def _router_problem(file: StreamFile, start: str, config: RunConfig) -> str:
-    """Return why a router has nothing to choose from, or empty."""
-    routed = [task.router is not None for task in file.tasks]
-    if not any(routed):
-        return ""
-    metric = file.metric or config.metrics[0]
-    if metric in LOWER_IS_BETTER:
-        instead = " or ".join(ANSWERS) if config.task == "causal-lm" else config.metrics[0]
-        return (
-            f"each input is answered by one of several adapters, and answers have no {metric}, by "
-            f"which this stream is measured; give metric: {instead}, or leave it out"
-        )
-    if start not in ("fresh", "isolated"):
-        return (
-            f"with start: {start} one adapter answers for all tasks, and there is none to choose; "
-            "use method: isolated or fresh, or leave it out"
-        )
-    if not all(routed):
-        lacking = next(task.name for task in file.tasks if task.router is None)
-        return f"task {lacking!r} has none, so that nothing would be sent to it; give all or none"
-    return ""
 
 
 def _merge(chosen: Choice | None, where: str) -> PluginChoice | None:
@@ -292,20 +251,14 @@ def _natural_start(config: RunConfig) -> str:
             REGULARIZERS.get(one.name).build(**one.options).starts
             for one in plugins["regularizers"]
         ),
-        starts_of(_strategy(config)),
+        starts_of(strategy_of(config)),
     ]
     return next((one for one in wanted if one != "continue"), "continue")
 
 
-def _strategy(config: RunConfig) -> Strategy:
-    chosen = config.checked_plugins()["strategy"]
-    strategy: Strategy = STRATEGIES.get(chosen.name).build(**chosen.options)
-    return strategy
-
-
 def _recycles(config: RunConfig) -> bool:
     """Return whether the strategy makes something of the versions before."""
-    return "recycles" in _strategy(config).capabilities
+    return "recycles" in strategy_of(config).capabilities
 
 
 def _declared(base: Mapping[str, Any], where: str) -> Sequence[str]:

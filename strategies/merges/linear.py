@@ -18,6 +18,7 @@ from strategies.terms import BadMerge, Term, merge_terms, merged_factors
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
 WEIGHTS = "sums"
+ONE_ROW_SPACE: Mapping[str, Any] = {}
 
 
 def linear(adapters: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:

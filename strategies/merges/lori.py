@@ -22,6 +22,7 @@ from strategies.terms import BadMerge, Measured, Term, merge_terms, merged_facto
 
 MEAN_OPTIONS: Mapping[str, Any] = {}
 WEIGHTS = "sums"
+ONE_ROW_SPACE: Mapping[str, Any] = {"form": "linear"}
 
 
 def lori(

@@ -51,7 +51,12 @@ def whole(request, driver, left, tiny_encoder, tmp_path_factory) -> Whole:
     folder = tmp_path_factory.mktemp(request.param)
     own = {
         "memories": {"start": "continue", "regularizers": ["ewc", "si", "replay"]},
-        "merges": {"start": "isolated", "merge": "linear", "merge_weight": "mean"},
+        "merges": {
+            "start": "isolated",
+            "strategy": "ffa-lora",
+            "merge": "linear",
+            "merge_weight": "mean",
+        },
     }
     routed = request.param == "merges"
     document = {

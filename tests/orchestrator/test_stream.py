@@ -194,6 +194,25 @@ def test_a_router_that_could_not_choose_is_refused(file, router, method, message
         parse_stream(file(*tasks, method=method))
 
 
+LORI = {"name": "lori", "form": "linear"}
+
+
+@pytest.mark.parametrize("merge", ["linear", LORI])
+@pytest.mark.parametrize("strategy", ["fedavg", "rolora"])
+def test_a_merge_over_one_a_of_tasks_that_each_train_theirs_is_refused(file, merge, strategy):
+    method = {"start": "isolated", "strategy": strategy, "merge": merge}
+    with pytest.raises(BadConfig, match=r"method\.merge: .* share the row space of A, and here"):
+        parse_stream(file(method=method))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "merge"), [("ffa-lora", "linear"), ("ffa-lora", LORI), ("fedavg", "svd")]
+)
+def test_a_merge_goes_with_a_frozen_a_or_does_not_need_one(file, strategy, merge):
+    stream = parse_stream(file(method={"start": "isolated", "strategy": strategy, "merge": merge}))
+    assert stream.merge is not None
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
