@@ -218,7 +218,8 @@ class Engine:
             self._closing = self._stopped = True
             calls, self._calls = self._calls, deque()
             left = [*self._running.values(), *self._waiting]
-            self._running.clear(), self._waiting.clear()
+            self._running.clear()
+            self._waiting.clear()
         for _, done in calls:
             done.set_exception(Stopping("the engine has ended"))
         for job in left:
