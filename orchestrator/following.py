@@ -101,7 +101,7 @@ def lines(found: Following) -> list[str]:
 
 
 def _serves(one: Follower) -> str:
-    return one.version[:12] if one.version else "nothing yet"
+    return one.version[:12] if one.version else "what it has not said"
 
 
 def _follower_json(one: Follower) -> dict[str, Any]:

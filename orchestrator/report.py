@@ -101,6 +101,8 @@ def gate_line(evidence: Mapping[str, Any] | None) -> str:
     """Return what a gate found of a move, in a line."""
     if evidence is None:
         return "-"
+    if "damaged" in evidence:
+        return "damaged; look at weft fsck"
     failed = [f"{c['check']} {c['subject']}" for c in evidence["checks"] if not c["passed"]]
     found = f"failed: {', '.join(failed)}" if failed else "passed"
     forced = evidence.get("forced")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from storage import schema
-from storage.canonical import canonical_json, read_json
+from storage.canonical import RecordCorrupt, canonical_json, read_json
 from storage.database import writing
 from storage.lineage import yanked_now
 from storage.refs import UnknownVersion, check_name, pointed_at, quoted, resolve
-from storage.schema import named_versions, promotions, yanks
+from storage.schema import followers, named_versions, promotions, yanks
 
 ANYWHERE = "*"
 """As what an alias is expected to point at: whatever it does."""
@@ -51,6 +51,7 @@ class AliasMove:
         why: as the mover says; may be empty.
         created_at: when, UTC.
         evidence: what a gate found of the version, and who overrode it, JSON; None without a gate.
+            Only ``damaged``, a sentence, where it cannot be read any more.
     """
 
     number: int
@@ -175,6 +176,19 @@ class Aliases:
         """Return the moves of ``name@alias``, newest first; empty if it never was."""
         with self._engine.connect() as connection:
             return _log(connection, name, alias)[::-1]
+
+    def usable(self, name: str, ref: str) -> str:
+        """Return the id of a version that an alias of ``name`` may be pointed at.
+
+        Raises:
+            UnknownVersion: if ``ref`` is no version, or none of ``name``.
+            AmbiguousRef: as :meth:`storage.store.AdapterStore.resolve`.
+            YankedVersion: if it is yanked.
+        """
+        with self._engine.connect() as connection:
+            version = resolve(connection, ref)
+            _check_usable(connection, name, version)
+        return version
 
     def pointing(self, name: str, alias: str) -> str | None:
         """Return the id of the version that ``name@alias`` points at, or None."""
@@ -331,10 +345,17 @@ def _log(
     found: list[AliasMove] = []
     for row in reversed(connection.execute(query).all()):
         before = found[-1].version if found else None
-        kept = None if row.evidence is None else read_json(row.evidence, "a gate's evidence")
-        facts = (row.version, row.who, row.why, row.created_at, kept)
+        facts = (row.version, row.who, row.why, row.created_at, _evidence(row.evidence))
         found.append(AliasMove(row.number, row.kind, before, *facts))
     return found
+
+
+def _evidence(text: str | None) -> dict[str, Any] | None:
+    """Return what is kept of a gate; where it is damaged that, since a rollback must not fail."""
+    try:
+        return None if text is None else read_json(text, "a gate's evidence")
+    except RecordCorrupt as error:
+        return {"damaged": str(error)}
 
 
 def _append(
@@ -344,6 +365,14 @@ def _append(
     moment = datetime.now(UTC)
     facts = (made.version, made.who, made.why, moment, made.evidence)
     move = AliasMove(number, made.kind, before, *facts)
+    if before != made.version:
+        # who said so before may have gone on to another version since, and must say it again
+        stale = (
+            followers.c.name == name,
+            followers.c.alias == alias,
+            followers.c.version == made.version,
+        )
+        connection.execute(update(followers).where(*stale).values(version=None))
     evidence = None if made.evidence is None else canonical_json(made.evidence, "evidence")
     connection.execute(
         insert(promotions).values(

@@ -8,7 +8,9 @@ The contract of a server, whatever it serves with:
    :class:`UnknownFollower`, register again: people may have forgotten it.
 3. Once *no request can be answered by another version any more* (the new one is loaded, switched
    to, and the old one drained), :meth:`Followers.confirm` that version; with ``problem`` where it
-   cannot serve the version that the alias points at, and which one it goes on with.
+   cannot serve the version that the alias points at, and which one it goes on with. While several
+   answer, confirm None. Say it again with every few heartbeats: when an alias is moved back to a
+   version, what was said of that version before counts no more.
 4. When it ends by itself, :meth:`Followers.forget`.
 
 What it serves is its own decision: ``AdapterStore.pointing(name, alias)`` says where the alias
@@ -56,7 +58,8 @@ class Follower:
         name: whose alias.
         alias: which.
         url: where it answers.
-        version: id of the version that alone it answers with since it said so; None before that.
+        version: id of the version that alone it answers with since it said so; None before that,
+            while it changes, and since the alias was moved back to that version.
         problem: why it does not serve what the alias points at, as it last said, or None.
         lease_s: seconds for which a word from it counts.
         registered_at: when it registered, UTC.

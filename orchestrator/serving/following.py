@@ -194,14 +194,14 @@ class Follower:
         _LOG.info("%s is answered by %s", pointer, loaded.version)
 
     def _say(self, pointer: str) -> None:
-        """Report what answers for an alias, once nothing else does."""
+        """Report what answers for an alias; while several versions do, none."""
         now = self._shelf.pointers().get(pointer)
         trouble = self._troubles.get(pointer)
-        what: _Said | None = (now.version if now else None, trouble.reason if trouble else None)
+        # as long as older answers are under way, no version alone answers
+        alone = now.version if now and self._shelf.is_drained(pointer) else None
+        what: _Said = (alone, trouble.reason if trouble else None)
         said, said_at = self._said.get(pointer, (None, 0.0))
-        if not self._shelf.is_drained(pointer):
-            what = said  # as long as older answers are under way, nothing new is true
-        if what is not None and (what != said or time.monotonic() - said_at >= self.repeat_s):
+        if what != said or time.monotonic() - said_at >= self.repeat_s:
             self._report(pointer, *what)
             self._said[pointer] = what, time.monotonic()
 

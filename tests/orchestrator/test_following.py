@@ -116,6 +116,22 @@ def test_who_moves_the_alias_on_ends_the_wait(workspace, bot, servers, meanwhile
     assert [one.server for one in found.behind] == ["a"]
 
 
+def test_what_was_said_of_a_version_before_the_alias_left_it_counts_no_more(
+    workspace, bot, servers
+):
+    servers.register("c", "http://c", [("bot", "staging")])
+    servers.confirm("c", "bot", "staging", bot[1])
+    service.rollback(workspace, "bot@production")
+    service.promote(workspace, *BOT, bot[1])  # by now they may answer with the first
+
+    assert [one.server for one in following.following(workspace, BOT, bot[1]).behind] == ["a", "b"]
+    servers.confirm("a", *BOT, bot[1])
+    service.promote(workspace, *BOT, bot[1])  # goes nowhere
+    found = following.following(workspace, BOT, bot[1])
+    assert [one.server for one in found.confirmed] == ["a"]
+    assert following.following(workspace, ("bot", "staging"), bot[1]).is_complete
+
+
 def test_servers_of_another_alias_are_not_asked(workspace, bot, servers):
     servers.register("c", "http://c", [("bot", "staging"), ("cat", "production")])
     assert len(following.following(workspace, BOT, bot[1]).confirmed) == 2

@@ -87,6 +87,20 @@ def test_the_evidence_stays_with_the_move(store, moved):
     assert move.evidence["gate"] == {"number": 1, "digest": row.digest}
 
 
+@pytest.mark.parametrize("damaged", ["nothing", "[]", '{"a":'])
+def test_damaged_evidence_keeps_no_alias_where_it_is(engine, store, moved, damaged):
+    second = store.commit({"w": torch.ones(1)}, parents={}, recipe={"round": 2})
+    store.name("bot", second)
+    store.promote("bot", "production", second, who="ada", why="")
+    with writing(engine) as connection:
+        connection.execute(update(promotions).values(evidence=damaged))
+
+    assert store.rollback("bot", "production", who="ada", why="").version == moved[1].version
+    assert store.promote("bot", "production", second, who="ada", why="").version == second
+    found = store.promotions("bot", "production")
+    assert [list(move.evidence or ()) for move in found] == [[], [], ["damaged"], ["damaged"]]
+
+
 def test_gates_and_evidence_are_in_a_backup(engine, blobs, moved, tmp_path):
     back_up(engine, blobs, tmp_path / "copy")
     there = open_database(f"sqlite:///{tmp_path}/there/weft.db")
