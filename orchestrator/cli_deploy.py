@@ -196,10 +196,10 @@ def gate_set(name: str, file: Path, why: Why = "", as_json: JsonFlag = False) ->
     """Give NAME a gate: its evaluation suite, and what is asked for each alias."""
     import getpass
 
-    from orchestrator import gating
     from orchestrator.gate_file import read_gate
+    from orchestrator.gate_setting import set_gate
 
-    row = gating.set_gate(workspace_here(), name, read_gate(file), getpass.getuser(), why)
+    row = set_gate(workspace_here(), name, read_gate(file), getpass.getuser(), why)
     _show_gate(row, as_json)
 
 

@@ -118,7 +118,7 @@ def promote_as(
     if intent.force is not None and not intent.force.strip():
         raise NoReason("a gate is overridden for a reason, got none; say it with --reason")
     expected = store.resolve(intent.seen) if intent.seen else store.pointing(name, alias)
-    version = store.resolve(ref)
+    version = store.usable(name, ref)  # before anything is evaluated
     evidence = _evidence(workspace, pointer, version, intent)
     who = getpass.getuser()
     move = store.promote(

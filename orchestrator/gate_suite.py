@@ -6,17 +6,18 @@ has measured under the same name on the same records is not measured again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clients import data
 from clients.assignment import Assignment, DataSpec
 from clients.evaluate import Evaluation
 from clients.weights import ModelNotFound
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.gate_file import GateFile, TestData
+from orchestrator.gate_setting import refuse_private
 from orchestrator.growing import is_beginning
 from orchestrator.merge_draft import Draft
 from orchestrator.merging import NotAModel
@@ -25,17 +26,12 @@ from orchestrator.stream import Task
 from orchestrator.suite import TIMEOUT_S, column, prefix, with_labels
 from orchestrator.versions import EvaluationFailed, use, using
 from orchestrator.workspace import Workspace
-from storage.ledger import Ledger
 from storage.lineage import Version
 
 Scores = Mapping[str, Mapping[str, float]]
 """Metrics by data set; ``num_examples`` is among them."""
 
 _UNUSABLE = (NotAModel, EvaluationFailed, ModelNotFound, Unsigned)
-
-
-class PrivateData(ValueError):
-    """A suite has data of a client, whose scores would tell of them without being charged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +55,6 @@ class Scored:
             "scores": {name: dict(found) for name, found in self.scores.items()},
             "problems": dict(self.problems),
         }
-
-
-def refuse_private(suite: Mapping[str, TestData], ledger: Ledger) -> None:
-    """Refuse a suite that holds the data of a client that are not public.
-
-    What a model scores on someone's data tells of them, and no ε counts it. Recognised are a
-    client's own files, by their place and by their content.
-
-    Raises:
-        PrivateData: naming the data set and the client.
-        DataNotFound, BadDataURI: if a data set is not there.
-    """
-    owners: dict[str, str] = {}
-    for record in ledger.clients():
-        if not record.public:
-            for uri in data.parts_of(record.data):
-                owners[data.absolute(uri)] = record.name
-                if data.is_there(uri):
-                    owners[data.content_of(uri)] = record.name
-    for name, one in suite.items():
-        for uri in data.parts_of(one.data):
-            for known in (data.absolute(uri), data.content_of(uri)):
-                if known in owners:
-                    raise PrivateData(
-                        f"the suite's {name!r} has the data of client {owners[known]!r}, and scores"
-                        " on them tell of them without being counted in any ε; give data that were "
-                        "held back for this, or register the client with --public if they are"
-                    )
 
 
 def scored(
@@ -157,8 +125,8 @@ def scored_draft(
         if isinstance(result, Failure):
             problems[result.client] = result.reason
         elif isinstance(result, Evaluation):
-            count = {"num_examples": float(result.num_examples)}
-            scores[result.client] = {**result.metrics, **count}
+            scores[result.client], lost = _finite(result)
+            problems |= {result.client: lost} if lost else {}
     return Scored("", scores, problems)
 
 
@@ -189,9 +157,21 @@ def _measure(
         if isinstance(result, Failure):
             yield version.id, task.name, result.reason
         elif isinstance(result, Evaluation):
-            values = {**result.metrics, "num_examples": float(result.num_examples)}
+            values, lost = _finite(result)
             before = prefix(task)
             workspace.store.record_metrics(version.id, {before + k: v for k, v in values.items()})
+            if lost:
+                yield version.id, task.name, lost
+
+
+def _finite(found: Evaluation) -> tuple[dict[str, float], str]:
+    """Return the scores that are numbers, with the count, and which are none; no bound holds NaN.
+
+    A model that overflows has such a loss, or perplexity.
+    """
+    values = {key: value for key, value in found.metrics.items() if math.isfinite(value)}
+    lost = [f"{key} is {found.metrics[key]}" for key in found.metrics if key not in values]
+    return {**values, "num_examples": float(found.num_examples)}, ", ".join(lost)
 
 
 def _scores(workspace: Workspace, version: str, tasks: Iterable[Task]) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from orchestrator.bases import base_of
 from orchestrator.config import BadConfig
 from orchestrator.epsilons import composed
 from orchestrator.gate_checks import Check, Cost, Size
-from orchestrator.gate_file import EVERY, Asked, Ceiling, GateFile, SignatureCheck, parse_gate
-from orchestrator.gate_suite import PrivateData, refuse_private, scored
+from orchestrator.gate_file import EVERY, Asked, Ceiling, SignatureCheck, parse_gate
+from orchestrator.gate_setting import PrivateData, gate_for
+from orchestrator.gate_suite import scored
 from orchestrator.merging import NotAModel, effective
 from orchestrator.signing import keys
 from orchestrator.workspace import Workspace
-from storage.gates import GateRow, Gates
+from storage.gates import GateRow
 from storage.lineage import Version
 from storage.signatures import SignatureStore
 from strategies.spends import PrivacySpend
@@ -69,32 +70,6 @@ class Decision:
             "passed": self.passed,
             "checks": [check.to_json() for check in self.checks],
         }
-
-
-def set_gate(workspace: Workspace, name: str, gate: GateFile, who: str, why: str = "") -> GateRow:
-    """Give a name a gate from now on; its history keeps the one before.
-
-    Raises:
-        BadName: if the name cannot be one.
-        PrivateData: if the suite has data of a client.
-        DataNotFound, BadDataURI: if a data set is not there.
-    """
-    refuse_private(gate.suite, workspace.ledger)
-    document = gate.model_dump(mode="json", exclude_defaults=True)
-    return Gates(workspace.engine).set(name, document, who=who, why=why)
-
-
-def gate_for(workspace: Workspace, name: str, alias: str) -> tuple[GateRow, Asked] | None:
-    """Return a name's gate and what it asks for an alias; None where it asks nothing.
-
-    Raises:
-        BadConfig: if the gate that is kept cannot be read.
-    """
-    row = Gates(workspace.engine).find(name)
-    if row is None or row.document is None:
-        return None
-    asked = parse_gate(row.document, f"the gate of {name}").asked(alias)
-    return None if asked is None else (row, asked)
 
 
 def check(

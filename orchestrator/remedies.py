@@ -16,6 +16,7 @@ from orchestrator import gate_checks, gating
 from orchestrator.deploying import GateFailed, Intent, promote_as
 from orchestrator.gate_checks import Check
 from orchestrator.gate_file import LOWER_IS_BETTER, Asked, GateFile
+from orchestrator.gate_setting import gate_for
 from orchestrator.gate_suite import Scored, scored, scored_draft
 from orchestrator.merge_draft import Draft, draft
 from orchestrator.merging import BadMerge, NotAModel
@@ -70,11 +71,11 @@ def promote_or_remedy(
         GateFailed: if no remedy passes either; it says what was tried, and nothing was moved.
         UnknownVersion, YankedVersion, AliasMoved: as :func:`orchestrator.deploying.promote`.
     """
-    decision = gating.check(workspace, pointer, ref, intent.sign)
+    version = workspace.store.usable(pointer[0], ref)  # a merge would pass on what was yanked
+    decision = gating.check(workspace, pointer, version, intent.sign)
     there = None if decision is None else decision.against
     if decision is None or decision.passed or there is None:
         return promote_as(workspace, pointer, ref, intent)
-    version = workspace.store.resolve(ref)
     found = list(_tried(workspace, pointer, (version, there)))
     for one in sorted((r for r in found if r.made), key=lambda r: -r.quality):
         assert one.made is not None  # it was just filtered
@@ -93,8 +94,12 @@ def _tried(
     workspace: Workspace, pointer: tuple[str, str], pair: tuple[str, str]
 ) -> Iterator[_Remedy]:
     """Yield each merge of a version with the one there is, as the suite found it."""
-    found = gating.gate_for(workspace, *pointer)
+    found = gate_for(workspace, *pointer)
     gate = suite_of(workspace, pointer[0])
+    yanked = workspace.store.version(pair[1]).yanked
+    if yanked is not None:
+        yield _Remedy("merge", f"cannot be: the version there is now is yanked ({yanked})")
+        return
     assert found is not None  # somebody was refused by it
     assert gate is not None  # as before
     asked = found[1]

@@ -9,13 +9,17 @@ import torch
 import yaml
 from sqlalchemy import select
 
-from clients.assignment import DataSpec
+from clients import models
+from clients.adapters import ADAPTERS
+from clients.assignment import DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
 from clients.reading import wanted
 from orchestrator import cli
 from orchestrator.backends.base import Failure
+from orchestrator.bases import remember_base
 from orchestrator.config import parse_config
 from orchestrator.plan import Participant, Plan, Start
+from orchestrator.recipes import import_recipe
 from orchestrator.service import open_workspace
 from storage.ledger import ClientRecord
 from storage.schema import kept_updates
@@ -23,6 +27,7 @@ from strategies.base import Update
 from strategies.tensors import lora_layers
 
 LABELS = ("cat", "dog", "model", "rank")
+LABELS_OF = {"classification": ("cat", "dog", "model"), "token-classification": ("O", "B-T", "I-T")}
 SMALL = {
     "name": "task-1",
     "labels": ["cat", "dog", "model", "rank"],
@@ -369,6 +374,34 @@ class Imagined:
 
     def close(self):
         pass
+
+
+@pytest.fixture
+def publish(workspace, tiny_decoder, tiny_encoder):
+    """Return a function that commits a version with random tensors and names it."""
+
+    def make(name, seed=0, kind="causal-lm", base=None, seen=None, **options):
+        folder = base or (tiny_decoder if kind == "causal-lm" else tiny_encoder)
+        targets = ["q_proj", "v_proj"] if kind == "causal-lm" else ["query", "value"]
+        labels = LABELS_OF.get(kind, ())
+        spec = ModelSpec(str(folder), kind, labels=labels, max_length=16)
+        spec = ModelSpec(
+            str(folder), kind, labels=labels, max_length=16, hash=models.base_hash(spec)
+        )
+        remember_base(workspace, spec)
+        choice = PluginChoice("lora", {"r": 2, "target_modules": targets, **options})
+        tensors = models.shapes(spec, ADAPTERS.get("lora").build(**choice.options))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {
+            key: torch.randn(shape, generator=generator) if shape else torch.tensor(1.0)
+            for key, shape in tensors.items()
+        }
+        recipe = import_recipe(spec, choice, seen or labels, {"seed": seed}, None)
+        version = workspace.store.commit(drawn, parents={}, recipe=recipe)
+        workspace.store.name(name, version)
+        return version
+
+    return make
 
 
 @pytest.fixture

@@ -3,16 +3,19 @@
 import getpass
 import json
 import socket
+from dataclasses import replace
 
 import pytest
-import torch
 import yaml
 
-from clients.assignment import DataSpec
+from clients import worker
+from clients.assignment import DataSpec, PluginChoice
 from orchestrator import deploying, gating, service, signing
 from orchestrator.config import BadConfig
 from orchestrator.gate_file import parse_gate, read_gate
-from orchestrator.gate_suite import PrivateData, task_of
+from orchestrator.gate_setting import PrivateData, set_gate
+from orchestrator.gate_suite import scored_draft, task_of
+from orchestrator.merge_draft import draft
 from orchestrator.suite import prefix
 from storage.aliases import NoReason
 from storage.gates import Gates
@@ -48,7 +51,7 @@ def gate(workspace, suite):
 
     def give(**asked):
         document = {"suite": suite, "aliases": {"production": asked}}
-        return gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+        return set_gate(workspace, "bot", parse_gate(document), "ada")
 
     return give
 
@@ -128,7 +131,7 @@ def test_an_alias_of_which_nothing_is_asked_moves(workspace, gate, deployed):
 
 def test_every_other_alias_is_asked_what_the_star_asks(workspace, suite, deployed):
     document = {"suite": suite, "aliases": {"*": FALLS, "dev": {}}}
-    gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+    set_gate(workspace, "bot", parse_gate(document), "ada")
     assert gating.check(workspace, BOT, "bot:v2").failed
     assert gating.check(workspace, ("bot", "dev"), "bot:v2").checks == ()
 
@@ -159,7 +162,7 @@ def test_a_client_s_own_data_are_no_suite(workspace, notes, gate, bot, tmp_path)
     copied = notes("copied")
     document = {"suite": {"copy": copied}, "aliases": {"*": {"tasks": {"tau": 0.1}}}}
     with pytest.raises(PrivateData, match="'copy' has the data of client 'north'"):
-        gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+        set_gate(workspace, "bot", parse_gate(document), "ada")
 
 
 def test_data_that_became_a_client_s_are_not_scored_any_more(workspace, notes, gate, deployed):
@@ -263,22 +266,81 @@ def test_a_signed_move_covers_its_evidence(workspace, gate, deployed):
     assert signing.signers(workspace, "bot@production")["alias"] is None
 
 
-def test_versions_are_evaluated_where_nothing_is_measured(workspace, tiny, notes):
-    config = tiny(
-        name="bot",
-        clients={"simulate": {"data": notes("train"), "by": "column", "column": "ward"}},
-    )
-    version = service.launch(workspace, config)
-    document = {
-        "suite": {"mail": notes("held")},
-        "aliases": {"*": {"metrics": {"mail": {"loss": {"at_most": 0.0}}}}},
-    }
-    gating.set_gate(workspace, "bot", parse_gate(document), "ada")
-    (found,) = gating.check(workspace, BOT, version).checks
-    measured = service.evaluate(workspace, version, DataSpec(document["suite"]["mail"]))
+def tagged(path):
+    """A file of tagged words, some of them marked."""
+    rows = [
+        {"tokens": ["the", "private", "data"], "tags": ["O", "B-T", "I-T"]},
+        {"tokens": ["a", "cat", "learns"], "tags": ["O", "B-T", "O"]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data": f"jsonl:{path}", "fields": {"text": "tokens", "label": "tags"}}
 
-    assert found.found == found.short == pytest.approx(measured.metrics["loss"])
-    assert torch.isfinite(torch.tensor(found.found))
+
+def prompted(path):
+    """A file of prompts and their answers."""
+    rows = [
+        {"prompt": "the private", "completion": "data"},
+        {"prompt": "a cat", "completion": "learns a"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data": f"jsonl:{path}", "generate": 2}
+
+
+def labelled(path):
+    """A file of labelled texts."""
+    rows = [{"text": name, "label": name} for name in ("cat", "dog")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data": f"jsonl:{path}"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "metrics"),
+    [
+        ("classification", labelled, ("accuracy", "loss")),
+        ("token-classification", tagged, ("accuracy", "entity_f1", "loss")),
+        ("causal-lm", prompted, ("loss", "perplexity", "bits_per_byte", "exact_match")),
+    ],
+)
+def test_versions_are_evaluated_where_nothing_is_measured(
+    workspace, publish, tmp_path, kind, write, metrics
+):
+    version = publish("bot", kind=kind)
+    test = write(tmp_path / "held.jsonl")
+    bounds = {metric: {"at_most": -1.0} for metric in metrics}
+    document = {"suite": {"mail": test}, "aliases": {"*": {"metrics": {"mail": bounds}}}}
+    set_gate(workspace, "bot", parse_gate(document), "ada")
+    found = {one.subject: one.found for one in gating.check(workspace, BOT, version).failed}
+
+    spec = DataSpec(test["data"], test.get("fields", {}))
+    measured = service.evaluate(workspace, version, spec).metrics
+    assert {f"mail {metric}" for metric in metrics} == found.keys()
+    assert 0 <= found.get("mail exact_match", 0.0) <= 1  # `weft eval` asks for no answers
+    for metric in measured.keys() & {*metrics}:
+        assert found[f"mail {metric}"] == pytest.approx(measured[metric])
+
+
+@pytest.mark.parametrize("worth", [float("nan"), float("inf")])
+def test_what_is_no_number_passes_no_bound(workspace, publish, tmp_path, monkeypatch, worth):
+    version = publish("bot", kind="causal-lm")
+    good = publish("bot", seed=1, kind="causal-lm")
+    test = prompted(tmp_path / "held.jsonl")
+    asked = {"metrics": {"mail": {"perplexity": {"at_most": 1e9}}}}
+    document = {"suite": {"mail": test}, "aliases": {"*": asked}}
+    set_gate(workspace, "bot", parse_gate(document), "ada")
+    evaluated = worker.evaluate
+
+    def overflowing(assignment, *args):
+        found = evaluated(assignment, *args)
+        return replace(found, metrics={**found.metrics, "perplexity": worth})
+
+    monkeypatch.setattr(worker, "evaluate", overflowing)
+    for _ in range(2):  # measured, and as it was kept
+        (found,) = gating.check(workspace, BOT, version).failed
+        assert found.said.startswith("cannot be checked: perplexity ")
+    merged = draft(workspace, [version, good], PluginChoice("cat", {}))
+    own = scored_draft(workspace, parse_gate(document), merged)
+    assert own.problems == {"mail": f"perplexity is {worth}"}
+    assert "perplexity" not in own.scores["mail"]
 
 
 # --- the file and the command line ------------------------------------------------------------

@@ -4,27 +4,26 @@ import pytest
 import torch
 
 from clients.assignment import DataSpec, PluginChoice
-from orchestrator import gating, service
+from orchestrator import service
 from orchestrator.gate_file import parse_gate
+from orchestrator.gate_setting import set_gate
 from orchestrator.merge_draft import draft
 from orchestrator.previewing import preview
+from tests.orchestrator.conftest import LABELS_OF
 
 
 @pytest.fixture
-def trained(workspace, tiny, notes):
-    """Two versions of bot, trained from different seeds."""
-    simulate = {"data": notes("train"), "by": "column", "column": "ward"}
-    return [
-        service.launch(
-            workspace, tiny(name="bot", seed=seed, rounds=1, clients={"simulate": simulate})
-        )
-        for seed in (1, 2)
-    ]
+def trained(publish):
+    """Two versions of bot."""
+    return [publish("bot", seed, kind="classification") for seed in (1, 2)]
 
 
 def test_a_preview_is_what_the_merge_is_then(workspace, trained, notes, read):
-    document = {"suite": {"mail": notes("held", shift=2)}, "aliases": {"*": {}}}
-    gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+    document = {
+        "suite": {"mail": notes("held", labels=LABELS_OF["classification"])},
+        "aliases": {"*": {}},
+    }
+    set_gate(workspace, "bot", parse_gate(document), "ada")
     before = [version.id for version in workspace.store.versions()]
 
     merge = ("merge", *trained, "--into", "bot", "--method", "cat", "--weights", "0.5,0.5")

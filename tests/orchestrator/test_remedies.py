@@ -1,53 +1,60 @@
 """What does not pass a gate may pass it merged with the version there is."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from clients.assignment import DataSpec
-from orchestrator import deploying, gating, remedies, service
+from orchestrator import deploying, remedies, service
 from orchestrator.gate_file import parse_gate
+from orchestrator.gate_setting import set_gate
+from orchestrator.merging import split_head
 from orchestrator.remedies import promote_or_remedy
+from storage.aliases import YankedVersion
+from storage.refs import UnknownVersion
+from tests.orchestrator.conftest import LABELS_OF
 
 BOT = ("bot", "production")
 MERGED = ("cat", "svd", "magmax")
-WRONG = {"cat": "dog", "dog": "model", "model": "rank", "rank": "cat"}
 
 
 @pytest.fixture
-def loss(workspace, notes):
-    return lambda ref: service.evaluate(workspace, ref, DataSpec(notes("held"))).metrics["loss"]
+def held(notes):
+    return notes("held", labels=LABELS_OF["classification"])
 
 
 @pytest.fixture
-def gate(workspace, notes):
+def loss(workspace, held):
+    return lambda ref: service.evaluate(workspace, ref, DataSpec(held)).metrics["loss"]
+
+
+@pytest.fixture
+def gate(workspace, held):
     """Returns a function that asks for a loss on the held-back data."""
 
     def give(at_most, **more):
         asked = {"metrics": {"mail": {"loss": {"at_most": at_most}}}, **more}
-        document = {"suite": {"mail": notes("held")}, "aliases": {"production": asked}}
-        gating.set_gate(workspace, "bot", parse_gate(document), "ada")
+        document = {"suite": {"mail": held}, "aliases": {"production": asked}}
+        set_gate(workspace, "bot", parse_gate(document), "ada")
 
     return give
 
 
 @pytest.fixture
-def bot(workspace, tiny, notes, monkeypatch):
-    """bot:v1 in production, and bot:v2, which was trained on and on until it was worse."""
+def bot(workspace, publish, monkeypatch):
+    """bot:v1 in production, and bot:v2 with a head that is wrong and sure of it.
+
+    The loss is convex in the head, so that of their mean is below the mean of theirs.
+    """
     monkeypatch.setattr(remedies.MERGES, "names", lambda: MERGED)
-    simulate = {"data": notes("train"), "by": "column", "column": "ward"}
-    clients = {"clients": {"simulate": simulate}}
-    first = service.launch(workspace, tiny(name="bot", **clients))
+    first = publish("bot", kind="classification")
     service.promote(workspace, *BOT, first)
-    path = Path(notes("wrong").removeprefix("jsonl:"))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row["label"] = WRONG[row["label"]]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    clients["clients"]["simulate"] = {**simulate, "data": f"jsonl:{path}"}
-    later = tiny(name="bot", start="continue", start_from="bot:v1", steps=12, **clients)
-    return first, service.launch(workspace, later)
+    store = workspace.store
+    own, head = split_head(store.tensors(first))
+    sure = {key: -10 * value for key, value in head.items()}
+    second = store.commit({**own, **sure}, parents={}, recipe=store.version(first).recipe)
+    store.name("bot", second)
+    return first, second
 
 
 def test_the_best_merge_that_passes_is_promoted_as_a_new_version(
@@ -106,6 +113,28 @@ def test_a_merge_that_cannot_be_is_said_to_be_none(workspace, bot, gate, monkeyp
         promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
     (tried,) = refused.value.tried
     assert tried["said"].startswith("cannot be: ")
+
+
+def test_what_was_taken_out_of_use_is_merged_into_nothing(workspace, bot, gate):
+    gate(at_most=0.0)
+    service.yank(workspace, bot[1], "it holds what people never agreed to")
+    with pytest.raises(YankedVersion, match="never agreed to"):
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+
+    service.yank(workspace, bot[1], "", undo=True)
+    service.yank(workspace, bot[0], "it swears")
+    with pytest.raises(deploying.GateFailed) as refused:
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+    assert [one["said"] for one in refused.value.tried] == [
+        "cannot be: the version there is now is yanked (it swears)"
+    ]
+
+
+def test_another_name_s_version_is_no_remedy(workspace, bot, gate, publish):
+    gate(at_most=100.0)
+    publish("cat", seed=7, kind="classification")
+    with pytest.raises(UnknownVersion, match="is not a version of 'bot'"):
+        promote_or_remedy(workspace, BOT, "cat:v1", deploying.Intent())
 
 
 def test_a_gate_is_forced_or_remedied(refused):

@@ -5,48 +5,13 @@ from contextlib import asynccontextmanager, contextmanager
 
 import httpx
 import pytest
-import torch
 
-from clients import models
-from clients.adapters import ADAPTERS
-from clients.assignment import ModelSpec, PluginChoice
-from orchestrator.bases import remember_base
-from orchestrator.recipes import import_recipe
 from orchestrator.serving.app import Serving, create_app
 from orchestrator.serving.guard import Patience
 from orchestrator.serving.keys import ApiKeys
 from orchestrator.serving.server import Limits, assembled
 
 PATIENCE = Patience(body_bytes=20_000, body_s=5.0, write_s=5.0)
-LABELS = {"classification": ("cat", "dog", "model"), "token-classification": ("O", "B-T", "I-T")}
-
-
-@pytest.fixture
-def publish(workspace, tiny_decoder, tiny_encoder):
-    """Return a function that commits a version with random tensors and names it."""
-
-    def make(name, seed=0, kind="causal-lm", base=None, seen=None, **options):
-        folder = base or (tiny_decoder if kind == "causal-lm" else tiny_encoder)
-        targets = ["q_proj", "v_proj"] if kind == "causal-lm" else ["query", "value"]
-        labels = LABELS.get(kind, ())
-        spec = ModelSpec(str(folder), kind, labels=labels, max_length=16)
-        spec = ModelSpec(
-            str(folder), kind, labels=labels, max_length=16, hash=models.base_hash(spec)
-        )
-        remember_base(workspace, spec)
-        choice = PluginChoice("lora", {"r": 2, "target_modules": targets, **options})
-        tensors = models.shapes(spec, ADAPTERS.get("lora").build(**choice.options))
-        generator = torch.Generator().manual_seed(seed)
-        drawn = {
-            key: torch.randn(shape, generator=generator) if shape else torch.tensor(1.0)
-            for key, shape in tensors.items()
-        }
-        recipe = import_recipe(spec, choice, seen or labels, {"seed": seed}, None)
-        version = workspace.store.commit(drawn, parents={}, recipe=recipe)
-        workspace.store.name(name, version)
-        return version
-
-    return make
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from clients.assignment import DataSpec
 from clients.data import Batch
 from clients.task_model import TaskModel
 from orchestrator import versions
-from tests.orchestrator.serving.conftest import LABELS, ask
+from tests.orchestrator.conftest import LABELS_OF as LABELS
+from tests.orchestrator.serving.conftest import ask
 
 CATS = {"model": "cats", "prompt": "the cat sings", "max_tokens": 6, "temperature": 0}
 
