@@ -23,7 +23,7 @@ from orchestrator.cli_serve import serve
 from orchestrator.cli_store import fsck, gc, store_app
 from orchestrator.cli_streams import plot, stream_app
 from orchestrator.cli_tables import sweep
-from orchestrator.cli_vllm import deploy, deployments, gateway
+from orchestrator.cli_vllm import deploy, deployments, gateway, undeploy
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
@@ -76,6 +76,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(sign)
 app.command()(deploy)
+app.command()(undeploy)
 app.command()(deployments)
 app.command()(gateway)
 app.command()(replay)

@@ -1,4 +1,4 @@
-"""``weft deploy``, ``weft deployments`` and ``weft gateway``: versions on servers of others."""
+"""``weft deploy``, ``undeploy``, ``deployments`` and ``gateway``: versions on servers of others."""
 
 from __future__ import annotations
 
@@ -65,12 +65,13 @@ def deploy(  # noqa: PLR0913  (one option each)
     from contextlib import ExitStack, closing
     from dataclasses import asdict, replace
 
-    from orchestrator.deployments import Deployment
+    from orchestrator.deployments import Deployment, plain_url
     from orchestrator.gateway_client import RemoteGateway
     from orchestrator.rollout import Rollout
     from orchestrator.vllm import Vllm
 
     assert to == "vllm"
+    url, gateways = plain_url(url), [plain_url(one) for one in gateways]
     if follow and not gateways:
         raise typer.BadParameter("--follow switches a gateway; say which with --gateway URL")
     workspace = workspace_here()
@@ -96,6 +97,38 @@ def deploy(  # noqa: PLR0913  (one option each)
     for name in done.left:
         why = "still answering" if gateways else "no gateway says whether it is still asked"
         out.print(f"left {name}: {why}", style="dim", highlight=False, markup=False)
+
+
+def undeploy(
+    pointer: Pointer,
+    url: Annotated[str, typer.Option(help="The server's, without /v1.")],
+    api_key: KeyFile = None,
+    gateway_key: GatewayKeyFile = None,
+    drain_s: Annotated[
+        float, typer.Option("--drain-s", min=0, help="Seconds for requests to it.")
+    ] = 300.0,
+) -> None:
+    """Take an alias off a server, and off the gateways that it was deployed with."""
+    from contextlib import ExitStack, closing
+
+    from orchestrator.deployments import deployed
+    from orchestrator.gateway_client import RemoteGateway
+    from orchestrator.rollout import Rollout
+    from orchestrator.vllm import Vllm
+
+    workspace = workspace_here()
+    known = deployed(workspace.home, pointer, url)
+    with ExitStack() as ends:
+        server = ends.enter_context(closing(Vllm(known.url, _key(api_key, "VLLM_API_KEY"))))
+        key = _key(gateway_key)
+        switches = [ends.enter_context(closing(RemoteGateway(one, key))) for one in known.gateways]
+        unloaded, left = Rollout(workspace, known, server, switches, drain_s).end()
+    for name in unloaded:
+        out.print(f"unloaded {name}", highlight=False, markup=False)
+    for name in left:
+        out.print(f"left {name}: still answering", highlight=False, markup=False)
+    if left:
+        raise typer.Exit(1)
 
 
 def deployments(
@@ -151,15 +184,28 @@ def gateway(  # noqa: PLR0913  (one option each)
     """Lead requests for a name to the adapter that its alias stands for, on a vLLM server."""
     from contextlib import closing
 
-    from orchestrator.gateway import Gateway, Keys, Limits, Upstream
-    from orchestrator.gateway_server import serve
+    from orchestrator.deploying import parse_pointer
+    from orchestrator.deployments import plain_url
+
+    try:
+        from orchestrator.gateway import Gateway, Keys, Limits, Upstream
+        from orchestrator.gateway_server import serve
+    except ImportError as error:
+        from orchestrator.gateway_client import GatewayUnavailable
+
+        raise GatewayUnavailable(
+            f"weft gateway needs the package {error.name}, which is not installed; "
+            "pip install 'weft[gateway]'"
+        ) from None
     from orchestrator.key_files import read_keys
     from orchestrator.routes import Routes
     from orchestrator.vllm import Vllm
     from orchestrator.workspace import home_folder
 
-    key = _key(api_key, "VLLM_API_KEY")
-    kept = state or home_folder() / "gateway.json"
+    for pointer in pointers:
+        parse_pointer(pointer)
+    url, key = plain_url(url), _key(api_key, "VLLM_API_KEY")
+    kept = state or home_folder() / f"gateway-{port}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     routes = Routes(pointers, kept)
     made = Gateway(
@@ -218,9 +264,9 @@ def _follow(following: KeepingUp) -> None:
 
 
 def _key(path: Path | None, variable: str = "") -> str | None:
-    """Return the first key of a file, else what the environment says."""
+    """Return the first key of a file, else what the environment says; empty for none."""
     import os
 
-    from orchestrator.key_files import read_keys
+    from orchestrator.key_files import checked, read_keys
 
-    return read_keys(path)[0] if path else os.environ.get(variable)
+    return read_keys(path)[0] if path else checked(os.environ.get(variable, ""), f"${variable}")

@@ -9,8 +9,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from clients.files import write_durably
+
+
+class BadUrl(ValueError):
+    """What should be a server's url is not."""
+
+
+class NotDeployed(LookupError):
+    """Nothing is known of this alias at this server."""
+
+
+def plain_url(url: str) -> str:
+    """Return a server's url in the one way that it is written down.
+
+    Raises:
+        BadUrl: if it is none, or has more than a host, a port and a path: what is written down and
+            told to others must hold no secret.
+    """
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        raise _bad_url("what was given cannot be read as a url") from None
+    if parts.username is not None or parts.password is not None:
+        raise _bad_url("it names a user or password, which keys in files are for")
+    if not whole or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        raise _bad_url(f"got {url[:200]!r}")
+    return url.rstrip("/")
+
+
+def _bad_url(why: str) -> BadUrl:
+    return BadUrl(f"a server's url is written http://HOST:PORT or https://HOST:PORT; {why}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +76,13 @@ class Deployment:
         """What tells this deployment from all others of a home."""
         return hashlib.sha256(f"{self.pointer} {self.url}".encode()).hexdigest()[:16]
 
+    def folder_of(self, version: str) -> str:
+        """Return the name of a version's folder: another version or rank has another."""
+        return version[:16] + (f"-rank-{self.rank}" if self.rank else "")
+
     def model_of(self, version: str) -> str:
-        """Return what a version is called at the server: another version has another name."""
-        return f"{self.pointer}:{version[:16]}"
+        """Return what a version is called at the server: what is another adapter has another."""
+        return f"{self.pointer}:{self.folder_of(version)}"
 
     def seen_at(self, folder: Path) -> str:
         """Return where the server sees a folder of :attr:`adapters`."""
@@ -71,6 +107,25 @@ def remember(home: Path, deployment: Deployment) -> None:
         known = _read(path)
         deployment = replace(deployment, model=known.model, version=known.version)
     write_durably(path, json.dumps(asdict(deployment)).encode())
+
+
+def forget(home: Path, pointer: str, url: str) -> None:
+    """Remove what is known of a deployment."""
+    (home / "deployments" / f"{Deployment(pointer, url, '').key}.json").unlink(missing_ok=True)
+
+
+def deployed(home: Path, pointer: str, url: str) -> Deployment:
+    """Return what was deployed.
+
+    Raises:
+        NotDeployed: if it was not, from this home.
+    """
+    found = deployments(home)
+    for one in found:
+        if (one.pointer, one.url) == (pointer, plain_url(url)):
+            return one
+    known = ", ".join(f"{one.pointer} at {one.url}" for one in found) or "none"
+    raise NotDeployed(f"{pointer} was not deployed to {url} from here; deployed are: {known}")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ FORWARDED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/em
 """What is passed on; above all not vLLM's endpoints that load and unload adapters."""
 
 _UP = ("content-type", "accept", "user-agent", "x-request-id")
-_DOWN = ("content-type", "content-encoding", "cache-control", "x-request-id")
+_DOWN = ("content-type", "content-encoding", "cache-control", "retry-after", "x-request-id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,7 @@ class Gateway:
         self._keys, self._admin = keys or Keys(), admin or Keys()
         self.metrics = GatewayMetrics(routes)
         self.upstream_key = upstream.key
+        self._reading = 0
         self.client = httpx.AsyncClient(
             base_url=upstream.url.rstrip("/"),
             transport=upstream.transport,
@@ -154,6 +155,7 @@ class Gateway:
                 Route("/v1/models", self._asked(self._models)),
                 Route("/weft/routes", self._administered(self._show)),
                 Route("/weft/routes/{pointer}", self._administered(self._flip), methods=["PUT"]),
+                Route("/weft/routes/{pointer}", self._administered(self._drop), methods=["DELETE"]),
                 Route("/healthz", self._healthy),
                 Route("/readyz", self._ready),
                 Route("/metrics", self._measured),
@@ -224,14 +226,23 @@ class Gateway:
             raise Refused(404, error.args[0]) from None
         return JSONResponse({"pointer": pointer, "model": model})
 
+    async def _drop(self, request: Request) -> Response:
+        pointer = request.path_params["pointer"]
+        await anyio.to_thread.run_sync(self.routes.drop, pointer)
+        return JSONResponse({"pointer": pointer, "model": None})
+
     async def _forward(self, request: Request) -> Any:
-        document = _document(await self._body(request))
-        name = document.get("model")
-        if not isinstance(name, str):
-            raise Refused(400, f"model must be a text, got {name!r}")
-        if sum(self.routes.flights().values()) >= self.limits.in_flight:
+        if self._reading + sum(self.routes.flights().values()) >= self.limits.in_flight:
             self.metrics.count("", 429)
             raise Refused(429, "too many requests are being answered; try again", "overloaded")
+        self._reading += 1  # from here on it has a place: bodies take memory, too
+        try:
+            document = _document(await self._body(request))
+        finally:
+            self._reading -= 1
+        name = document.get("model")
+        if not isinstance(name, str):
+            raise Refused(400, f"model must be a text, got {repr(name)[:200]}")
         return _Relay(self, request, name, document)
 
     async def _body(self, request: Request) -> bytes:
@@ -294,7 +305,7 @@ class _Relay:
         gateway, started = self._gateway, time.monotonic()
         asked = gateway.client.stream(
             "POST",
-            self._request.url.path,
+            self._request.scope["path"],  # not .url, of which Host is a part
             content=json.dumps({**self._document, "model": model}).encode(),
             headers=self._headers(),
         )
@@ -318,12 +329,13 @@ class _Relay:
                     await begun.part(part)
             await begun.part(b"", more=False)
 
-    def _headers(self) -> dict[str, str]:
+    def _headers(self) -> dict[bytes, bytes]:
         given = self._request.headers
         found = {name: given[name] for name in _UP if name in given}
         found["accept-encoding"] = given.get("accept-encoding", "identity")
         key = self._gateway.upstream_key
-        return found | ({"authorization": f"Bearer {key}"} if key else {})
+        found |= {"authorization": f"Bearer {key}"} if key else {}
+        return {name.encode(): value.encode("latin-1") for name, value in found.items()}
 
     def _refusal(self, error: Exception) -> Refused:
         if isinstance(error, Refused):

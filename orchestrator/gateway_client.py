@@ -11,6 +11,10 @@ class GatewayFailed(RuntimeError):
     """A gateway does not answer, or does not do what it was asked for."""
 
 
+class GatewayUnavailable(ImportError):
+    """A package that a gateway needs is not installed."""
+
+
 class RemoteGateway:
     """A gateway elsewhere; a :class:`orchestrator.routes.Switch`.
 
@@ -36,6 +40,23 @@ class RemoteGateway:
             GatewayFailed: if it does not say that it does.
         """
         self._ask("PUT", f"/weft/routes/{pointer}", {"model": model})
+
+    def drop(self, pointer: str) -> None:
+        """Have nothing answer for ``pointer`` from now on.
+
+        Raises:
+            GatewayFailed: if it does not say that it does.
+        """
+        self._ask("DELETE", f"/weft/routes/{pointer}")
+
+    def leads(self, pointer: str) -> str | None:
+        """Return the model that answers for ``pointer``, or None.
+
+        Raises:
+            GatewayFailed: if it does not say.
+        """
+        found: str | None = self.routes()["routes"].get(pointer)
+        return found
 
     def in_flight(self, model: str) -> int:
         """Return how many requests are being answered by ``model``.

@@ -107,7 +107,9 @@ class KeepingUp:
             return False
         if rollout.workspace.store.pointing(name, alias) != done.version:
             return False
-        return done.model in {one.id for one in rollout.vllm.models()}
+        if done.model not in {one.id for one in rollout.vllm.models()}:
+            return False
+        return all(one.leads(rollout.deployment.pointer) == done.model for one in rollout.switches)
 
     def _say(self, pointer: str, problem: str | None) -> None:
         server, registry = self._server, self._server.registry

@@ -16,7 +16,8 @@ from pathlib import Path
 from clients.assignment import ModelSpec
 from clients.export import public_id
 from orchestrator.bases import base_of
-from orchestrator.deployments import Deployment, alone, remember
+from orchestrator.deploying import parse_pointer
+from orchestrator.deployments import Deployment, alone, forget, remember
 from orchestrator.exporting import ForVllm, export
 from orchestrator.manifest import BadManifest, NoManifest, check_manifest
 from orchestrator.routes import Switch
@@ -82,6 +83,7 @@ class Rollout:
         """Bring the server and its gateways to where the alias points.
 
         Raises:
+            BadPointer: if it is no alias.
             UnknownVersion: if there is no such alias.
             Unsigned: if the signature policy does not let the version out.
             orchestrator.exporting.NotServable: if vLLM cannot serve it, with the reason.
@@ -93,8 +95,43 @@ class Rollout:
             orchestrator.gateway_client.GatewayFailed: if a gateway cannot be switched; nothing is
                 unloaded then.
         """
+        parse_pointer(self.deployment.pointer)
         with alone(self.workspace.home, self.deployment):
             return self._run()
+
+    def end(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Take the alias off the server: no gateway leads to it, and nothing of it is loaded.
+
+        Without gateways nobody can tell whether it is still asked, and it is unloaded at once.
+        The folders stay.
+
+        Returns:
+            What was unloaded, and what was not, because requests were still being answered by it;
+            then the deployment is not forgotten.
+
+        Raises:
+            orchestrator.vllm.VllmUnreachable, orchestrator.vllm.VllmRefused: if the server is not
+                there, or does not unload it.
+            orchestrator.gateway_client.GatewayFailed: if a gateway goes on leading there; nothing
+                is unloaded then.
+        """
+        wanted = self.deployment
+        with alone(self.workspace.home, wanted):
+            for switch in self.switches:
+                switch.drop(wanted.pointer)
+            unloaded, left = self._retire(self._loaded())
+            if not self.switches:
+                for model in left:
+                    self.vllm.unload(model)
+                unloaded, left = left, ()
+            if not left:
+                forget(self.workspace.home, wanted.pointer, wanted.url)
+            return unloaded, left
+
+    def _loaded(self) -> list[str]:
+        """Return what the server has of this alias."""
+        mine = f"{self.deployment.pointer}:"
+        return [one.id for one in self.vllm.models() if one.id.startswith(mine)]
 
     def _run(self) -> RolledOut:
         wanted = self.deployment
@@ -110,16 +147,14 @@ class Rollout:
         self.vllm.probe(name)
         for switch in self.switches:
             switch.flip(wanted.pointer, name)
-        before = [m.id for m in self.vllm.models() if m.id.startswith(f"{wanted.pointer}:")]
-        unloaded, left = self._retire([one for one in before if one != name])
+        unloaded, left = self._retire([one for one in self._loaded() if one != name])
         remember(self.workspace.home, replace(wanted, model=name, version=version.id))
         return RolledOut(name, version.id, missing, unloaded, left)
 
     def _folder(self, version: Version) -> Path:
         """Return the folder of a version, exporting it if it is not there."""
         rank = self.deployment.rank
-        short = version.id[:16] + (f"-rank-{rank}" if rank else "")
-        folder = Path(self.deployment.adapters) / short
+        folder = Path(self.deployment.adapters) / self.deployment.folder_of(version.id)
         if not folder.exists():
             export(self.workspace, version.id, folder, self.model, to=ForVllm(rank))
             return folder

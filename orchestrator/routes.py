@@ -17,11 +17,23 @@ class NoRoute(LookupError):
     """Nothing answers for this name."""
 
 
+class BadState(ValueError):
+    """A file of routes is none."""
+
+
 class Switch(Protocol):
     """What decides which adapter answers: routes of this process, or a gateway elsewhere."""
 
     def flip(self, pointer: str, model: str) -> None:
         """Have ``model`` answer for ``pointer`` from now on."""
+        ...
+
+    def drop(self, pointer: str) -> None:
+        """Have nothing answer for ``pointer`` from now on."""
+        ...
+
+    def leads(self, pointer: str) -> str | None:
+        """Return the model that answers for ``pointer``, or None."""
         ...
 
     def in_flight(self, model: str) -> int:
@@ -37,7 +49,10 @@ class Routes:
 
     Args:
         pointers: ``NAME@ALIAS`` that are answered for.
-        state: where routes are kept, so that a gateway that is started again has them.
+        state: where routes are kept, so that a gateway that is started again has them; its own.
+
+    Raises:
+        BadState: if the file holds something else.
     """
 
     def __init__(self, pointers: Sequence[str], state: Path) -> None:
@@ -74,10 +89,21 @@ class Routes:
                 f"gateway with --follow {pointer}"
             )
         with self._lock:
-            models = {**self._models, pointer: model}
-            if models != self._models:
-                write_durably(self._state, json.dumps(models, sort_keys=True).encode())
-            self._models = models
+            self._keep({**self._models, pointer: model})
+
+    def drop(self, pointer: str) -> None:
+        """Have nothing answer for ``pointer``, durably; who is being answered is not disturbed."""
+        with self._lock:
+            self._keep({one: model for one, model in self._models.items() if one != pointer})
+
+    def _keep(self, models: dict[str, str]) -> None:
+        if models != self._models:
+            write_durably(self._state, json.dumps(models, sort_keys=True).encode())
+        self._models = models
+
+    def leads(self, pointer: str) -> str | None:
+        """Return the model that answers for ``pointer``, or None."""
+        return self.models().get(pointer)
 
     def in_flight(self, model: str) -> int:
         """Return how many requests are being answered by ``model``."""
@@ -113,5 +139,13 @@ class Routes:
 def _read(state: Path) -> Mapping[str, str]:
     if not state.exists():
         return {}
-    found: dict[str, str] = json.loads(state.read_bytes())
-    return found
+    try:
+        found: dict[str, str] = json.loads(state.read_bytes())
+        if all(model.startswith(f"{pointer}:") for pointer, model in found.items()):
+            return found
+    except (ValueError, AttributeError):
+        pass
+    raise BadState(
+        f"{state} holds no routes of a gateway, which are JSON, by NAME@ALIAS; remove it, and "
+        "deploy again"
+    )

@@ -68,7 +68,7 @@ def _standing(
         loaded = tuple(m.id for m in models if m.id.startswith(f"{deployment.pointer}:"))
         for url in deployment.gateways:
             with closing(RemoteGateway(url, gateway_key)) as gateway:
-                leads[url] = gateway.routes()["routes"].get(deployment.pointer)
+                leads[url] = gateway.leads(deployment.pointer)
     except (VllmUnreachable, VllmRefused, GatewayFailed) as error:
         problem = str(error)
     return Standing(deployment, wanted, loaded, leads, problem)

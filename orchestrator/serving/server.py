@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from clients.serving.classifying import Classifier
 from clients.serving.generating import Generator
 from clients.tokens import padding_id
 from orchestrator.deploying import parse_pointer
+from orchestrator.ending import outliving_signals
 from orchestrator.serving.asking import Asking, TokenLimits
 from orchestrator.serving.engine import Engine, Worker
 from orchestrator.serving.following import Follower, Model, Report
@@ -231,23 +230,9 @@ def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[]
         ws="none",
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
-    with _outliving_signals():
+    with outliving_signals():
         try:
             Server(config).run(sockets=[listening])
         finally:
             listening.close()
             ended()
-
-
-@contextmanager
-def _outliving_signals() -> Iterator[None]:
-    """Let the signal that ended uvicorn, which raises it again, not end what is left to do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {one: signal.signal(one, lambda *_: None) for one in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import httpx
 import pytest
@@ -53,6 +54,27 @@ def test_an_alias_is_deployed_and_listed(bot, live, keys, ok, read, tmp_path):
     assert row["state"] == "unknown"
     assert "refuses the API key" in row["problem"]
     assert server.wrongs == []
+    assert ok("undeploy", POINTER, "--url", f"{url}/", *keys) == f"unloaded {done['model']}\n"
+    assert (server.adapters, read("deployments", *keys)) == ({}, [])
+
+
+def test_what_was_not_deployed_cannot_be_undeployed(bot, refused):
+    said = refused("undeploy", POINTER, "--url", "http://vllm:8000")
+    assert said.startswith(f"{POINTER} was not deployed to http://vllm:8000 from here")
+
+
+def test_a_gateway_without_its_packages_says_what_to_install(refused, monkeypatch, tmp_path):
+    for name in ("orchestrator.gateway", "orchestrator.gateway_server"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    said = refused("gateway", "--to", "http://x", "--follow", POINTER)
+    assert "which is not installed; pip install 'weft[gateway]'" in said
+
+
+def test_a_gateway_that_follows_no_alias_is_refused(refused):
+    assert "an alias is written NAME@ALIAS" in refused(
+        "gateway", "--to", "http://x", "--follow", "bot"
+    )
 
 
 def test_following_without_a_gateway_is_refused(weft):

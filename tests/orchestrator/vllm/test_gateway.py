@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from starlette.routing import Route
 from orchestrator import service
 from orchestrator.gateway import Gateway, Keys, Limits, Upstream
 from orchestrator.gateway_client import RemoteGateway
-from orchestrator.key_files import NoKeys, read_keys
+from orchestrator.gateway_server import serve
+from orchestrator.key_files import BadKey, NoKeys, read_keys
 from orchestrator.rollout import Rollout
-from orchestrator.routes import NoRoute, Routes
+from orchestrator.routes import BadState, NoRoute, Routes
 from orchestrator.vllm import Vllm
 
 POINTER = "bot@production"
@@ -154,6 +156,50 @@ def test_a_body_above_the_limit_is_not_read_to_its_end(routes, fake):
     assert (answer.status_code, len(read)) == (413, 5)
 
 
+def test_a_body_that_is_still_being_sent_has_its_place(routes, fake):
+    server = fake()
+    server.adapters[ONE] = "/one"
+    gateway = front(routes, server.app, limits=Limits(in_flight=1))
+
+    async def asked():
+        transport = httpx.ASGITransport(gateway.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            found = []
+
+            async def slow():
+                yield b'{"model": '
+                found.append(await client.post("/v1/completions", json={"model": "bot"}))
+                yield b'"bot"}'
+
+            found.append(await client.post("/v1/completions", content=slow()))
+            found.append(await client.post("/v1/completions", json={"model": "bot"}))
+            return [answer.status_code for answer in found]
+
+    assert asyncio.run(asked()) == [429, 200, 200]
+
+
+@pytest.mark.parametrize("host", ["x/v1/unload_lora_adapter?", "x/v1/unload_lora_adapter#"])
+def test_the_path_at_the_server_is_no_matter_of_the_host_header(routes, fake, host):
+    server = fake()
+    server.adapters[ONE] = "/one"
+    answer = complete(front(routes, server.app), headers={"host": host})
+    assert answer.status_code == 200
+    assert server.asked == []
+
+
+def test_headers_that_are_not_ascii_go_on_as_they_are(routes):
+    seen = {}
+
+    async def echo(request):
+        seen.update(request.scope["headers"])
+        return JSONResponse({}, 429, {"retry-after": "7"})
+
+    app = Starlette(routes=[Route("/v1/completions", echo, methods=["POST"])])
+    answer = complete(front(routes, app), headers={"user-agent": b"caf\xe9"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert seen[b"user-agent"] == b"caf\xe9"
+
+
 def test_keys_are_asked_for_and_never_passed_on(routes, fake):
     server = fake()
     server.adapters[ONE] = "/one"
@@ -222,6 +268,24 @@ def test_routes_are_there_again_after_a_restart(routes, tmp_path):
         routes.flip("other@x", "other@x:1")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"bot@production": 3}', '{"bot@production": "x:1"}'])
+def test_a_file_that_holds_no_routes_is_refused(tmp_path, text):
+    (tmp_path / "routes.json").write_text(text)
+    with pytest.raises(BadState, match=r"routes\.json holds no routes of a gateway"):
+        Routes([POINTER], tmp_path / "routes.json")
+
+
+def test_a_route_that_was_dropped_leads_nowhere_and_stays_dropped(routes, fake, tmp_path):
+    gateway = front(routes, fake().app, admin=Keys(["root"]))
+    path = f"/weft/routes/{POINTER}"
+    assert ask(gateway, "DELETE", path).status_code == 401
+    assert routes.leads(POINTER) == ONE
+    admin = {"authorization": "Bearer root"}
+    assert ask(gateway, "DELETE", path, headers=admin).status_code == 200
+    assert complete(gateway).status_code == 503
+    assert Routes([POINTER], tmp_path / "routes.json").leads(POINTER) is None
+
+
 def test_a_request_that_has_its_model_keeps_it(routes):
     with routes.taken("bot") as first:
         routes.flip(POINTER, TWO)
@@ -238,6 +302,14 @@ def test_a_file_of_keys_without_a_key_is_refused(tmp_path):
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(NoKeys, match="holds no key"):
         read_keys(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("key", [b"se cret", b"s\xc3\xa9cret", b"s\xffcret", b"s\x00cret"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(tmp_path, key):
+    (tmp_path / "keys").write_bytes(key + b"\n")
+    with pytest.raises(BadKey, match="other than printable ASCII") as refused:
+        read_keys(tmp_path / "keys")
+    assert "cret" not in str(refused.value)
 
 
 # --- on sockets -------------------------------------------------------------------------------
@@ -321,6 +393,59 @@ def test_an_answer_that_the_server_breaks_off_is_no_whole_answer(routes, listeni
     with streaming(url) as (_, parts), pytest.raises(httpx.RemoteProtocolError):
         list(parts)
     assert routes.flights() == {}
+
+
+class Following:
+    """Follows until it is told to stop."""
+
+    def __init__(self):
+        self.ended = False
+
+    def run(self, stop):
+        self.ended = stop.wait(60)
+
+
+def test_sigterm_under_load_ends_no_request_before_its_end(routes, listening):
+    held, following, again, found = Held(), Following(), [], []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    gateway = Gateway(routes, Upstream(listening(held.app)))
+
+    def load(begun):
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
+            body = {"model": "bot", "stream": True}
+            url = f"http://127.0.0.1:{port}/v1/completions"
+            with client.stream("POST", url, json=body, timeout=30) as answer:
+                parts = answer.iter_raw()
+                first = next(parts)
+                begun.wait()
+                found.append(first + b"".join(parts))
+
+    def told():
+        begun.wait()
+        signal.raise_signal(signal.SIGTERM)
+        while True:  # until it takes no more connections: then it has been told
+            try:
+                socket.create_connection(("127.0.0.1", port), 10).close()
+            except OSError:
+                break
+        held.release()
+
+    begun = threading.Barrier(5, timeout=60)
+    threads = [threading.Thread(target=load, args=(begun,)) for _ in range(4)]
+    threads.append(threading.Thread(target=told))
+    before = signal.signal(signal.SIGTERM, lambda *_: again.append(True))
+    for one in threads:
+        one.start()
+    try:
+        serve(gateway, following, "127.0.0.1", port)
+        for one in threads:
+            one.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found == [f"data: {ONE}\n\ndata: [DONE]\n\n".encode()] * 4
+    assert following.ended
+    assert again == []
 
 
 def test_ten_promotions_and_rollbacks_lose_no_request_and_ask_no_unloaded_adapter(

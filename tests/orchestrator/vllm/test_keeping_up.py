@@ -103,6 +103,15 @@ def test_a_server_that_lost_its_adapter_gets_it_again(bot, fake, place, follow):
     assert len(server.adapters) == 1
 
 
+def test_a_gateway_that_lost_its_routes_is_switched_again(bot, fake, place, follow, tmp_path):
+    routes = Routes([POINTER], tmp_path / "own.json")
+    following = follow(replace(place(fake()), switches=[routes]))
+    following.look()
+    routes.drop(POINTER)
+    following.look()
+    assert routes.leads(POINTER) == f"{POINTER}:{bot.store.resolve('bot:v1')[:16]}"
+
+
 def test_a_store_that_is_away_changes_nothing(bot, fake, place, follow, followers, tmp_path):
     server = fake()
     rollout = place(server)

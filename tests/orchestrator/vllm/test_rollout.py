@@ -16,11 +16,13 @@ from peft.utils import load_peft_weights
 
 from clients.assignment import ModelSpec
 from orchestrator import service
-from orchestrator.deployments import deployments
+from orchestrator.deploying import BadPointer
+from orchestrator.deployments import BadUrl, deployments, plain_url
 from orchestrator.exporting import NotServable
 from orchestrator.gateway_client import GatewayFailed
 from orchestrator.manifest import check_manifest
 from orchestrator.rollout import FolderAltered, OtherBase
+from orchestrator.routes import Routes
 from orchestrator.signing import Unsigned, set_policy
 from orchestrator.vllm import VllmRefused, VllmUnreachable
 
@@ -286,3 +288,80 @@ def test_a_classifier_is_refused(workspace, grow, tiny_encoder, tmp_path):
     ):
         service.export(workspace, "task-1", tmp_path / "out", to=service.ForVllm())
     assert not (tmp_path / "out").exists()
+
+
+def test_another_rank_is_another_adapter(bot, fake, place):
+    server = fake()
+    place(server, rank=2).run()
+    done = place(server, rank=1).run()
+    assert (done.loaded, list(server.adapters)) == (True, [f"{names(bot)[0]}-rank-1"])
+    for factor in server.products[done.model].values():
+        assert torch.linalg.matrix_rank(factor) == 1
+
+
+@pytest.mark.parametrize("pointer", ["bot", "bot:v1", "@production", "bot@"])
+def test_what_is_no_alias_is_not_deployed(bot, fake, place, pointer):
+    server = fake()
+    rollout = place(server)
+    wanted = replace(rollout.deployment, pointer=pointer)
+    with pytest.raises(BadPointer, match="an alias is written NAME@ALIAS"):
+        replace(rollout, deployment=wanted).run()
+    assert deployments(bot.home) == []
+    assert server.adapters == {}
+
+
+def test_what_is_undeployed_is_unloaded_and_forgotten(bot, fake, place):
+    server = fake()
+    server.adapters["bot@canary:1234"] = "/canary"
+    rollout = place(server)
+    rollout.run()
+    assert rollout.end() == ((names(bot)[0],), ())
+    assert list(server.adapters) == ["bot@canary:1234"]
+    assert rollout.switches[0].leads(POINTER) is None
+    assert deployments(bot.home) == []
+    assert rollout.end() == ((), ())
+
+
+def test_what_still_answers_is_not_undeployed(bot, fake, place, tmp_path):
+    server = fake()
+    routes = Routes([POINTER], tmp_path / "own.json")
+    rollout = replace(place(server), switches=[routes], drain_s=0.0)
+    rollout.run()
+    with routes.taken("bot") as model:
+        assert rollout.end() == ((), (model,))
+        assert model in server.adapters
+        assert len(deployments(bot.home)) == 1
+    assert rollout.end() == ((model,), ())
+    assert server.adapters == {}
+
+
+def test_without_a_gateway_what_is_undeployed_is_unloaded_at_once(bot, fake, place):
+    server = fake()
+    rollout = place(server, gateway=False)
+    rollout.run()
+    assert rollout.end() == ((names(bot)[0],), ())
+    assert server.adapters == {}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "vllm:8000",
+        "ftp://vllm",
+        "http://",
+        "http://[",
+        "http://x:99999999",
+        "http://x/?a=b",
+        "http://x y",
+        "file:///etc/passwd",
+        "http://me:hush@x",
+    ],
+)
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(BadUrl, match="is written http://HOST:PORT") as refused:
+        plain_url(url)
+    assert "hush" not in str(refused.value)
+
+
+def test_a_url_is_written_down_in_one_way():
+    assert plain_url("http://x:8000/") == plain_url("http://x:8000") == "http://x:8000"
