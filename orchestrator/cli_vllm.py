@@ -143,6 +143,8 @@ def deployments(
     if as_json:
         print_json([{**asdict(one), "state": one.state} for one in found])
         return
+    if not found:
+        out.print("nothing is deployed; weft deploy NAME@ALIAS --to vllm")
     for one in found:
         loaded = ", ".join(model.rpartition(":")[2] for model in one.loaded) or "-"
         line = f"{one.deployment.pointer}  {one.deployment.url}  {loaded}  {one.state}"

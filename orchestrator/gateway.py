@@ -30,6 +30,7 @@ from orchestrator.routes import NoRoute, Routes
 FORWARDED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 """What is passed on; above all not vLLM's endpoints that load and unload adapters."""
 
+_IDLE_S = 2.0  # of a connection to vLLM, which closes one after 5: none is used as it is closed
 _UP = ("content-type", "accept", "user-agent", "x-request-id")
 _DOWN = ("content-type", "content-encoding", "cache-control", "retry-after", "x-request-id")
 
@@ -147,7 +148,7 @@ class Gateway:
             base_url=upstream.url.rstrip("/"),
             transport=upstream.transport,
             timeout=httpx.Timeout(self.limits.read_s, connect=self.limits.connect_s),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_keepalive_connections=64, keepalive_expiry=_IDLE_S),
         )
         self.app = Starlette(
             routes=[

@@ -56,6 +56,7 @@ def test_an_alias_is_deployed_and_listed(bot, live, keys, ok, read, tmp_path):
     assert server.wrongs == []
     assert ok("undeploy", POINTER, "--url", f"{url}/", *keys) == f"unloaded {done['model']}\n"
     assert (server.adapters, read("deployments", *keys)) == ({}, [])
+    assert ok("deployments") == "nothing is deployed; weft deploy NAME@ALIAS --to vllm\n"
 
 
 def test_what_was_not_deployed_cannot_be_undeployed(bot, refused):
