@@ -96,6 +96,8 @@ class KeepingUp:
                     self._done[pointer] = rollout.run()
             except _EXPECTED as error:
                 problem = str(error.args[0] if error.args else error)
+                if self._may_lead_on(rollout):
+                    self._done.pop(pointer, None)
             self._note(pointer, problem)
             self._heard(partial(self._say, pointer, problem))
 
@@ -110,6 +112,15 @@ class KeepingUp:
         if done.model not in {one.id for one in rollout.vllm.models()}:
             return False
         return all(one.leads(rollout.deployment.pointer) == done.model for one in rollout.switches)
+
+    def _may_lead_on(self, rollout: Rollout) -> bool:
+        """Return whether a gateway may lead elsewhere than what was rolled out last."""
+        pointer = rollout.deployment.pointer
+        done = self._done.get(pointer)
+        try:
+            return done is None or any(one.leads(pointer) != done.model for one in rollout.switches)
+        except _EXPECTED:
+            return True
 
     def _say(self, pointer: str, problem: str | None) -> None:
         server, registry = self._server, self._server.registry

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator import service
 from orchestrator.deployments import Deployment
+from orchestrator.gateway_client import GatewayFailed, RemoteGateway
 from orchestrator.keeping_up import KeepingUp, Server
 from orchestrator.routes import Routes
 from storage.followers import Followers
@@ -90,6 +91,25 @@ def test_what_cannot_be_served_is_said_and_the_one_before_goes_on(
     assert list(server.adapters) == [f"{POINTER}:{version[:16]}"]
     assert sum("requests are answered as before" in text for text in caplog.messages) == 1
     server.max_lora_rank = 16
+    following.look()
+    assert confirmed(followers) == (bot.store.resolve("bot:v2"), None)
+
+
+def test_nothing_is_confirmed_while_gateways_lead_to_different_versions(
+    bot, fake, place, follow, followers, tmp_path, monkeypatch
+):
+    rollout, own = place(fake()), Routes([POINTER], tmp_path / "own.json")
+    following = follow(replace(rollout, switches=[own, *rollout.switches]))
+    following.look()
+    service.promote(bot, "bot", "production", "bot:v2")
+
+    def refuse(gateway, pointer, model):
+        raise GatewayFailed("the gateway does not switch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteGateway, "flip", refuse)
+        following.look()
+    assert confirmed(followers) == (None, "the gateway does not switch")
     following.look()
     assert confirmed(followers) == (bot.store.resolve("bot:v2"), None)
 
