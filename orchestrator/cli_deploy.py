@@ -119,8 +119,16 @@ def _await(
 ) -> None:
     """Wait for who follows, say who has confirmed, and exit with 3 if somebody has not."""
     from orchestrator import following, views
+    from storage.database import DatabaseUnavailable
 
-    found = following.await_followers(workspace, pointer, move.version, wait_s)
+    try:
+        found = following.await_followers(workspace, pointer, move.version, wait_s)
+    except DatabaseUnavailable as error:
+        told = f"{'@'.join(pointer)} was moved, and who follows cannot be told any more: {error}"
+        err.print(told, highlight=False, markup=False)
+        if as_json:
+            print_json({**views.move_json(move), "followers": None})
+        raise typer.Exit(NOT_CONFIRMED) from None
     if as_json:
         print_json({**views.move_json(move), "followers": found.to_json()})
     else:

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from orchestrator import following, service
-from storage.database import writing
+from storage.database import DatabaseUnavailable, writing
 from storage.followers import Followers
 from storage.schema import followers as table
 
@@ -80,6 +80,20 @@ def test_a_rollback_lists_who_has_not_confirmed(weft, workspace, bot, servers, s
     assert f"{THERE}  SILENT since " in told.splitlines()[2]
     assert "weft followers forget b" in told.splitlines()[2]
     assert workspace.store.pointing(*BOT) == bot[0]  # it was rolled back all the same
+
+
+def test_a_database_that_is_lost_after_the_move_is_no_move_that_failed(
+    weft, workspace, bot, servers, meanwhile, monkeypatch
+):
+    def away(*_):
+        raise DatabaseUnavailable("the database is away")
+
+    with monkeypatch.context() as patch:
+        meanwhile(lambda: patch.setattr(Followers, "following", away))
+        code, told, said = weft("rollback", "bot@production", "--json")
+    assert (code, json.loads(told)["followers"]) == (3, None)
+    assert "bot@production was moved, and who follows cannot be told" in said
+    assert workspace.store.pointing(*BOT) == bot[0]
 
 
 def test_a_silent_server_is_not_waited_for_and_has_not_confirmed(
