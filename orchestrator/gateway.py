@@ -7,8 +7,6 @@ file of its own. Adapters are loaded and unloaded by :mod:`orchestrator.rollout`
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -25,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.gateway_metrics import GatewayMetrics
+from orchestrator.key_files import KnownKeys
 from orchestrator.routes import NoRoute, Routes
 
 FORWARDED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
@@ -92,10 +91,10 @@ class Keys:
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._known = KnownKeys(keys)
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._known)
 
     def check(self, request: Request) -> None:
         """Refuse a request without a key.
@@ -104,9 +103,7 @@ class Keys:
             Refused: if it shows none of them.
         """
         shown = request.headers.get("authorization", "").removeprefix("Bearer ")
-        digest = hashlib.sha256(shown.encode()).digest()
-        same = [hmac.compare_digest(digest, key) for key in self._digests]
-        if self._digests and not any(same):
+        if self._known and not self._known.know(shown):
             raise Refused(
                 401, "the API key is missing or unknown; send Authorization: Bearer KEY", "auth"
             )
