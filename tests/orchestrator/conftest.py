@@ -18,6 +18,7 @@ from orchestrator import cli
 from orchestrator.backends.base import Failure
 from orchestrator.bases import remember_base
 from orchestrator.config import parse_config
+from orchestrator.federation import Federation
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.recipes import import_recipe
 from orchestrator.service import open_workspace
@@ -400,6 +401,22 @@ def publish(workspace, tiny_decoder, tiny_encoder):
         version = workspace.store.commit(drawn, parents={}, recipe=recipe)
         workspace.store.name(name, version)
         return version
+
+    return make
+
+
+@pytest.fixture
+def run_in():
+    """Return a function that makes a workspace's run, or one to go on with it as it was planned."""
+
+    def make(workspace, planned, backend, observe):
+        if workspace.ledger.runs():
+            plan = Plan.from_json(workspace.ledger.plan("run-1"))
+        else:
+            plan = planned(workspace)
+            config = plan.config.model_dump(mode="json")
+            workspace.ledger.create_run("run-1", "task-1", config, plan.to_json())
+        return Federation(plan, workspace.store, workspace.ledger, backend, workspace.home, observe)
 
     return make
 

@@ -5,6 +5,7 @@ import json
 import math
 import stat
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from orchestrator.budgets import Budgets, central_terms, planned_spends, within_
 from orchestrator.central import Central, KeyLost
 from orchestrator.config import BadConfig, parse_config
 from orchestrator.epsilons import spent_by_population
-from orchestrator.federation import Federation
 from orchestrator.plan import Plan, RoundInputs, plan_round
 from orchestrator.privacy_report import privacy_report
 from orchestrator.provenance import lineage
@@ -79,19 +79,13 @@ def planned(make_plan):
 
 
 @pytest.fixture
-def federation(tmp_path, planned, backend, tensors):
+def federation(tmp_path, planned, backend, tensors, run_in):
     """Return a function that makes a run in a home of its own, or one to go on with it."""
 
     def make(home="home", first=None, observe=lambda kind, data: None, **changes):
-        workspace = open_workspace(tmp_path / home)
         used = backend(first or tensors(), **changes.pop("backend_", {}))
-        if workspace.ledger.runs():
-            plan = Plan.from_json(workspace.ledger.plan("run-1"))
-        else:
-            plan = planned(workspace, **changes)
-            config = plan.config.model_dump(mode="json")
-            workspace.ledger.create_run("run-1", "task-1", config, plan.to_json())
-        return Federation(plan, workspace.store, workspace.ledger, used, workspace.home, observe)
+        plan = partial(planned, **changes)
+        return run_in(open_workspace(tmp_path / home), plan, used, observe)
 
     return make
 

@@ -19,10 +19,9 @@ from orchestrator.budgets import Budgets, central_terms
 from orchestrator.central import Central
 from orchestrator.collecting import RoundFailed
 from orchestrator.config import BadConfig, parse_config
-from orchestrator.federation import Federation
 from orchestrator.forecasting import forecast
 from orchestrator.launch import make_plan as plan_of
-from orchestrator.plan import Plan, RoundInputs, plan_round
+from orchestrator.plan import RoundInputs, plan_round
 from orchestrator.privacy_report import privacy_report
 from orchestrator.refusals import refuse_impossible_rounds
 from orchestrator.retention import COORDINATOR, coordinator_keys
@@ -64,21 +63,17 @@ def sharing(imagined):
 
 
 @pytest.fixture
-def federation(tmp_path, make_plan, sharing, tensors):
+def federation(tmp_path, make_plan, sharing, tensors, run_in):
     """Return a function that makes a run in a home of its own, or one to go on with it."""
 
     def make(home="home", first=None, backend=None, observe=lambda kind, data: None, **changes):
-        workspace = open_workspace(tmp_path / home)
-        used = sharing(first or tensors(), **(backend or {}))
-        if workspace.ledger.runs():
-            plan = Plan.from_json(workspace.ledger.plan("run-1"))
-        else:
+        def planned(workspace):
             base = {"strategy": "ffa-lora", "privacy": SHARED, "quorum": 3, "retries": 0}
             plan = make_plan(FOUR, **(base | changes))
-            plan = replace(plan, central=central_terms(plan, Budgets(workspace.ledger)))
-            config = plan.config.model_dump(mode="json")
-            workspace.ledger.create_run("run-1", "task-1", config, plan.to_json())
-        return Federation(plan, workspace.store, workspace.ledger, used, workspace.home, observe)
+            return replace(plan, central=central_terms(plan, Budgets(workspace.ledger)))
+
+        used = sharing(first or tensors(), **(backend or {}))
+        return run_in(open_workspace(tmp_path / home), planned, used, observe)
 
     return make
 
