@@ -249,7 +249,9 @@ async def load(
     wrong, allowed = 0, {versions[0]}
     body = {"model": "bot", "prompt": "weave", "max_tokens": 4, "temperature": 0}
     left = iter(range(requests))
-    limits = httpx.Limits(max_connections=64)
+    # httpx closes what was silent for keepalive_expiry, now and then as it gives it to a request,
+    # whose ReadError would be none of the server's; without it only the server closes connections
+    limits = httpx.Limits(max_connections=64, keepalive_expiry=None)
     async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120) as client:
 
         async def ask() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.terminal import err, out, workspace_here
+from orchestrator.terminal import AllowedHosts, ConnectionsOption, err, out, workspace_here
 
 
 def serve(  # noqa: PLR0913  (one option each)
@@ -28,6 +28,7 @@ def serve(  # noqa: PLR0913  (one option each)
     open_to_all: Annotated[
         bool, typer.Option("--open", help="Allow other machines to ask without a key.")
     ] = False,
+    names: AllowedHosts = [],  # noqa: B006
     poll_s: Annotated[float, typer.Option(min=0.05, help="How often aliases are looked at.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 32,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of these at most.")] = 65536,
@@ -37,6 +38,7 @@ def serve(  # noqa: PLR0913  (one option each)
     body_bytes: Annotated[int, typer.Option(min=1, help="Of a request at most.")] = 1 << 20,
     timeout_s: Annotated[float, typer.Option(min=0.001, help="That an answer may take.")] = 120.0,
     drain_s: Annotated[float, typer.Option(min=1, help="For answers when it ends.")] = 60.0,
+    connections: ConnectionsOption = 1000,
 ) -> None:
     """Serve what aliases point at over HTTP, as OpenAI's API, and follow every move."""
     from orchestrator.serving import server
@@ -52,8 +54,9 @@ def serve(  # noqa: PLR0913  (one option each)
         body_bytes=body_bytes,
         timeout_s=timeout_s,
         drain_s=drain_s,
+        connections=connections,
     )
-    place = Place(host, port, url, device, base, poll_s, open_to_all)
+    place = Place(host, port, url, device, base, poll_s, open_to_all, tuple(names))
 
     def listening(address: str) -> None:
         out.print(f"serving {', '.join(pointers)} on {address}", highlight=False, markup=False)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from orchestrator.terminal import JsonFlag, ModelOption, out, print_json, workspace_here
+from orchestrator.terminal import (
+    AllowedHosts,
+    ConnectionsOption,
+    JsonFlag,
+    ModelOption,
+    err,
+    out,
+    print_json,
+    workspace_here,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,6 +103,8 @@ def deploy(  # noqa: PLR0913  (one option each)
     out.print(f"{done.model} at {url}", highlight=False, markup=False)
     for name in done.unloaded:
         out.print(f"unloaded {name}", style="dim", highlight=False, markup=False)
+    for name in done.removed:
+        out.print(f"removed {name}", style="dim", highlight=False, markup=False)
     for name in done.left:
         why = "still answering" if gateways else "no gateway says whether it is still asked"
         out.print(f"left {name}: {why}", style="dim", highlight=False, markup=False)
@@ -177,6 +188,8 @@ def gateway(  # noqa: PLR0913  (one option each)
     state: Annotated[
         Path | None, typer.Option("--state", help="Where routes are kept; in the home.")
     ] = None,
+    names: AllowedHosts = [],  # noqa: B006
+    connections: ConnectionsOption = 1000,
     max_body_mib: Annotated[float, typer.Option("--max-body-mib", min=0.001)] = 4.0,
     max_in_flight: Annotated[int, typer.Option("--max-in-flight", min=1)] = 512,
     read_timeout_s: Annotated[
@@ -191,7 +204,7 @@ def gateway(  # noqa: PLR0913  (one option each)
 
     try:
         from orchestrator.gateway import Gateway, Keys, Limits, Upstream
-        from orchestrator.gateway_server import serve
+        from orchestrator.gateway_server import Place, serve
     except ImportError as error:
         from orchestrator.gateway_client import GatewayUnavailable
 
@@ -217,15 +230,16 @@ def gateway(  # noqa: PLR0913  (one option each)
         Keys(read_keys(client_keys)),
         Keys(read_keys(admin_keys)),
     )
+    place = Place(host, port, tuple(names), connections)
     own = f"http://{host}:{port}"
     out.print(f"{own} leads to {url}", highlight=False, markup=False)
     if adapters is None:
-        serve(made, None, host, port)
+        serve(made, None, place)
         return
     adapters.mkdir(parents=True, exist_ok=True)
     wanted = [_deployment(p, url, adapters, mounted, rank, base) for p in pointers]
     with closing(Vllm(url, key)) as server:
-        serve(made, _following_here(wanted, server, routes, own), host, port)
+        serve(made, _following_here(wanted, server, routes, own), place)
 
 
 def _deployment(
@@ -239,9 +253,14 @@ def _deployment(
 def _following_here(
     wanted: Sequence[Deployment], server: Vllm, switch: Switch, own: str
 ) -> KeepingUp:
+    from orchestrator.deploying import parse_pointer
     from orchestrator.rollout import Rollout
 
     workspace = workspace_here()
+    for one in wanted:
+        if workspace.store.pointing(*parse_pointer(one.pointer)) is None:
+            line = f"{one.pointer} points nowhere yet: requests for it are answered with 503"
+            err.print(line, style="yellow", highlight=False, markup=False)
     rollouts = [Rollout(workspace, one, server, [switch], drain_s=0.0) for one in wanted]
     return _following(workspace, rollouts, own)
 

@@ -29,7 +29,6 @@ from orchestrator.routes import NoRoute, Routes
 FORWARDED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 """What is passed on; above all not vLLM's endpoints that load and unload adapters."""
 
-_IDLE_S = 2.0  # of a connection to vLLM, which closes one after 5: none is used as it is closed
 _UP = ("content-type", "accept", "user-agent", "x-request-id")
 _DOWN = ("content-type", "content-encoding", "cache-control", "retry-after", "x-request-id")
 
@@ -145,7 +144,7 @@ class Gateway:
             base_url=upstream.url.rstrip("/"),
             transport=upstream.transport,
             timeout=httpx.Timeout(self.limits.read_s, connect=self.limits.connect_s),
-            limits=httpx.Limits(max_keepalive_connections=64, keepalive_expiry=_IDLE_S),
+            limits=httpx.Limits(),  # in_flight is the limit
         )
         self.app = Starlette(
             routes=[
@@ -331,6 +330,9 @@ class _Relay:
         given = self._request.headers
         found = {name: given[name] for name in _UP if name in given}
         found["accept-encoding"] = given.get("accept-encoding", "identity")
+        # a kept connection may be closed, by the server or by httpx's pool, as it is used again:
+        # a request would be lost of which nobody knows whether it was begun
+        found["connection"] = "close"
         key = self._gateway.upstream_key
         found |= {"authorization": f"Bearer {key}"} if key else {}
         return {name.encode(): value.encode("latin-1") for name, value in found.items()}

@@ -8,6 +8,7 @@ being answered by it any more.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from clients.assignment import ModelSpec
 from clients.export import public_id
+from orchestrator.adapter_folders import leave, use
 from orchestrator.bases import base_of
 from orchestrator.deploying import parse_pointer
 from orchestrator.deployments import Deployment, alone, forget, remember
@@ -26,6 +28,7 @@ from orchestrator.vllm import Served, Vllm
 from orchestrator.workspace import Workspace
 from storage.lineage import Version
 
+_LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
 
 
@@ -48,6 +51,7 @@ class RolledOut:
         unloaded: what was unloaded.
         left: what answered for the alias before and is still loaded: requests were still being
             answered by it, or there is no gateway that could tell. The next rollout looks again.
+        removed: the folders of adapters that were removed: nobody serves them any more.
     """
 
     model: str
@@ -55,6 +59,7 @@ class RolledOut:
     loaded: bool
     unloaded: tuple[str, ...]
     left: tuple[str, ...]
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class Rollout:
         """Take the alias off the server: no gateway leads to it, and nothing of it is loaded.
 
         Without gateways nobody can tell whether it is still asked, and it is unloaded at once.
-        The folders stay.
+        Folders that nobody else serves are removed.
 
         Returns:
             What was unloaded, and what was not, because requests were still being answered by it;
@@ -124,6 +129,7 @@ class Rollout:
                 for model in left:
                     self.vllm.unload(model)
                 unloaded, left = left, ()
+            self._leave(left, spare=0)
             if not left:
                 forget(self.workspace.home, wanted.pointer, wanted.url)
             return unloaded, left
@@ -142,6 +148,7 @@ class Rollout:
         check_base(served, spec, wanted)
         name = wanted.model_of(version.id)
         missing = name not in {one.id for one in served}
+        use(Path(wanted.adapters), wanted.folder_of(version.id), wanted.key)
         if missing:
             self.vllm.load(name, wanted.seen_at(self._folder(version)))
         self.vllm.probe(name)
@@ -149,7 +156,18 @@ class Rollout:
             switch.flip(wanted.pointer, name)
         unloaded, left = self._retire([one for one in self._loaded() if one != name])
         remember(self.workspace.home, replace(wanted, model=name, version=version.id))
-        return RolledOut(name, version.id, missing, unloaded, left)
+        removed = self._leave([name, *left], spare=1)  # with which a rollback is quick
+        return RolledOut(name, version.id, missing, unloaded, left, removed)
+
+    def _leave(self, models: Sequence[str], spare: int) -> tuple[str, ...]:
+        """Remove the folders of models that are served no more; one that cannot be costs space."""
+        wanted = self.deployment
+        used = [model.rpartition(":")[2] for model in models]
+        try:
+            return leave(Path(wanted.adapters), wanted.key, used, spare)
+        except OSError as error:
+            _LOG.warning("folders of %s are not removed: %s", wanted.pointer, error)
+            return ()
 
     def _folder(self, version: Version) -> Path:
         """Return the folder of a version, exporting it if it is not there."""

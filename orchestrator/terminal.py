@@ -17,6 +17,13 @@ err = Console(stderr=True, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[list[str], typer.Option("--set", help="Override: path.to.key=value.")]
+AllowedHosts = Annotated[
+    list[str],
+    typer.Option("--allowed-host", metavar="NAME", help="Answer under this name, too; repeat it."),
+]
+ConnectionsOption = Annotated[
+    int, typer.Option("--connections", min=1, help="That are open at once.")
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Where the base model is, if it moved.")
 ]

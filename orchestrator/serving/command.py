@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from orchestrator.deploying import parse_pointer
 from orchestrator.lease import driver_name
@@ -13,8 +14,6 @@ from orchestrator.serving.keys import ApiKeys
 from orchestrator.serving.server import Limits, ServingUnavailable
 from orchestrator.workspace import Workspace
 from storage.followers import Followers
-
-_LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 class OpenToAll(ValueError):
@@ -33,6 +32,7 @@ class Place:
         base: where the base model is; None if weft knows.
         poll_s: seconds between two looks at the aliases, > 0.
         open_to_all: whether other machines may ask without a key.
+        names: under which it is asked, besides this machine's own and ``url``'s.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +42,7 @@ class Place:
     base: str | None = None
     poll_s: float = 1.0
     open_to_all: bool = False
+    names: tuple[str, ...] = ()
 
 
 def serve_aliases(
@@ -69,12 +70,8 @@ def serve_aliases(
         UnknownVersion, Unsigned, OtherBase, Unservable: see
             :func:`orchestrator.serving.server.assembled`.
     """
-    if not keys and place.host not in _LOCAL and not place.open_to_all:
-        raise OpenToAll(
-            f"other machines reach {place.host}, and no API key is asked for; give keys with "
-            "--api-key-file, or say --open"
-        )
     try:
+        from orchestrator.connections import is_local, known_names
         from orchestrator.serving.app import Serving, create_app
         from orchestrator.serving.guard import Patience
     except ImportError as error:
@@ -82,6 +79,13 @@ def serve_aliases(
             f"weft serve needs the package {error.name}, which is not installed; "
             "pip install 'weft[serve]'"
         ) from None
+    if not keys and not is_local(place.host) and not place.open_to_all:
+        raise OpenToAll(
+            f"other machines reach {place.host}, and no API key is asked for; give keys with "
+            "--api-key-file, or say --open"
+        )
+    own = [urlsplit(place.url).hostname or ""] if place.url and is_local(place.host) else []
+    names = known_names(place.host, [*place.names, *own])
     socket = server.bound(place.host, place.port)
     port = socket.getsockname()[1]
     host = f"[{place.host}]" if ":" in place.host else place.host
@@ -114,4 +118,4 @@ def serve_aliases(
         app = create_app(face, keys, patience)
         socket.listen(server.BACKLOG)  # who comes before the first answer waits for it
         listening(address)
-        server.run(app, socket, limits.drain_s, ended)
+        server.run(app, socket, limits, names, ended)

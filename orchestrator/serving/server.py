@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,8 +32,6 @@ if TYPE_CHECKING:  # what imports web libraries is imported where they are neede
 
 LINGER_S = 1.0
 """Seconds for which requests are still taken after the signal to end."""
-KEEP_ALIVE_S = 75
-"""Seconds that a connection may be silent: longer than clients keep theirs in a pool."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 _UNBOUNDED = 1 << 20  # tokens, where a model's config names no limit
@@ -59,6 +57,7 @@ class Limits:
         body_s: seconds until all of a request has come.
         write_s: seconds until somebody takes a part of an answer.
         drain_s: seconds that answers have when the server ends.
+        connections: at once; further ones are answered with 503.
     """
 
     batch: int = 32
@@ -72,6 +71,7 @@ class Limits:
     body_s: float = 30.0
     write_s: float = 30.0
     drain_s: float = 60.0
+    connections: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,13 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[], None]) -> None:
+def run(
+    app: Guard,
+    listening: socket.socket,
+    limits: Limits,
+    names: Collection[str] | None,
+    ended: Callable[[], None],
+) -> None:
     """Answer over HTTP until SIGTERM or SIGINT, then finish what was begun.
 
     For a second after the signal the server still takes requests, whose connections end with the
@@ -207,10 +213,13 @@ def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[]
     Args:
         app: the ASGI application.
         listening: bound, from :func:`bound`.
-        drain_s: seconds that answers have from the signal on.
+        limits: of its connections, and of the seconds that answers have from the signal on.
+        names: under which it is asked; None for any.
         ended: called when no more is answered.
     """
     import uvicorn
+
+    from orchestrator.connections import Connections, KnownNames
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -219,16 +228,14 @@ def run(app: Guard, listening: socket.socket, drain_s: float, ended: Callable[[]
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app,
+        KnownNames(app, names),
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="off",
         backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        http="h11",
-        ws="none",
-        timeout_graceful_shutdown=max(1, round(drain_s)),
+        timeout_graceful_shutdown=max(1, round(limits.drain_s)),
+        **Connections(limits.connections).settings(),
     )
     with outliving_signals():
         try:

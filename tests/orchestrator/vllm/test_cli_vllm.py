@@ -9,7 +9,7 @@ import httpx
 import pytest
 import uvicorn
 
-from orchestrator import service
+from orchestrator import gateway_server, service
 from orchestrator.gateway import Gateway, Keys, Upstream
 from orchestrator.routes import Routes
 
@@ -42,7 +42,9 @@ def test_an_alias_is_deployed_and_listed(bot, live, keys, ok, read, tmp_path):
     said = ok("deploy", POINTER, "--to", "vllm", *options)
     first = f"{POINTER}:{bot.store.resolve('bot:v1')[:16]}"
     assert said.splitlines() == [f"{first} at {url}"]
-    assert [folder.name for folder in (tmp_path / "new").iterdir()] == [first.rpartition(":")[2]]
+    assert [folder.name for folder in (tmp_path / "new").glob("[!.]*")] == [
+        first.rpartition(":")[2]
+    ]
     assert f"{POINTER}  {url}  {first.rpartition(':')[2]}  in step" in ok("deployments", *keys)
     service.promote(bot, "bot", "production", "bot:v2")
     [row] = read("deployments", *keys)
@@ -76,6 +78,15 @@ def test_a_gateway_that_follows_no_alias_is_refused(refused):
     assert "an alias is written NAME@ALIAS" in refused(
         "gateway", "--to", "http://x", "--follow", "bot"
     )
+
+
+def test_a_gateway_says_which_of_its_aliases_point_nowhere(bot, weft, tmp_path, monkeypatch):
+    monkeypatch.setattr(gateway_server, "serve", lambda *given: None)
+    followed = ("--follow", POINTER, "--follow", "bot@prodution")
+    options = ("--adapters-dir", tmp_path / "served", "--to", "http://x")
+    code, _, said = weft("gateway", *followed, *options)
+    assert code == 0
+    assert said == "bot@prodution points nowhere yet: requests for it are answered with 503\n"
 
 
 def test_following_without_a_gateway_is_refused(weft):

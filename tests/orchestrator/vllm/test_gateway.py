@@ -18,7 +18,7 @@ from starlette.routing import Route
 from orchestrator import service
 from orchestrator.gateway import Gateway, Keys, Limits, Upstream
 from orchestrator.gateway_client import RemoteGateway
-from orchestrator.gateway_server import serve
+from orchestrator.gateway_server import Place, serve
 from orchestrator.key_files import BadKey, NoKeys, read_keys
 from orchestrator.rollout import Rollout
 from orchestrator.routes import BadState, NoRoute, Routes
@@ -360,6 +360,42 @@ def test_a_stream_comes_part_by_part_and_ends_on_the_adapter_it_began_with(route
         assert next(parts) == f"data: {TWO}\n\n".encode()
 
 
+def test_a_server_may_close_every_connection_after_its_answer(routes):
+    said = b'{"model": "x"}'
+
+    def answer_once_each(bound):
+        for _ in range(2):
+            try:
+                taken, _ = bound.accept()
+            except TimeoutError:  # the second request came on the first connection
+                return
+            with taken, taken.makefile("rb") as lines:
+                size = 0
+                for line in iter(lines.readline, b"\r\n"):
+                    name, _, value = line.lower().partition(b":")
+                    size = int(value) if name == b"content-length" else size
+                lines.read(size)
+                taken.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
+                taken.settimeout(5.0)
+                taken.recv(1)  # the gateway's end of the connection, and no second request
+
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        bound.settimeout(5.0)
+        thread = threading.Thread(target=answer_once_each, args=(bound,))
+        thread.start()
+        gateway = Gateway(routes, Upstream(f"http://127.0.0.1:{bound.getsockname()[1]}"))
+
+        async def both():
+            transport = httpx.ASGITransport(gateway.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                body = {"model": "bot"}
+                return [await client.post("/v1/completions", json=body) for _ in range(2)]
+
+        answers = asyncio.run(both())
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200, 200]
+
+
 def test_a_client_that_leaves_ends_its_request_at_the_server(routes, listening):
     held = Held()
     url = listening(Gateway(routes, Upstream(listening(held.app))).app)
@@ -438,7 +474,7 @@ def test_sigterm_under_load_ends_no_request_before_its_end(routes, listening):
     for one in threads:
         one.start()
     try:
-        serve(gateway, following, "127.0.0.1", port)
+        serve(gateway, following, Place("127.0.0.1", port))
         for one in threads:
             one.join()
     finally:

@@ -15,7 +15,7 @@ import torch
 from peft.utils import load_peft_weights
 
 from clients.assignment import ModelSpec
-from orchestrator import service
+from orchestrator import adapter_folders, service
 from orchestrator.deploying import BadPointer
 from orchestrator.deployments import BadUrl, deployments, plain_url
 from orchestrator.exporting import NotServable
@@ -103,17 +103,102 @@ def test_a_rollout_that_is_killed_anywhere_is_finished_by_the_next(bot, fake, pl
     assert killed == 2 * 7  # list, load, probe, switch, list, ask who is answered, unload
 
 
+def folders_there(tmp_path):
+    """Return the adapters' folders that are there."""
+    return {path.name for path in (tmp_path / "served").iterdir() if path.name[0] != "."}
+
+
+def adapters_of(bot):
+    """Return what the folders of both versions are called."""
+    return [name.rpartition(":")[2] for name in names(bot)]
+
+
 def test_a_rollback_uses_the_folder_that_is_there(bot, fake, place, tmp_path):
     server = fake()
     rollout = place(server)
     rollout.run()
     move(bot, 2)
     rollout.run()
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "served").rglob("*")}
+
+    def written():
+        found = (tmp_path / "served").glob("[!.]*/*")
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    made = written()
     service.rollback(bot, POINTER)
     assert rollout.run().model == names(bot)[0]
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "served").rglob("*")} == made
+    assert written() == made
+    assert len(made) > 2
     assert list(server.adapters) == [names(bot)[0]]
+
+
+def test_folders_that_nobody_serves_any_more_are_removed_but_for_the_one_before(
+    bot, fake, place, tmp_path
+):
+    rollout = place(fake())
+    first, second = adapters_of(bot)
+    assert rollout.run().removed == ()
+    move(bot, 2)
+    assert rollout.run().removed == ()
+    one_rank = replace(rollout, deployment=replace(rollout.deployment, rank=1))
+    assert one_rank.run().removed == (first,)
+    assert folders_there(tmp_path) == {second, f"{second}-rank-1"}
+    assert one_rank.run().removed == ()
+    one_rank.end()
+    assert folders_there(tmp_path) == set()
+
+
+def test_a_folder_that_another_deployment_serves_stays(bot, fake, place, tmp_path):
+    server, rollout = fake(), place(fake())
+    other = place(server)
+    other = replace(other, deployment=replace(other.deployment, url="http://other"))
+    rollout.run(), other.run()
+    first, second = adapters_of(bot)
+    rollout.end()
+    assert folders_there(tmp_path) == {first, second}  # nobody said a word of the second
+    assert other.run().model in server.adapters
+    other.end()
+    assert folders_there(tmp_path) == {second}
+
+
+def test_a_folder_of_what_is_still_loaded_stays(bot, fake, place, tmp_path):
+    rollout = place(fake(), gateway=False)  # nobody can tell whether it is still asked
+    for version, rank in ((1, None), (2, None), (2, 1), (1, 1)):
+        move(bot, version)
+        done = replace(rollout, deployment=replace(rollout.deployment, rank=rank)).run()
+    assert len(done.left) == 3
+    assert len(folders_there(tmp_path)) == 4
+    rollout.end()
+    assert folders_there(tmp_path) == set()
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next(bot, fake, place, tmp_path, monkeypatch):
+    rollout = place(fake())
+    rollout.run()
+    right, moved = adapter_folders.shutil.rmtree, []
+
+    def dies(path, **options):
+        if path.exists():
+            moved.append(path)
+            raise Killed
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        patched.setattr(adapter_folders.shutil, "rmtree", dies)
+        rollout.end()
+    assert len(moved) == 1
+    assert adapter_folders.shutil.rmtree is right
+    assert rollout.end() == ((), ())
+    assert not moved[0].exists()
+    assert list((tmp_path / "served" / ".weft-uses").glob("*/*")) == []
+
+
+def test_a_folder_that_was_altered_since_is_not_removed(bot, fake, place, tmp_path):
+    rollout = place(fake())
+    rollout.run()
+    folder = tmp_path / "served" / adapters_of(bot)[0]
+    (folder / "notes.txt").write_text("mine")
+    rollout.end()
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_that_was_altered_is_not_served(bot, fake, place, tmp_path):
