@@ -90,7 +90,7 @@ $(STAMP)-base: pyproject.toml constraints.txt $(VENV)/.made-$(HERE)
 	@echo 'installing weft and what it needs into $(VENV); the first time takes minutes'
 	@$(PINNED) pip setuptools wheel
 	@$(PINNED) $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') torch
-	@$(PINNED) --no-build-isolation --editable .
+	@$(PINNED) --no-build-isolation --editable '.[ray]'
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-base

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from strategies.spends import ClientLevel
@@ -53,6 +54,12 @@ class ModelSpec:
     compute_dtype: str = "float32"
     gradient_checkpointing: bool = False
 
+    @property
+    def public_id(self) -> str:
+        """The id where others may read it: empty for a local folder, whose path is nobody's."""
+        local = Path(self.id).exists() or self.id.startswith((".", "/", "~"))
+        return "" if local else self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -82,13 +89,19 @@ class DataSpec:
     """Which records: a URI, the names of its columns, and the part of it that is meant.
 
     Attributes:
-        uri: such as ``jsonl:/data/notes.jsonl`` or ``builtin:parameter-types?split=test``.
+        uri: such as ``jsonl:/data/notes.jsonl`` or ``builtin:parameter-types?split=test``; to
+            whom they are elsewhere ``site:NAME``, as their site calls them.
         fields: weft's column name to the file's own, such as ``{"text": "note", "label": "dx"}``.
         shard: the part of it, or None for all.
         labels: keep only examples with these labels; empty keeps all. A label outside the model's
             label set is an error all the same.
         unit: the source's own name of the column that says whose an example is; empty where each
             example is somebody's by itself.
+        part: ``train`` for what is left when ``holdout`` is split off, ``holdout`` for that;
+            see :mod:`clients.holdout`.
+        holdout: the share that is split off, in (0, 1); 0 where ``part`` is ``all``.
+        holdout_by: the source's own name of the column whose values are split off whole; empty
+            where records are.
     """
 
     uri: str
@@ -96,6 +109,9 @@ class DataSpec:
     shard: Shard | None = None
     labels: tuple[str, ...] = ()
     unit: str = ""
+    part: Literal["all", "train", "holdout"] = "all"
+    holdout: float = 0.0
+    holdout_by: str = ""
 
 
 NO_DATA = DataSpec("none:")
@@ -279,9 +295,13 @@ class Assignment:
     def digest(self) -> str:
         """Return the sha256 that binds DP noise to everything this assignment says.
 
-        Covers every field but ``run`` and ``site``, which name a place rather than a computation,
-        ``held``, with which nothing may be left out any more, ``answer_tokens``, since an
-        evaluation draws no noise, and ``past`` and ``noise_share`` where there is none.
+        Covers every field but those that name a place rather than a computation (``run``,
+        ``site``, the data's URI and columns, the model's id where its hash says which it is),
+        ``held``, with which nothing may be left out any more, ``answer_tokens``, since private
+        scores have no answers, and ``past`` and ``noise_share`` where there is none. So it is
+        the same for who sends it and for the site, which calls data and models by other names. On
+        other data it is answered by the update that was made first, if at all: see
+        :meth:`clients.site.Site.stored_update`.
         A tensor that several assignments share is read once: see :mod:`clients.digests`.
 
         Raises:
@@ -297,4 +317,7 @@ class Assignment:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         unbound = {"run", "site", "held", "answer_tokens"}
         unbound |= {name for name in ("past", "noise_share") if named[name] is None}
+        named["data"] = replace(self.data, uri="", fields={})
+        if self.model.hash:
+            named["model"] = replace(self.model, id="", revision=None)
         return digest_of({k: v for k, v in named.items() if k not in unbound})

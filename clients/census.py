@@ -23,7 +23,7 @@ import sqlite3
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -160,7 +160,8 @@ def _examples(holding: Holding) -> Iterator[Example]:
         from clients import data  # it makes tensors of them; most censuses need none
 
         assert holding.model is not None
-        yield from data.examples(spec, holding.model)
+        whole = replace(spec, part="all", holdout=0.0, holdout_by="")  # what is held out is its too
+        yield from data.examples(whole, holding.model)
         return
     yield from forms(spec)
 

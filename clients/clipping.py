@@ -19,6 +19,13 @@ from torch import Tensor
 
 from clients.assignment import Clipping
 
+SMALLEST = 1e-9
+"""Of a bound, and of what ``automatic`` adds to norms.
+
+Norms are measured in float32, in which entries below 1e-19 have none: a gradient whose norm is not
+seen is not clipped either. What is missed of a norm lies millions of times below this.
+"""
+
 _ROUNDING = 1 + 1e-6  # a clipped gradient may not exceed its bound by float32 rounding either
 
 
@@ -35,12 +42,23 @@ class Clip:
     Attributes:
         clipping: the mode, with its options.
         names: of the parameters, in the order of every ``norms``.
-        bound: on the norm of what one example adds, over all parameters, > 0.
+        bound: on the norm of what one example adds, over all parameters, >= :data:`SMALLEST`.
+
+    Raises:
+        ValueError: if that, or what ``automatic`` adds, is smaller.
     """
 
     clipping: Clipping
     names: Sequence[str]
     bound: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("bound", self.bound), ("stability", self.clipping.stability)):
+            if not value >= SMALLEST:
+                raise ValueError(
+                    f"{name} must be >= {SMALLEST:g}, got {value}: of far shorter gradients no "
+                    "norm is measured, and nothing would be clipped"
+                )
 
     def factors(self, norms: Tensor) -> Tensor:
         """Return what each example's gradient of each parameter is multiplied by.
@@ -102,9 +120,9 @@ def moved(clipping: Clipping, bound: float, votes: float, expected: float) -> fl
 
     Args:
         clipping: a ``quantile``.
-        bound: this step's.
+        bound: this step's; the next is :data:`SMALLEST` at least.
         votes: noised.
         expected: number of examples a step; the true number is private.
     """
     within = min(max(votes / expected + 0.5, 0.0), 1.0)
-    return bound * math.exp(-clipping.rate * (within - clipping.quantile))
+    return max(bound * math.exp(-clipping.rate * (within - clipping.quantile)), SMALLEST)

@@ -7,22 +7,27 @@ examples become tensors in :mod:`clients.tokens`; one data set is split in
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from clients import partition as splitting
-from clients.assignment import DataSpec, ModelSpec, Shard
+from clients.assignment import Assignment, DataSpec, ModelSpec, Shard
 from clients.examples import Example, digest, record_digest
+from clients.holdout import held_out, split_key
 from clients.records import BadSelection, listed, validated
 from clients.sources import (
     BadDataURI,
     BadRecord,
+    DataElsewhere,
     DataNotFound,
     DataURI,
     MissingExtra,
     absolute,
     content_of,
+    is_elsewhere,
     is_public,
     is_there,
     parse_uri,
@@ -38,6 +43,7 @@ __all__ = [
     "BadRecord",
     "BadSelection",
     "Batch",
+    "DataElsewhere",
     "DataNotFound",
     "DataURI",
     "Encoded",
@@ -49,9 +55,12 @@ __all__ = [
     "content_of",
     "encode",
     "examples",
+    "examples_of",
     "fingerprint",
+    "is_elsewhere",
     "is_public",
     "is_there",
+    "leaving_out_what_is_bad",
     "padding_id",
     "parse_uri",
     "partition_specs",
@@ -62,11 +71,16 @@ __all__ = [
 ]
 
 
-def examples(spec: DataSpec, model: ModelSpec) -> list[Example]:
+def examples(spec: DataSpec, model: ModelSpec, key: bytes | None = None) -> list[Example]:
     """Return the examples that ``spec`` means, in the order of the records.
 
     Every record is validated, whether it is selected or not. The shard is taken of what is left
-    after the selection by label.
+    after the selection by label, and the holdout is split off the shard.
+
+    Args:
+        spec: which records.
+        model: what they are for.
+        key: of the site whose data they are, by which a holdout is split off; None for public data.
 
     Raises:
         BadDataURI, DataNotFound, MissingExtra: as :func:`clients.sources.open_source`.
@@ -74,12 +88,26 @@ def examples(spec: DataSpec, model: ModelSpec) -> list[Example]:
         BadSelection: if the spec asks for what is not there.
     """
     shard = spec.shard
+    if (spec.part == "all") != (spec.holdout == 0):
+        raise BadSelection(
+            f"a holdout of {spec.holdout:g} is split off, and part {spec.part!r} is asked for; a "
+            "share in (0, 1) goes with train or holdout, and 0 with all"
+        )
     if shard is None:
-        return [example for example, _ in _selected(spec, model)]
+        return _of_part(spec, _selected(spec, model), key)
     _check_shard(shard)
     whole, parts = _divided(spec, shard, model)
     name = shard.value if shard.partition == "column" else f"part-{shard.index}"
-    return [whole[i] for i in parts.get(name, ())]
+    return _of_part(spec, [whole[i] for i in parts.get(name, ())], key)
+
+
+def examples_of(assignment: Assignment) -> list[Example]:
+    """Return the examples that an assignment means, at the site where they are.
+
+    Raises:
+        BadDataURI, DataNotFound, MissingExtra, BadRecord, BadSelection: as :func:`examples`.
+    """
+    return examples(assignment.data, assignment.model, split_key(assignment))
 
 
 def units(examples: Sequence[Example]) -> list[list[int]]:
@@ -171,7 +199,25 @@ def _check_shard(shard: Shard) -> None:
         raise BadSelection(f"alpha must be > 0, got {shard.alpha}")
 
 
-_Divided: TypeAlias = tuple[list[Example], dict[str, list[int]]]
+class _Selected(NamedTuple):
+    """An example, its value of the shard's column, and by what it is held out or not."""
+
+    example: Example
+    value: str
+    identity: bytes
+
+
+def _of_part(spec: DataSpec, found: Iterable[_Selected], key: bytes | None) -> list[Example]:
+    """Return the examples of the spec's part: all, what is held out, or the rest."""
+    if spec.part == "all":
+        return [one.example for one in found]
+    wanted = spec.part == "holdout"
+    share = spec.holdout
+    return [one.example for one in found if held_out(one.identity, share, key) == wanted]
+
+
+_left_out: ContextVar[bool] = ContextVar("left out", default=False)
+_Divided: TypeAlias = tuple[list[_Selected], dict[str, list[int]]]
 _resident: tuple[Any, _Divided] | None = None
 
 
@@ -185,27 +231,26 @@ def _divided(spec: DataSpec, shard: Shard, model: ModelSpec) -> _Divided:
     global _resident
     whole = replace(shard, index=0, value="")  # what all parts have in common
     state = source_state(spec.uri)
-    chosen = (sorted(spec.fields.items()), spec.labels, spec.unit, whole)
+    held = (spec.holdout > 0, spec.holdout_by)
+    chosen = (sorted(spec.fields.items()), spec.labels, spec.unit, held, whole)
     key = (state, chosen, model.kind, model.labels)
     if state is not None and _resident is not None and _resident[0] == key:
         return _resident[1]
     found = _selected(replace(spec, shard=whole), model)
-    divided = [example for example, _ in found], _parts(found, whole, model)
+    divided = found, _parts(found, whole, model)
     if state is not None:
         _resident = key, divided
     return divided
 
 
-def _parts(
-    found: list[tuple[Example, str]], split: Shard, model: ModelSpec
-) -> dict[str, list[int]]:
+def _parts(found: Sequence[_Selected], split: Shard, model: ModelSpec) -> dict[str, list[int]]:
     """Return the indices of every part, by the part's name."""
     if split.partition == "column":
-        return splitting.column([value for _, value in found])
+        return splitting.column([one.value for one in found])
     if split.partition == "iid":
         parts = splitting.iid(len(found), split.total, split.seed)
     elif model.kind == "classification":
-        labels = [example.label or 0 for example, _ in found]
+        labels = [one.example.label or 0 for one in found]
         parts = splitting.dirichlet(labels, split.total, split.alpha, split.seed)
     else:
         have = "has none" if model.kind == "causal-lm" else "has one for each word"
@@ -215,8 +260,8 @@ def _parts(
     return {f"part-{i}": part for i, part in enumerate(parts)}
 
 
-def _selected(spec: DataSpec, model: ModelSpec) -> list[tuple[Example, str]]:
-    """Return the examples with the wanted labels, each with its value of the shard's column."""
+def _selected(spec: DataSpec, model: ModelSpec) -> list[_Selected]:
+    """Return the examples with the wanted labels, whatever part they are of."""
     unknown = sorted(set(spec.labels) - set(model.labels))
     if unknown:
         raise BadSelection(
@@ -228,11 +273,27 @@ def _selected(spec: DataSpec, model: ModelSpec) -> list[tuple[Example, str]]:
     found = []
     for record in validated(spec, model, column):
         if record.example is None:
-            raise BadRecord(f"{record.place}: {record.problem}")
+            if not _left_out.get():
+                raise BadRecord(f"{record.place}: {record.problem}")
+            continue
         chosen = _of_labels(record.example, wanted)
         if chosen is not None:
-            found.append((chosen, record.value))
+            found.append(_Selected(chosen, record.value, record.identity))
     return found
+
+
+@contextmanager
+def leaving_out_what_is_bad() -> Iterator[None]:
+    """Within, a record that cannot be used is left out, as if it were not there.
+
+    For a site whose data are private, and whose coordinator says which labels there are and what
+    the records are for: that one of them is refused would tell of it, without noise.
+    """
+    before = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(before)
 
 
 def _of_labels(example: Example, wanted: Set[int]) -> Example | None:

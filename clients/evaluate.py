@@ -19,6 +19,7 @@ from clients.pace import Stepped, unheard
 from clients.session import Session, allowed_labels, move, opened
 from clients.site import Site
 from clients.tags import IGNORED, OUTSIDE, is_bio
+from strategies.base import Tensors
 
 
 class NothingToScore(ValueError):
@@ -40,6 +41,8 @@ class Evaluation:
             (nats a target token), ``perplexity``, ``bits_per_byte`` (of the target text, UTF-8),
             and where answers are asked for ``exact_match`` and ``rouge_l``, means over examples.
         label_accuracy: accuracy per label, or per tag of words.
+        sums: under privacy, all that is told: see :mod:`clients.private_scores`; ``num_examples``
+            is then one of them, rounded, and ``metrics`` are empty.
     """
 
     client: str
@@ -47,6 +50,7 @@ class Evaluation:
     num_examples: int
     metrics: Mapping[str, float]
     label_accuracy: Mapping[str, float] = field(default_factory=dict)
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
@@ -60,16 +64,16 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
         clients.data.BadRecord: if a record is malformed.
         NothingToScore: if no example is left to score.
         NoPrompt: if answers are asked for, and a record has no prompt.
+        ValueError: if the assignment is private: its scores are
+            :func:`clients.private_scores.private_evaluation`'s.
     """
-    examples = data.examples(assignment.data, assignment.model)
+    if assignment.private:
+        raise ValueError(f"the scores of {assignment.client} may be told in noise alone")
+    examples = data.examples_of(assignment)
     if not examples:
         raise NothingToScore(f"{assignment.data.uri} holds no example of the asked labels")
     with opened(assignment) as session, torch.no_grad():
-        tensors = dict(assignment.broadcast.tensors)
-        if assignment.head == "personal":
-            site = Site(assignment.site)
-            tensors |= site.state(assignment.run, assignment.client, assignment.round)
-        session.write(tensors)
+        session.write(written(assignment))
         session.model.eval()
         if assignment.model.kind == "token-classification":
             return _tagging(assignment, session, examples, stepped)
@@ -81,6 +85,15 @@ def evaluate(assignment: Assignment, stepped: Stepped = unheard) -> Evaluation:
             scores = _answers(assignment, session, examples, encoded)
             found = replace(found, metrics={**found.metrics, **scores})
         return found
+
+
+def written(assignment: Assignment) -> Tensors:
+    """Return the tensors that are scored: those that were sent, and the client's own head."""
+    tensors = dict(assignment.broadcast.tensors)
+    if assignment.head == "personal":
+        site = Site(assignment.site)
+        tensors |= site.state(assignment.run, assignment.client, assignment.round)
+    return tensors
 
 
 def example_losses(assignment: Assignment) -> list[float]:
@@ -95,19 +108,19 @@ def example_losses(assignment: Assignment) -> list[float]:
     """
     if not assignment.public:
         raise ValueError("the losses of single examples are told of public data alone")
-    examples = data.examples(assignment.data, assignment.model)
+    examples = data.examples_of(assignment)
     found = torch.empty(len(examples))
     with opened(assignment) as session, torch.no_grad():
         session.write(assignment.broadcast.tensors)
         session.model.eval()
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
-        for chunk, batch in _batches(assignment, session, encoded, unheard):
+        for chunk, batch in batches(assignment, session, encoded, unheard):
             logits, allowed = session.model(batch), allowed_labels(assignment)
             found[chunk] = session.model.example_losses(logits, batch, allowed).cpu()
     return found.tolist()
 
 
-def _batches(
+def batches(
     assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Iterator[tuple[list[int], data.Batch]]:
     """Yield batches of examples of like length: less padding, the same scores."""
@@ -127,7 +140,7 @@ def _classification(
     own = torch.tensor([names.index(x) for x in told]) if told and set(told) != known else None
     predicted, within, truth = (torch.empty(len(encoded), dtype=torch.long) for _ in range(3))
     loss = 0.0
-    for chunk, batch in _batches(assignment, session, encoded, stepped):
+    for chunk, batch in batches(assignment, session, encoded, stepped):
         scores = session.model(batch)
         logits = session.model.barred(scores, allowed)
         predicted[chunk] = logits.argmax(dim=1).cpu()
@@ -152,7 +165,7 @@ def _tagging(
     assignment: Assignment, session: Session, examples: Sequence[data.Example], stepped: Stepped
 ) -> Evaluation:
     """Score words. One that the model does not see counts as outside of everything."""
-    said, loss = _tags_of(assignment, session, examples, stepped)
+    said, loss = tags_of(assignment, session, examples, stepped)
     if not any(tag != IGNORED for example in examples for tag in example.tags):
         raise NothingToScore(f"{assignment.data.uri} holds no word of the asked labels")
     metrics, label_accuracy = tag_scores(examples, said, assignment.model.labels)
@@ -167,7 +180,7 @@ def _tagging(
     )
 
 
-def _tags_of(
+def tags_of(
     assignment: Assignment, session: Session, examples: Sequence[data.Example], stepped: Stepped
 ) -> tuple[list[list[int]], float]:
     """Return the tag of each word of each example, as an index, and the sum of their losses."""
@@ -181,7 +194,7 @@ def _tags_of(
     unseen = names.index(OUTSIDE) if OUTSIDE in names else IGNORED
     said: list[list[int]] = [[]] * len(encoded)
     loss = 0.0
-    for chunk, batch in _batches(assignment, session, encoded, stepped):
+    for chunk, batch in batches(assignment, session, encoded, stepped):
         logits = model(batch)
         loss += float(model.example_losses(logits, batch, allowed).sum())
         best = model.barred(logits, allowed).argmax(dim=-1).cpu()
@@ -231,12 +244,12 @@ def predicted(assignment: Assignment, examples: Sequence[data.Example]) -> list[
         session.write(assignment.broadcast.tensors)
         session.model.eval()
         if assignment.model.kind == "token-classification":
-            return list(_tags_of(assignment, session, examples, unheard)[0])
+            return list(tags_of(assignment, session, examples, unheard)[0])
         encoded = data.encode(examples, session.base.tokenizer, assignment.model)
         if assignment.model.kind == "causal-lm":
             return _texts(assignment, session, encoded)
         found, allowed = [0] * len(encoded), allowed_labels(assignment)
-        for chunk, batch in _batches(assignment, session, encoded, unheard):
+        for chunk, batch in batches(assignment, session, encoded, unheard):
             best = session.model.barred(session.model(batch), allowed).argmax(dim=1)
             for i, label in zip(chunk, best.tolist(), strict=True):
                 found[i] = label
@@ -278,7 +291,7 @@ def _continuation(
     assignment: Assignment, session: Session, encoded: Sequence[data.Encoded], stepped: Stepped
 ) -> Evaluation:
     nats, tokens, num_bytes = 0.0, 0, 0
-    for _, batch in _batches(assignment, session, encoded, stepped):
+    for _, batch in batches(assignment, session, encoded, stepped):
         logits, labels = session.model(batch)[:, :-1], batch.labels[:, 1:]
         nats += float(
             torch.nn.functional.cross_entropy(

@@ -4,6 +4,9 @@ A message of :class:`orchestrator.flower_strategy.WeftStrategy` holds the adapte
 as any of Flower's strategies sends it, and beside it what its round trains (``weft``), its masks,
 what else the method needs, and what lies beneath the adapter. A message without these is of another
 strategy, one that averages all arrays that it sent: it gets all of them back.
+
+Runs of weft's own send whole orders and replies (:mod:`clients.orders`), as bytes: Flower stores
+and sends each part by what it holds, so that one that many nodes are sent is stored once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from clients.assignment import Assignment
 from clients.evaluate import Evaluation
+from clients.orders import BadOrder, BadReply, Order
 from clients.regularizers import REGULARIZERS, Regularizer, recall, takes_part
 from clients.seeds import seed_for
 from clients.starting import initial_tensors
@@ -35,6 +39,10 @@ ROUND, NUM_EXAMPLES = "server-round", "num-examples"
 WEFT, MASK, EXTRA, BELOW = "weft", "weft.mask", "weft.extra", "weft.beneath"
 """Keys of the records that only we write and read."""
 
+ORDER, PARTS, REPLY = "weft.order", "weft.parts", "weft.reply"
+"""Keys of the records of an order and of a reply."""
+
+_HEADER, _BYTES = "header", "weft.bytes"
 _BFLOAT16 = "weft.bfloat16"
 """How an array is stored whose format NumPy does not have: its values' two bytes each."""
 
@@ -79,6 +87,46 @@ def instruction(sent: Broadcast, below: Tensors, config: ConfigRecord) -> Record
     }
     beside = {MASK: sent.mask, EXTRA: sent.extra, BELOW: below}
     return RecordDict(records | {key: arrays_of(part) for key, part in beside.items() if part})
+
+
+def order_record(order: Order) -> RecordDict:
+    """Return an order as Flower's records; parts that orders share are the same arrays in each."""
+    parts = {sha256: _plain(data) for sha256, data in order.parts.items()}
+    header = ConfigRecord({_HEADER: order.header})
+    return RecordDict({ORDER: header, PARTS: ArrayRecord(parts)})
+
+
+def order_of(content: RecordDict) -> Order:
+    """Return the order in a message's records; what it says is not looked at.
+
+    Raises:
+        BadOrder: if there is none.
+    """
+    try:
+        header = content.config_records[ORDER][_HEADER]
+        parts = {sha256: _data(array) for sha256, array in content.array_records[PARTS].items()}
+    except (KeyError, TypeError) as error:
+        raise BadOrder(f"the message holds no order ({error})") from error
+    if not isinstance(header, bytes):
+        raise BadOrder("the message's order is not of bytes")
+    return Order(header, parts)
+
+
+def reply_record(reply: bytes) -> RecordDict:
+    """Return a packed reply as Flower's records."""
+    return RecordDict({REPLY: ArrayRecord({REPLY: _plain(reply)})})
+
+
+def reply_of(content: RecordDict) -> bytes:
+    """Return the packed reply in a message's records; what it says is not looked at.
+
+    Raises:
+        BadReply: if there is none.
+    """
+    try:
+        return _data(content.array_records[REPLY][REPLY])
+    except (KeyError, TypeError) as error:
+        raise BadReply(f"the message holds no reply ({error})") from error
 
 
 def client_app(
@@ -213,6 +261,21 @@ def _array(tensor: Tensor) -> Array:
         return Array(tensor.numpy())
     data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     return Array("bfloat16", tuple(tensor.shape), _BFLOAT16, data)
+
+
+def _plain(data: bytes) -> Array:
+    return Array("uint8", (len(data),), _BYTES, data)
+
+
+def _data(array: Array) -> bytes:
+    """Return an array's bytes.
+
+    Raises:
+        TypeError: if it holds something else.
+    """
+    if array.stype != _BYTES:
+        raise TypeError(f"an array of {array.stype!r}, not of bytes")
+    return array.data
 
 
 def _tensor(name: str, array: Array) -> Tensor:

@@ -22,6 +22,12 @@ class BadLabels(ValueError):
     """This label set is none of the task's."""
 
 
+def rounded(count: int) -> int:
+    """Return a count to two significant digits: an exact size tells that a record was added."""
+    scale = int(10 ** max(0, len(str(count)) - 2))
+    return max(1, round(count / scale) * scale)
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Lengths of examples in tokens, before truncation.

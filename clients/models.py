@@ -62,6 +62,12 @@ class Base:
 _MOST_SHAPES = 256
 _shapes: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
 _resident: tuple[tuple[Any, ...], Base] | None = None
+_loads = 0
+
+
+def num_loads() -> int:
+    """Return how many base models this process has loaded, the resident one included."""
+    return _loads
 
 
 def load(spec: ModelSpec, device: str = "cpu") -> Base:
@@ -80,7 +86,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> Base:
         BaseMismatch: if ``spec.hash`` is set and the weights have another.
         UnsupportedBase: if weft does not load this model, or not in this way.
     """
-    global _resident
+    global _resident, _loads
     folder = locate(spec.id, spec.revision)
     found = base_hash(spec)
     if spec.hash and spec.hash != found:
@@ -95,6 +101,7 @@ def load(spec: ModelSpec, device: str = "cpu") -> Base:
             _resident = None
             gc.collect()  # modules are reference cycles: without this, two models are in memory
         _resident = key, Base(_backbone(spec, folder, device), _tokenizer(folder), spec)
+        _loads += 1
     elif _resident[1].spec != spec:
         _resident = key, replace(_resident[1], spec=spec)
     return _resident[1]

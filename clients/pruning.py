@@ -53,10 +53,10 @@ class Ranks:
         asked = pruning_of(sent.extra)
         if asked is None:
             return cls()
-        if assignment.privacy is not None:
+        if assignment.private:
             raise NotPrivate(
-                "which ranks a client gives up depends on its data, which example-level privacy "
-                "does not cover; leave prune out, or run without privacy"
+                "which ranks a client gives up depends on its data, which privacy does not cover; "
+                "leave prune out, or run without privacy"
             )
         layers = lora_layers(sent.tensors)
         own = {

@@ -163,7 +163,7 @@ def read(assignment: Assignment, when: When, stepped: Stepped = unheard) -> Upda
     if assignment.private and readers:
         raise NotPrivate(f"regularizer {readers[0]!r} reads data, which is not private")
     # with privacy nobody may learn how many there are
-    examples = [] if assignment.private else data.examples(assignment.data, assignment.model)
+    examples = [] if assignment.private else data.examples_of(assignment)
     if not assignment.private and not examples:
         raise NothingToRead(f"{client} has no example for this task")
     kept = site.state(run, client, assignment.round - 1)

@@ -13,10 +13,12 @@ from typing import Any
 
 from clients.assignment import DataSpec, ModelSpec
 from clients.examples import Example
+from clients.holdout import identity
 from clients.sources import Source, open_source
 from clients.tags import BadTags, is_bio, joined, refuse_broken, spans_to_tags
 
 COLUMNS = ("text", "text_pair", "label", "prompt", "completion", "tokens", "tags", "spans")
+_TEXTS = ("text", "text_pair", "prompt", "completion")
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what a tokenizer cannot take
@@ -39,12 +41,14 @@ class Validated:
         example: None if the record is bad.
         value: of the column that was asked for; without a model, the label as it is written.
         problem: what is wrong with a bad record, or empty.
+        identity: by what it is held out or not, where the spec splits a holdout off; else empty.
     """
 
     place: str
     example: Example | None = None
     value: str = ""
     problem: str = ""
+    identity: bytes = b""
 
 
 def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iterator[Validated]:
@@ -71,7 +75,9 @@ def validated(spec: DataSpec, model: ModelSpec | None, column: str = "") -> Iter
             if spec.unit:
                 example = replace(example, unit=columns.value(spec.unit, "that says whose it is"))
             value = columns.value(column, "to split by") if column else ""
-            outcome = Validated(place, example, value if model else columns.written_label())
+            shown = value if model else columns.written_label()
+            known_by = columns.identity(spec.holdout_by) if spec.holdout else b""
+            outcome = Validated(place, example, shown, identity=known_by)
         except _Problem as problem:
             outcome = Validated(place, problem=str(problem))
         yield outcome
@@ -225,6 +231,13 @@ class _Columns:
                 f"label {_shown(value, repr(value))} is outside the label set ({listed(labels)})"
             )
         return index
+
+    def identity(self, column: str) -> bytes:
+        """Return by what the record is held out or not: whose it is, or what it says."""
+        if column:
+            return identity([self.value(column, "to hold out by")])
+        names = [name for name in _TEXTS if self.has(name)]
+        return identity([self.text(name) for name in names] or [joined(self.tokens())[0]])
 
     def value(self, column: str, purpose: str) -> str:
         if column not in self.record:

@@ -49,10 +49,10 @@ class Selection:
         budget = budget_of(sent.extra)
         if budget is None:
             return cls(sent.tensors)
-        if assignment.privacy is not None:
+        if assignment.private:
             raise NotPrivate(
-                "which ranks a client chooses depends on its data, which example-level privacy "
-                "does not cover; use rolora, or run without privacy"
+                "which ranks a client chooses depends on its data, which privacy does not cover; "
+                "use rolora, or run without privacy"
             )
         if budget.ranks >= num_ranks(sent.tensors):
             return cls(sent.tensors)

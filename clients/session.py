@@ -83,6 +83,8 @@ class Session:
 def opened(assignment: Assignment) -> Iterator[Session]:
     """Attach the assignment's adapter to the resident base model; detach it on leaving.
 
+    The base model is then in evaluation mode, as it was loaded.
+
     Raises:
         clients.models.ModelNotFound: if the base model is not there.
         clients.models.BaseMismatch: if it is not the one the assignment names.
@@ -98,6 +100,7 @@ def opened(assignment: Assignment) -> Iterator[Session]:
         yield Session(base, model, adapter)
     finally:
         adapter.detach(attached)
+        base.backbone.eval()  # what is attached next is in the mode of its backbone
 
 
 def _adapter(assignment: Assignment) -> Adapter:

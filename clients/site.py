@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from strategies.base import Tensors
 
 _BROADCAST = "broadcast.safetensors"
 _EXAMPLES = "examples"
+_STATE = re.compile(r"state-([1-9][0-9]*)\.safetensors")
 
 
 class UpdateGone(RuntimeError):
@@ -96,6 +98,19 @@ class Site:
             elif other.stat().st_size:
                 write_durably(other, b"")
 
+    def stored_sums(self, run: str, client: str, assignment: str) -> dict[str, float] | None:
+        """Return the noised sums already released for this assignment digest, or None."""
+        path = self._run_folder(run, client) / f"sums-{assignment}"
+        if not path.exists():
+            return None
+        sums: dict[str, float] = json.loads(path.read_text("utf-8"))
+        return sums
+
+    def store_sums(self, run: str, client: str, assignment: str, sums: Mapping[str, float]) -> None:
+        """Keep noised sums before they are sent: of other data, with the same noise, they tell."""
+        path = self._run_folder(run, client) / f"sums-{assignment}"
+        write_durably(path, json.dumps(dict(sums)).encode())
+
     def checkpoint(self, run: str, client: str, assignment: str) -> bytes | None:
         """Return what :meth:`store_checkpoint` kept for this assignment digest last, or None."""
         path = self._run_folder(run, client) / f"checkpoint-{assignment}"
@@ -116,11 +131,9 @@ class Site:
         A client that sat out some rounds reads its newest state at or before ``round_``.
         """
         folder = self._run_folder(run, client)
-        for past in range(round_, 0, -1):
-            path = folder / f"state-{past}.safetensors"
-            if path.exists():
-                return dict(load_file(path))
-        return {}
+        named = {int(m[1]): path for path in folder.iterdir() if (m := _STATE.fullmatch(path.name))}
+        newest = max((past for past in named if past <= round_), default=0)
+        return dict(load_file(named[newest])) if newest else {}
 
     def store_state(self, run: str, client: str, round_: int, tensors: Tensors) -> None:
         """Keep the client's own tensors of round ``round_``; retries write the same file."""

@@ -2,7 +2,8 @@
 
 ``jsonl:PATH``, ``csv:PATH`` (both also gzipped), ``parquet:PATH``, ``hf:NAME[/CONFIG]`` and
 ``builtin:NAME``, with options as a query: ``hf:stanfordnlp/imdb?split=train``. ``several:`` is
-URIs one after the other, with ``;`` between.
+URIs one after the other, with ``;`` between. ``site:NAME`` is what a site calls one of its data
+sets: it alone knows what that stands for, and everywhere else there is nothing to read.
 
 A reader yields every record with its number, and a broken one with what is wrong with it, so that a
 check can count what a run refuses. No message holds a record's content: only names of fields,
@@ -17,6 +18,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,10 @@ from clients.builtin import DATA_SETS
 
 class DataNotFound(FileNotFoundError):
     """There is no such file, or no such data set on the Hub."""
+
+
+class DataElsewhere(DataNotFound):
+    """The data lie at a site of somebody's, where alone they can be read."""
 
 
 class BadRecord(ValueError):
@@ -91,7 +97,9 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "hf": ("split", "revision", "config"),
     "builtin": ("split", "client"),
     "several": (),
+    "site": (),
 }
+_AT_SITE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def parse_uri(uri: str) -> DataURI:
@@ -106,13 +114,13 @@ def parse_uri(uri: str) -> DataURI:
     scheme, colon, rest = uri.partition(":")
     if scheme == "several":
         for one in rest.split(";"):
-            parse_uri(one)
+            if parse_uri(one).scheme == "site":
+                raise BadDataURI(f"data URI {uri!r}: {one} cannot be one of several; name it alone")
         return DataURI(scheme, rest, {})
     path, _, query = rest.partition("?")
     if scheme not in _OPTIONS or not colon:
         raise BadDataURI(_unknown_scheme(uri, scheme if colon else ""))
-    if not path:
-        raise BadDataURI(f"data URI {uri!r} names no data; write {scheme}:PATH")
+    _refuse_path(uri, scheme, path)
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:
@@ -124,6 +132,16 @@ def parse_uri(uri: str) -> DataURI:
         for name, value in options.items():
             _known(name, value, DATA_SETS[path].OPTIONS[name])
     return DataURI(scheme, path, options)
+
+
+def _refuse_path(uri: str, scheme: str, path: str) -> None:
+    if not path:
+        raise BadDataURI(f"data URI {uri!r} names no data; write {scheme}:PATH")
+    if scheme == "site" and not _AT_SITE.fullmatch(path):
+        raise BadDataURI(
+            f"data URI {uri!r}: a site calls its data by lower-case letters, digits, dots, "
+            "underscores and hyphens, at most 64, beginning with a letter or digit"
+        )
 
 
 def _unknown_scheme(uri: str, scheme: str) -> str:
@@ -196,8 +214,13 @@ def is_public(uri: str) -> bool:
     return all(parse_uri(one).scheme == "builtin" for one in parts_of(uri))
 
 
+def is_elsewhere(uri: str) -> bool:
+    """Return whether data lie at a site, which alone can read them: only ``site:``."""
+    return uri.startswith("site:")
+
+
 def is_there(uri: str) -> bool:
-    """Return whether the file of a URI is there; of data that are no file, always True.
+    """Return whether data can be read here: a file if it is there, and all but a site's else.
 
     Raises:
         BadDataURI: as :func:`parse_uri`.
@@ -205,6 +228,8 @@ def is_there(uri: str) -> bool:
     scheme, path, _ = parse_uri(uri)
     if scheme == "several":
         return all(is_there(one) for one in path.split(";"))
+    if scheme == "site":
+        return False
     return scheme in ("hf", "builtin") or Path(path).expanduser().is_file()
 
 
@@ -226,7 +251,7 @@ def source_state(uri: str) -> tuple[str | int, ...] | None:
         return None
     if scheme == "builtin":
         return (uri,)
-    _require_file(path)
+    _require_file(scheme, path)
     file = Path(path).absolute()
     status = file.stat()
     return scheme, str(file), status.st_ino, status.st_size, status.st_mtime_ns
@@ -246,7 +271,7 @@ def content_of(uri: str) -> str:
         return ";".join(content_of(one) for one in path.split(";"))
     if scheme in ("hf", "builtin"):
         return uri
-    _require_file(path)
+    _require_file(scheme, path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -268,7 +293,7 @@ def open_source(uri: str) -> Source:
         return Source(uri, "row", True, _numbered(iter(rows)))
     if scheme == "hf":
         return Source(f"hf:{path}", "row", True, _numbered(_hub_rows(path, options)))
-    _require_file(path)
+    _require_file(scheme, path)
     if scheme == "parquet":
         return Source(path, "row", True, _numbered(_parquet_rows(path)))
     if scheme == "csv":
@@ -291,7 +316,12 @@ def _numbered(rows: Iterator[Mapping[str, Any]]) -> Iterator[Record]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _require_file(path: str) -> None:
+def _require_file(scheme: str, path: str) -> None:
+    if scheme == "site":
+        raise DataElsewhere(
+            f"site:{path} lies at a site, and can be read there alone; name data that are here, or "
+            "leave the client to a run with backend: superlink"
+        )
     try:
         with Path(path).open("rb"):
             return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clients import data, uplink
 from clients.assignment import Assignment
 from clients.batches import Batches
+from clients.charges import spend_of
 from clients.checkpoint import (
     Checkpoints,
     generators,
@@ -91,7 +92,7 @@ def train(
     stored = site.stored_update(assignment.run, assignment.client, digest)
     if stored is not None:
         return unpack(stored)
-    examples = data.examples(assignment.data, assignment.model)
+    examples = data.examples_of(assignment)
     if not examples and not assignment.private:  # with privacy nobody may learn that
         raise NothingToTrain(f"{assignment.client} has no example for this task")
     stepped(0, assignment.steps or 0)  # the base model may take long to load
@@ -159,29 +160,6 @@ def _counted(assignment: Assignment, examples: Sequence[Any]) -> int:
     if assignment.central is not None:
         return 1
     return len(examples) if assignment.privacy is None else assignment.num_examples
-
-
-def spend_of(assignment: Assignment) -> PrivacySpend:
-    """Return what a private assignment spends, known before it is sent.
-
-    Raises:
-        ValueError: if the assignment is not private.
-    """
-    if assignment.central is not None:
-        return assignment.central.spend
-    privacy = assignment.privacy
-    if privacy is None or assignment.steps is None:
-        raise ValueError("only an assignment with privacy and a number of steps has a known spend")
-    return PrivacySpend(
-        mechanism="gaussian",
-        unit=privacy.unit,
-        adjacency="add-remove",
-        parameters={
-            "noise_multiplier": privacy.noise_multiplier,
-            "sample_rate": privacy.sample_rate,
-            "steps": float(assignment.steps + (privacy.report.steps if privacy.report else 0)),
-        },
-    )
 
 
 def _kept(assignment: Assignment, site: Site) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from strategies.base import Update
+from strategies.base import Tensors, Update
 from strategies.spends import PrivacySpend
 
 _FORMAT = "weft-update-1"
@@ -49,10 +49,21 @@ def pack(update: Update) -> bytes:
     }
     tensors = {f"tensors/{k}": v for k, v in update.tensors.items()}
     tensors |= {f"memory/{k}": v for k, v in update.memory.items()}
-    canonical = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    data: bytes = save(canonical, metadata={"update": text})
+    data: bytes = save(apart(tensors), metadata={"update": text})
     return data
+
+
+def apart(tensors: Tensors) -> dict[str, Tensor]:
+    """Return tensors as safetensors writes them: in order, on the CPU, none in another's memory."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return found
 
 
 def unpack(data: bytes) -> Update:

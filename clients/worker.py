@@ -10,6 +10,7 @@ from clients.assignment import Assignment
 from clients.downlink import expanded
 from clients.evaluate import Evaluation, evaluate
 from clients.pace import GivenUp, Stepped, unheard
+from clients.private_scores import private_evaluation
 from clients.reading import read
 from clients.site import Site
 from clients.starting import initial_update
@@ -48,7 +49,8 @@ def _perform(
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(assignment.threads)
     if assignment.action == "evaluate":
-        return evaluate(assignment, stepped)
+        score = evaluate if assignment.privacy is None else private_evaluation
+        return score(assignment, stepped)
     if assignment.action == "init":
         return initial_update(assignment)
     if assignment.action != "train":

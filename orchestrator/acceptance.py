@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from clients.assignment import Assignment
+from clients.charges import spend_of
 from clients.files import write_durably
 from clients.reading import wanted as wanted_parts
 from clients.regularizers import When
 from clients.report import names
 from clients.session import returned_names
 from clients.shares import meant
-from clients.trainer import spend_of
 from clients.uplink import decoded
 from clients.wire import digest, pack, spend_json, unpack
 from orchestrator.history import Taken

@@ -25,7 +25,7 @@ from clients.noise import insecure_key
 from clients.one_run import Guesses, lower_bound
 from clients.starting import initial_update
 from orchestrator.beginning import rehearse
-from orchestrator.budgets import most_rounds, planned_spends
+from orchestrator.budgets import most_rounds, spend_over
 from orchestrator.central import Central
 from orchestrator.client_canaries import attack_sums
 from orchestrator.config import BadConfig, RunConfig, load_config
@@ -242,9 +242,11 @@ def claimed(plan: Plan, client: str | None, delta: float) -> tuple[Participant, 
         raise BadConfig(f"no client of {plan.config.name} is called {client!r}{hint}")
     assert plan.config.privacy is not None
     accountant = plan.config.privacy.accountant
-    spends = planned_spends(plan)
+    most = most_rounds(
+        plan
+    )  # of training: scores that clients tell are no part of what is attacked
     claims = {
-        name: composed(who.population, [spends[name]], delta, accountant, who.public)
+        name: composed(who.population, [spend_over(who, plan, most)], delta, accountant, who.public)
         for name, who in people.items()
         if client in (None, name)
     }

@@ -17,6 +17,7 @@ from orchestrator.cohort import goal, roster
 from orchestrator.config import BadConfig
 from orchestrator.epsilons import spend_from_row
 from orchestrator.plan import Participant, Plan
+from orchestrator.score_rules import scores_spend
 from orchestrator.spending import calibrated, refuse_other_kinds
 from storage.ledger import Ledger
 from storage.records import Policy
@@ -152,12 +153,12 @@ def check_limits(who: Participant, plan: Plan, limits: Sequence[Limit]) -> None:
             )
 
 
-def planned_spends(plan: Plan) -> dict[str, PrivacySpend]:
+def planned_spends(plan: Plan) -> dict[str, list[PrivacySpend]]:
     """Return what each client of a run spends in all, at most, by its name; none without DP."""
     if plan.config.privacy is None:
         return {}
     most = most_rounds(plan)
-    return {who.name: spend_over(who, plan, most) for who in plan.participants}
+    return {who.name: spends_over(who, plan, most) for who in plan.participants}
 
 
 def most_rounds(plan: Plan) -> int:
@@ -165,8 +166,13 @@ def most_rounds(plan: Plan) -> int:
     return min(plan.max_participations, plan.config.rounds)
 
 
+def spends_over(who: Participant, plan: Plan, rounds: int) -> list[PrivacySpend]:
+    """Return what ``rounds`` rounds of a client spend, and all scores that it tells in the run."""
+    return [spend_over(who, plan, rounds), *scores_spend(who, plan)]
+
+
 def spend_over(who: Participant, plan: Plan, rounds: int) -> PrivacySpend:
-    """Return what ``rounds`` rounds of a client spend, >= 1, with the noise that the run has."""
+    """Return what training in ``rounds`` rounds spends, >= 1, with the noise that the run has."""
     if plan.central is not None:
         once = plan.central.spend
         return replace(once, parameters={**once.parameters, "steps": float(rounds)})
@@ -200,6 +206,7 @@ def calibrated_for(who: Participant, plan: Plan, limits: Sequence[Limit]) -> Pri
         config.privacy,
         sample_rate=min(1.0, config.batch_size / who.num_examples),
         steps=_steps_a_round(plan) * most_rounds(plan),
+        besides=scores_spend(who, plan),
     )
     found = asked()
     for limit in limits:
@@ -307,7 +314,7 @@ def within_budgets(plan: Plan, budgets: Budgets) -> Plan:
 
 def _planned(people: Sequence[Participant], plan: Plan, rounds: int) -> list[PrivacySpend]:
     """Return what ``rounds`` rounds of all ``people`` spend."""
-    return [spend_over(who, plan, rounds) for who in people] if rounds else []
+    return [spend for who in people for spend in spends_over(who, plan, rounds)] if rounds else []
 
 
 def _rounds(limit: Limit, people: Sequence[Participant], plan: Plan, most: int) -> int:

@@ -147,7 +147,7 @@ def _epsilons(plan: Plan) -> dict[str, Epsilon]:
     privacy, spends = plan.config.privacy, planned_spends(plan)
     return {
         who.name: composed(
-            who.population, [spends[who.name]], privacy.delta, privacy.accountant, who.public
+            who.population, spends[who.name], privacy.delta, privacy.accountant, who.public
         )
         for who in plan.participants
         if privacy is not None and who.name in spends

@@ -13,8 +13,11 @@ import typer
 from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
 from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback, show_preview
+from orchestrator.cli_eval import evaluate
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
+from orchestrator.cli_exposure import doctor, proxy
 from orchestrator.cli_lineage import diff, lineage
+from orchestrator.cli_node import node_app
 from orchestrator.cli_privacy import privacy_app
 from orchestrator.cli_refs import alias_app, names, versions, yank
 from orchestrator.cli_replay import replay
@@ -22,12 +25,12 @@ from orchestrator.cli_runs import coordinator, run, runs_app
 from orchestrator.cli_serve import serve
 from orchestrator.cli_store import fsck, gc, store_app
 from orchestrator.cli_streams import plot, stream_app
+from orchestrator.cli_superlink import superlink_app
 from orchestrator.cli_tables import sweep
 from orchestrator.cli_vllm import deploy, deployments, gateway, undeploy
 from orchestrator.terminal import (
     Fields,
     JsonFlag,
-    ModelOption,
     Set,
     err,
     numbers,
@@ -52,6 +55,8 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 app.command()(run)
 app.command()(coordinator)
+app.command()(evaluate)
+app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(plot)
 app.command()(fsck)
@@ -70,6 +75,7 @@ app.add_typer(runs_app, name="runs")
 app.add_typer(clients_app, name="clients")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(node_app, name="node")
 app.add_typer(privacy_app, name="privacy")
 app.command("import")(import_)
 app.command()(export)
@@ -81,8 +87,11 @@ app.command()(deployments)
 app.command()(gateway)
 app.command()(replay)
 app.command()(serve)
+app.command()(proxy)
+app.command()(doctor)
 app.add_typer(store_app, name="store")
 app.add_typer(stream_app, name="stream")
+app.add_typer(superlink_app, name="superlink")
 
 
 def main() -> None:
@@ -189,6 +198,13 @@ def merge(  # noqa: PLR0913  (one option each)
     convert: Annotated[
         bool, typer.Option("--convert", help="Merge what is no LoRA as the nearest LoRA.")
     ] = False,
+    search: Annotated[
+        str, typer.Option("--search", metavar="DATA", help="Look for the best weights on these.")
+    ] = "",
+    trials: Annotated[int, typer.Option(min=3, help="Merges that a search scores.")] = 30,
+    public: Annotated[
+        bool, typer.Option("--public", help="Everyone may see the data of --search.")
+    ] = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Show what it would be; commit nothing.")
     ] = False,
@@ -198,12 +214,12 @@ def merge(  # noqa: PLR0913  (one option each)
     from clients.assignment import PluginChoice
     from orchestrator import service, views
     from orchestrator.merge_draft import draft
-    from orchestrator.merge_file import read_merge
+    from orchestrator.merge_file import read_merge, searched
     from orchestrator.staged_merging import merge_in_stages
 
     workspace = workspace_here()
     if recipe is not None:
-        if refs or into or preview:
+        if refs or into or preview or search:
             raise typer.BadParameter("--recipe says what is merged into what; give nothing else")
         version = merge_in_stages(workspace, read_merge(recipe))[-1].version
     else:
@@ -213,11 +229,20 @@ def merge(  # noqa: PLR0913  (one option each)
         chosen = numbers(weights) if weights else None
         allow = service.Allow(union, convert)
         what = PluginChoice(method, options)
-        if preview:
+        if search and preview:
+            raise typer.BadParameter("--preview shows no search, which takes many merges; give one")
+        if search:
+            looked = {"data": search, "public": public, "trials": trials}
+            named = {"name": method, **options}
+            allowed = {"union": union, "convert": convert}
+            file = searched(refs or [], chosen, into, method=named, search=looked, **allowed)
+            version = merge_in_stages(workspace, file)[-1].version
+        elif preview:
             made = draft(workspace, refs or [], what, chosen, allow)
             show_preview(workspace, made, into, as_json)
             return
-        version = service.merge(workspace, refs or [], what, into, chosen, allow)
+        else:
+            version = service.merge(workspace, refs or [], what, into, chosen, allow)
     found = workspace.store.version(version)
     if as_json:
         print_json(views.version_json(found))
@@ -226,38 +251,6 @@ def merge(  # noqa: PLR0913  (one option each)
     for what_is, share in sorted(found.metrics.items()):
         if "/" not in what_is or what_is.startswith("converted"):
             out.print(f"{what_is:<24}{share:.4f}", highlight=False)
-
-
-@app.command()
-@app.command(name="eval")
-def evaluate(
-    ref: str,
-    dataset: str,
-    labels: Annotated[str, typer.Option(help="Only examples with these labels: a,b.")] = "",
-    fields: Fields = "",
-    model: ModelOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Score a version on a data set."""
-    from dataclasses import asdict
-
-    from clients.assignment import DataSpec
-    from orchestrator import service
-
-    spec = DataSpec(
-        dataset,
-        pairs(fields.split(",") if fields else [], "--fields"),
-        labels=tuple(labels.split(",")) if labels else (),
-    )
-    found = service.evaluate(workspace_here(), ref, spec, model)
-    if as_json:
-        print_json(asdict(found))
-        return
-    for key, value in found.metrics.items():
-        out.print(f"{key:16s} {value:.4f}", highlight=False)
-    for key, value in found.label_accuracy.items():
-        out.print(f"  {key:14s} {value:.4f}", style="dim", highlight=False)
-    out.print(f"{found.num_examples} examples", style="dim", highlight=False)
 
 
 # --- look -------------------------------------------------------------------------------------

@@ -7,16 +7,23 @@ from typing import Annotated
 
 import typer
 
+from orchestrator import cli_nodes
 from orchestrator.terminal import Fields, JsonFlag, out, pairs, print_json, workspace_here
 
 clients_app = typer.Typer(help="Register clients and look at them.", no_args_is_help=True)
+clients_app.command()(cli_nodes.approve)
+clients_app.command()(cli_nodes.disable)
+clients_app.command()(cli_nodes.enable)
+clients_app.command()(cli_nodes.remove)
+clients_app.command()(cli_nodes.rotate)
 
 
 @clients_app.command("add")
 def clients_add(  # noqa: PLR0913  (one option each)
     name: Annotated[str | None, typer.Argument(help="Of the client; with --from, none.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Data set: jsonl:/path, csv:, hf:, …")
+        str | None,
+        typer.Option("--data", help="jsonl:/path, csv:, hf:, …; site:NAME at a site."),
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget, for good.")] = None,
     delta: Annotated[float | None, typer.Option(help="δ of the budget.")] = None,
@@ -25,18 +32,42 @@ def clients_add(  # noqa: PLR0913  (one option each)
     examples: Annotated[int | None, typer.Option(help="Declared size.", min=1)] = None,
     population: Annotated[str | None, typer.Option(help="Whose data it is.")] = None,
     public: Annotated[bool, typer.Option("--public", help="The data are public.")] = False,
+    holdout: Annotated[
+        str | None,
+        typer.Option(help="Never trained on: 0.1, 0.1:COLUMN of people, or another data set."),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Look at the data set now.")] = True,
     file: Annotated[
         Path | None,
         typer.Option("--from", help="Register all clients that a .csv or .jsonl file lists."),
     ] = None,
+    join: Annotated[
+        Path | None, typer.Option("--join", help="Let in a site's node by the file that it sent.")
+    ] = None,
+    pending: Annotated[
+        bool, typer.Option("--pending", help="With --join: somebody else approves it.")
+    ] = False,
+    expires: Annotated[
+        int | None, typer.Option(min=1, help="With --join: days for which its key is good at most.")
+    ] = None,
+    fingerprint: cli_nodes.Fingerprint = None,
 ) -> None:
-    """Register a client, a data set that takes part, or all that a file lists."""
+    """Register a client, all that a file lists, or the data that a site's node offers."""
     from orchestrator import registering
     from orchestrator.config import BadConfig
     from storage.ledger import ClientRecord
 
-    described = (data, epsilon, delta, label, fields, examples, population, public)
+    described = (data, epsilon, delta, label, fields, examples, population, public, holdout)
+    if join is not None:
+        from orchestrator.nodes import Terms
+
+        if name is not None or file is not None or any((*described[:3], *described[4:])):
+            raise BadConfig("--join FILE describes its data itself; leave the rest to its site")
+        labels = pairs(label, "--label")
+        cli_nodes.admit(join, Terms(pending, labels, expires, fingerprint))
+        return
+    if pending or expires or fingerprint:
+        raise BadConfig("--pending, --expires and --fingerprint go with --join FILE")
     if file is not None:
         if name is not None or any(described):
             raise BadConfig(
@@ -57,6 +88,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
         delta=delta,
         labels=pairs(label, "--label"),
         public=public,
+        holdout=holdout,
     )
     workspace = workspace_here()
     record = registering.register_client(workspace, record, check)
@@ -78,33 +110,52 @@ def clients_list(
     after: Annotated[
         str, typer.Option("--after", help="Only names that come after this: the next page.")
     ] = "",
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Sites' nodes that wait for approval instead.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """List registered clients by name, all or those with these labels."""
-    from orchestrator import report, views
+    """List registered clients by name, all or those with these labels; whose node is there."""
+    from orchestrator import node_views, views
 
-    records = workspace_here().ledger.clients(pairs(label, "--label"), limit, after)
-    if as_json:
-        print_json([views.client_json(r) for r in records])
+    if pending:
+        cli_nodes.list_pending(as_json)
         return
-    out.print(report.clients_table(records))
+    ledger = workspace_here().ledger
+    records = ledger.clients(pairs(label, "--label"), limit, after)
+    nodes = node_views.views(ledger, [r.name for r in records])
+    if as_json:
+        sites = {name: node.to_json() for name, node in nodes.items()}
+        print_json([{**views.client_json(r), "site": sites.get(r.name)} for r in records])
+        return
+    out.print(node_views.clients_table(records, nodes))
     if len(records) == limit:
         out.print(f"more: --after {records[-1].name}", style="dim")
 
 
 @clients_app.command("show")
 def clients_show(name: str, as_json: JsonFlag = False) -> None:
-    """Show a client and what its population has spent."""
-    from orchestrator import epsilons, report, views
+    """Show a client and what its population has spent; of a site, also its node."""
+    from orchestrator import epsilons, node_views, views
+    from storage.ledger import UnknownClient
 
     workspace = workspace_here()
-    record = workspace.ledger.client(name)
+    try:
+        record = workspace.ledger.client(name)
+    except UnknownClient:
+        if cli_nodes.show_node(workspace.ledger, name, as_json):
+            return
+        raise
+    nodes = node_views.views(workspace.ledger, [name])
     spent = epsilons.spent_by_population(workspace, record.population)
     if as_json:
-        print_json({**views.client_json(record), "spent": spent})
+        site = nodes[name].to_json() if name in nodes else None
+        print_json({**views.client_json(record), "spent": spent, "site": site})
         return
-    out.print(report.clients_table([record]))
+    out.print(node_views.clients_table([record], nodes))
     out.print(f"spent: {spent['text']}", highlight=False)
+    if name in nodes:
+        cli_nodes.show_node(workspace.ledger, nodes[name].record.name, as_json)
 
 
 @clients_app.command("budget")
@@ -121,20 +172,14 @@ def clients_budget(
     out.print(f"{population}: budget {budget}", highlight=False, markup=False)
 
 
-@clients_app.command("remove")
-def clients_remove(name: str) -> None:
-    """Forget a client; what its population has spent stays for ever."""
-    workspace_here().ledger.remove_client(name)
-    out.print(f"removed {name}", highlight=False)
-
-
 @clients_app.command("forget")
 def clients_forget(name: str) -> None:
     """Delete the examples that a client kept to rehearse in later tasks, at the site here."""
-    from orchestrator.withdrawing import forget_examples
+    from orchestrator.withdrawing import forget_examples, node_of
 
-    count = forget_examples(workspace_here(), name)
+    count, node = forget_examples(workspace_here(), name), node_of(workspace_here(), name)
     out.print(f"{name}: files of kept examples deleted: {count}", highlight=False, markup=False)
+    _say_not_deleted(node)
 
 
 @clients_app.command("withdraw")
@@ -157,9 +202,20 @@ def clients_withdraw(
     if done.forgotten:
         line = f"files of examples that it kept, deleted: {done.forgotten}"
         out.print(line, highlight=False)
+    _say_not_deleted(done.node)
     for run in done.later:
         out.print(f"run {run} buries what it holds after its round", highlight=False)
     for one in done.deployed:
         line = f"deployed with it: {one.pointer}  {one.version}"
         out.print(line, highlight=False, markup=False)
     out.print("nothing is unlearned: these versions stay as they are", style="dim")
+
+
+def _say_not_deleted(node: str) -> None:
+    """Say of a client at a site what no command here can do."""
+    if node:
+        line = (
+            f"at the site of node {node} nothing was deleted: what it keeps of its examples, keys "
+            "and updates is in its own state folder, and its owner's to delete"
+        )
+        out.print(line, highlight=False, markup=False, soft_wrap=True)

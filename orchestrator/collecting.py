@@ -192,7 +192,7 @@ class Collector:
             return
         if isinstance(result, Failure):
             self._tries[key] = self._tries.get(key, 0) + 1
-            if self._tries[key] <= self.plan.config.retries:
+            if self._tries[key] <= self.plan.config.retries and not result.final:
                 facts = {"client": result.client, "round": result.round, "reason": result.reason}
                 self.log("retried", facts)
                 self.desk.ask([assignment])

@@ -21,6 +21,7 @@ from orchestrator.faults import problems as fault_problems
 from orchestrator.loggers import LOGGERS
 from orchestrator.observers.webhook import Notify
 from orchestrator.policy import METRICS, TRAIN_LOSS, Rounds, Stop, Strict
+from orchestrator.score_rules import problems as score_problems
 from orchestrator.sections import (
     BackendConfig,
     EvaluateConfig,
@@ -243,6 +244,7 @@ def _problems(config: RunConfig) -> Iterable[str]:
         yield f"stop.metric: {c.task} is not scored by {c.judge.metric!r} ({allowed})"
     if c.head == "personal" and c.evaluate is not None:
         yield "evaluate: with head: personal every client has its own head; leave evaluate out"
+    yield from score_problems(c)
     for key, names in (
         ("regularizers", [one.name for one in c.regularizers]),
         ("loggers", [one.name for one in c.loggers]),
@@ -285,7 +287,7 @@ def _privacy_problems(c: RunConfig) -> Iterable[str]:
 
 def _fault_problems(c: RunConfig) -> Iterable[str]:
     if c.faults is not None:
-        simulated, inline = c.clients.simulate is not None, c.backend.name == "inline"
+        simulated, inline = c.clients.simulate is not None, c.backend.here == "inline"
         yield from fault_problems(c.faults, rounds=c.rounds, simulated=simulated, inline=inline)
 
 

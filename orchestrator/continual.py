@@ -196,7 +196,12 @@ class Fall:
 
 
 def fallen(
-    task: str, before: Share, after: Share, tolerance: float, confidence: float = 0.95
+    task: str,
+    before: Share,
+    after: Share,
+    tolerance: float,
+    confidence: float = 0.95,
+    noise: float = 0.0,
 ) -> Fall:
     """Return by how much the share of right answers fell from one version to the next.
 
@@ -210,6 +215,7 @@ def fallen(
         after: of the version that is to follow.
         tolerance: the largest fall that is allowed, in [0, 1].
         confidence: of the two-sided interval, in (0, 1).
+        noise: standard error of Gaussian noise in the fall, >= 0, which widens the interval.
 
     Raises:
         BadMatrix: if tolerance or confidence are out of range.
@@ -223,8 +229,8 @@ def fallen(
     (low1, high1), (low2, high2) = _wilson(before, z), _wilson(after, z)
     p1, p2 = before.share, after.share
     fall = p1 - p2
-    low = max(-1.0, fall - math.hypot(p1 - low1, high2 - p2))
-    high = min(1.0, fall + math.hypot(high1 - p1, p2 - low2))
+    low = max(-1.0, fall - math.hypot(p1 - low1, high2 - p2, z * noise))
+    high = min(1.0, fall + math.hypot(high1 - p1, p2 - low2, z * noise))
     verdict: Verdict = "holds" if high <= tolerance else "falls" if low > tolerance else "unclear"
     return Fall(task, fall, low, high, verdict)
 

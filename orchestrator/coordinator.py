@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+from clients.sources import MissingExtra
 from clients.worker import perform
 from orchestrator.backends.base import Backend, Perform
 from orchestrator.backends.inline import InlineBackend
@@ -208,7 +210,7 @@ def _driven(
     workspace: Workspace, record: RunRecord, plan: Plan, seen: Observe, given: Backend | None
 ) -> str:
     queue = workspace.ledger.queue
-    backend = given or make_backend(plan.config, len(plan.participants))
+    backend = given or _made(workspace, plan)
     used = backend
     try:
         if plan.config.faults:
@@ -267,22 +269,43 @@ def serve(
     return count
 
 
+def _made(workspace: Workspace, plan: Plan) -> Backend:
+    """Return the backend of a run, with what it needs of the workspace to reach sites."""
+    local = make_backend(plan.config, len(plan.participants))
+    if plan.config.backend.name != "superlink":
+        return local
+    from orchestrator.backends.mixed import MixedBackend
+    from orchestrator.sites import sites_backend  # importing Flower takes a second
+
+    try:
+        return MixedBackend(local, sites_backend(plan, workspace.ledger, workspace.home))
+    except BaseException:
+        local.close()
+        raise
+
+
 def make_backend(config: RunConfig, num_clients: int) -> Backend:
-    """Return the backend that a run's ``config`` asks for, with workers that suffer its faults.
+    """Return what runs here as a run's ``config`` asks, with workers that suffer its faults.
 
     Args:
         config: of the run.
         num_clients: how many there are to serve, >= 1.
 
     Raises:
+        clients.sources.MissingExtra: if Ray is not installed.
         orchestrator.backends.ray.RayUnavailable: if Ray cannot be started or joined.
     """
     chosen = config.backend
     work: Perform = partial(perform, checkpoint_s=chosen.checkpoint_s)
     if config.faults:
         work = FaultyPerform(config.faults, work)
-    if chosen.name == "inline":
+    if chosen.here == "inline":
         return InlineBackend(work)
+    if find_spec("ray") is None:
+        raise MissingExtra(
+            "backend ray needs the package ray, which is not installed; run: pip install "
+            "'weft[ray]', or set backend.name: inline"
+        )
     from orchestrator.backends.ray import RayBackend  # importing Ray takes a second
 
     return RayBackend(

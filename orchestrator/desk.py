@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from clients.assignment import Assignment
@@ -23,7 +23,7 @@ class Desk:
         backend: where assignments run.
         started: called when a worker begins with one.
         stepped: called now and then with how far one is.
-        heed: called while :meth:`one` waits; raises where people want the run to stop.
+        heed: called while :meth:`several` waits; raises where people want the run to stop.
         clock: returns seconds.
     """
 
@@ -52,37 +52,55 @@ class Desk:
         retries: int = 0,
         retried: Callable[[Failure], None] = lambda failure: None,
     ) -> Result:
-        """Return the result of one assignment, which goes before all others.
+        """Return the result of one assignment that is no client's; see :meth:`several`."""
+        return self.several([assignment], timeout, retries, retried)[0]
 
-        What else comes meanwhile is kept for :meth:`next`. Once it was given up, its answer is
+    def several(
+        self,
+        assignments: Sequence[Assignment],
+        timeout: float,
+        retries: int = 0,
+        retried: Callable[[Failure], None] = lambda failure: None,
+    ) -> list[Result]:
+        """Return the results of some assignments, in their order; they go before all others.
+
+        What else comes meanwhile is kept for :meth:`next`. Once one was given up, its answer is
         nobody's: the next assignment waits for its own.
 
         Args:
-            assignment: no client's own, so that its result is told from theirs.
-            timeout: seconds until it is a Failure, tries together.
-            retries: how often it is tried again when it fails, >= 0.
+            assignments: of different clients, whose results are told from what else they may be
+                asked by client, round and kind.
+            timeout: seconds until one is a Failure, tries together.
+            retries: how often each is tried again when it fails, >= 0.
             retried: told of each failure after which it is.
         """
         until = self.clock() + timeout
-        self._queue.appendleft(assignment)
-        while self.clock() <= until:
+        open_ = {one.client: one for one in assignments}
+        tries = dict.fromkeys(open_, retries)
+        found: dict[str, Result] = {}
+        self._queue.extendleft(reversed(assignments))
+        while open_ and self.clock() <= until:
             self.heed()
             result = self._take()
             if result is None:
                 continue
-            if not _answers(result, assignment):
+            asked = open_.get(result.client)
+            if asked is None or not _answers(result, asked):
                 self._held.append(result)
-            elif isinstance(result, Failure) and retries:
-                retries -= 1
+            elif isinstance(result, Failure) and tries[result.client]:
+                tries[result.client] -= 1
                 retried(result)
-                self._queue.appendleft(assignment)
+                self._queue.appendleft(asked)
             else:
-                return result
-        waiting = len(self._queue)
-        self._queue = deque(a for a in self._queue if a is not assignment)
-        if len(self._queue) == waiting:  # it was begun
-            self._given_up.append(assignment)
-        return Failure(assignment.client, assignment.round, "missed the round's deadline")
+                found[result.client] = result
+                del open_[result.client]
+        for late in open_.values():
+            waiting = len(self._queue)
+            self._queue = deque(a for a in self._queue if a is not late)
+            if len(self._queue) == waiting:  # it was begun
+                self._given_up.append(late)
+            found[late.client] = Failure(late.client, late.round, "missed the round's deadline")
+        return [found[one.client] for one in assignments]
 
     def give_up(self) -> None:
         """Forget what is queued and end what still runs."""

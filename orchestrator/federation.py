@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from clients.assignment import Assignment
-from clients.evaluate import Evaluation
 from clients.keys import data_key
 from clients.regularizers import When
 from orchestrator.acceptance import OPEN, Accepted, decoded_update, lazily, moved
@@ -28,12 +27,12 @@ from orchestrator.committed import Commits, Committed, consolidated
 from orchestrator.desk import Desk
 from orchestrator.downlink import Downlink
 from orchestrator.history import Asked, History, Open
+from orchestrator.judging import Judge
 from orchestrator.merging import beneath
 from orchestrator.plan import (
     Participant,
     Plan,
     RoundInputs,
-    plan_evaluation,
     plan_init,
     plan_round,
 )
@@ -96,6 +95,7 @@ class Federation:
     _commits: Commits = field(init=False)
     _central: Central | None = field(init=False)
     _remembering: Remembering = field(init=False)
+    _judge: Judge = field(init=False)
     _absent: tuple[int, set[str]] = field(default=(0, set()), init=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +121,16 @@ class Federation:
             unreachable=self._unreachable,
             seal=OPEN if self._central is None else self._central.seal,
         )
+        self._judge = Judge(
+            plan,
+            self.store,
+            self.ledger,
+            self._desk,
+            self._log,
+            self._history,
+            self._inputs,
+            self._unreachable,
+        )
         self._remembering = Remembering(plan, self.store, self._read, self._log, self._history)
 
     def run(self) -> str:
@@ -140,11 +150,11 @@ class Federation:
         try:
             done = self._last_commit() or self._begin()
             done = self._commits.add(self._remembering.prepared(done), self._awaited())
-            self._evaluate(done)
+            self._judge.score(done)
             while done.round < self.plan.config.rounds and not self._stops():
                 self._heed()
                 done = self._round(done)
-                self._evaluate(done)
+                self._judge.score(done)
             return self._finish(done)
         finally:
             self._collector.close()
@@ -332,21 +342,6 @@ class Federation:
         assert isinstance(result, Update)
         return result
 
-    def _evaluate(self, done: Committed) -> None:
-        """Score a version on the data held back for it, where that is due and was not done."""
-        chosen, config, round_ = self.plan.config.evaluate, self.plan.config, done.round
-        due = (chosen is not None and round_ % chosen.every == 0) or round_ == config.rounds
-        if chosen is None or not due or self._history().judged >= round_:
-            return
-        inputs = self._inputs(round_, done)
-        asked = plan_evaluation(self.plan, inputs, done.state.adapter, chosen)
-        result = self._one(asked)
-        if isinstance(result, Evaluation):
-            self.store.record_metrics(done.version, result.metrics)
-            self._log("evaluated", {"round": round_, **result.metrics})
-        elif isinstance(result, Failure):
-            self._log("evaluation failed", {"round": round_, "reason": result.reason})
-
     def _one(self, asked: Assignment) -> Result:
         """Return the result of what no client is asked, tried again as clients are."""
 
@@ -381,7 +376,7 @@ class Federation:
         history = self._history()
         round_ = history.open.round if history.open else history.round + 1
         if self._absent[0] != round_:
-            self._absent = round_, absent(self.plan, round_, self.ledger)
+            self._absent = round_, absent(self.plan, round_, self.ledger, self._log)
         return self._absent[1] | self.ledger.withdrawals.names()
 
     def _heed(self) -> None:

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from clients.accounting import Accountant, approximate_epsilon, epsilon
-from orchestrator.budgets import Budgets, Limit, most_rounds, spend_over
+from orchestrator.budgets import Budgets, Limit, most_rounds, spend_over, spends_over
 from orchestrator.config import BadConfig, RunConfig
 from orchestrator.epsilons import Epsilon, against_coordinator, composed
 from orchestrator.launch import make_plan
 from orchestrator.plan import Participant, Plan
 from orchestrator.precedents import Precedent, precedents
+from orchestrator.score_rules import scores_spend
 from orchestrator.workspace import Workspace
 from strategies.spends import PrivacySpend
 
@@ -120,9 +121,10 @@ def _prospect(who: Participant, plan: Plan) -> Prospect:
     assert privacy is not None
     shares = privacy.noise_shares
     spends = [spend_over(who, plan, many) for many in (1, rounds)]
+    told = scores_spend(who, plan)
     one, whole = (
-        composed(who.population, [spend], privacy.delta, privacy.accountant, who.public)
-        for spend in spends
+        composed(who.population, parts, privacy.delta, privacy.accountant, who.public)
+        for parts in (spends[:1], [spends[1], *told])
     )
     numbers = spends[0].parameters
     return Prospect(
@@ -134,19 +136,19 @@ def _prospect(who: Participant, plan: Plan) -> Prospect:
         rounds,
         one,
         whole,
-        _by_accountant(spends[1], privacy.delta),
+        _by_accountant([spends[1], *told], privacy.delta),
         against_coordinator(who.population, spends[1:], [shares], privacy.delta)
         if shares
         else None,
     )
 
 
-def _by_accountant(spend: PrivacySpend, delta: float) -> dict[str, float]:
-    bounds = {name: epsilon([spend], delta, name) for name in get_args(Accountant)}
-    return {**bounds, "gdp": approximate_epsilon([spend], delta)}
+def _by_accountant(spends: Sequence[PrivacySpend], delta: float) -> dict[str, float]:
+    bounds = {name: epsilon(spends, delta, name) for name in get_args(Accountant)}
+    return {**bounds, "gdp": approximate_epsilon(spends, delta)}
 
 
 def _effect(limit: Limit, people: Sequence[Participant], plan: Plan) -> Effect:
     rounds = most_rounds(plan)
-    after = limit.total([spend_over(who, plan, rounds) for who in people])
+    after = limit.total([s for who in people for s in spends_over(who, plan, rounds)])
     return Effect(limit.population, limit.epsilon, limit.delta, limit.total(()), after)

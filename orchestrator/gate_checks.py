@@ -5,10 +5,12 @@ Pure, but for what :mod:`orchestrator.gating` has read and measured before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from orchestrator.client_scores import ERROR
 from orchestrator.continual import BadMatrix, Share, fallen
 from orchestrator.gate_file import (
     EVERY,
@@ -36,6 +38,8 @@ class Check:
         wanted: the bound that it is held against; None where it is no number.
         short: by how much it fails, > 0; 0 where it passed, None where it is no number.
         said: a sentence.
+        error: the standard error that noise gives ``found``, where clients told it; 0 where it is
+            exact.
     """
 
     check: str
@@ -45,6 +49,7 @@ class Check:
     wanted: float | None
     short: float | None
     said: str
+    error: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return the check as JSON."""
@@ -91,17 +96,21 @@ def metrics(
             if found is None:
                 yield unknown("metrics", subject, _missing(version, data, metric))
                 continue
+            error = _error(version, data, metric)
             if bound.at_least is not None:
-                yield _bounded("metrics", subject, found, bound.at_least, at_least=True)
+                check = _bounded("metrics", subject, found, bound.at_least, at_least=True)
+                yield _with_noise(check, error)
             if bound.at_most is not None:
-                yield _bounded("metrics", subject, found, bound.at_most, at_least=False)
+                check = _bounded("metrics", subject, found, bound.at_most, at_least=False)
+                yield _with_noise(check, error)
             if bound.worse_by is not None and there is not None:
                 before = there.scores.get(data, {}).get(metric)
                 if before is None:
                     why = f"of the version there is now, {_missing(there, data, metric)}"
                     yield unknown("metrics", subject, why)
                 else:
-                    yield _relative(subject, metric, (before, found), bound.worse_by)
+                    check = _relative(subject, metric, (before, found), bound.worse_by)
+                    yield _with_noise(check, math.hypot(error, _error(there, data, metric)))
 
 
 def tasks(asked: TasksCheck, version: Scored, there: Scored | None) -> Iterator[Check]:
@@ -116,15 +125,16 @@ def tasks(asked: TasksCheck, version: Scored, there: Scored | None) -> Iterator[
         return
     for data in sorted({*there.scores, *there.problems}):
         pair = []
+        noise = math.hypot(*(_error(one, data, asked.metric) for one in (there, version)))
         for one in (there, version):
             scores = one.scores.get(data, {})
             if asked.metric not in scores:
                 yield unknown("tasks", data, _missing(one, data, asked.metric))
                 break
-            pair.append(Share(scores[asked.metric], int(scores["num_examples"])))
+            pair.append(Share(scores[asked.metric], max(1, int(scores["num_examples"]))))
         else:
             try:
-                fall = fallen(data, pair[0], pair[1], asked.tau, asked.confidence)
+                fall = fallen(data, pair[0], pair[1], asked.tau, asked.confidence, noise)
             except BadMatrix as error:
                 yield unknown("tasks", data, str(error))
                 continue
@@ -139,7 +149,8 @@ def tasks(asked: TasksCheck, version: Scored, there: Scored | None) -> Iterator[
             if fall.verdict == "unclear":
                 said += f"; {pair[1].size} examples are too few to tell"
             short = 0.0 if passed else bound - asked.tau
-            yield Check("tasks", data, passed, fall.fall, asked.tau, short, said)
+            check = Check("tasks", data, passed, fall.fall, asked.tau, short, said)
+            yield _with_noise(check, noise)
 
 
 def size(asked: SizeCheck, found: Size) -> Iterator[Check]:
@@ -240,8 +251,25 @@ def _relative(subject: str, metric: str, pair: tuple[float, float], worse_by: fl
     return Check("metrics", subject, short == 0, worse, worse_by, short, said)
 
 
+def _error(version: Scored, data: str, metric: str) -> float:
+    """Return the standard error that noise gives a score; 0 for an exact one."""
+    return version.scores.get(data, {}).get(metric + ERROR, 0.0)
+
+
+def _with_noise(check: Check, error: float) -> Check:
+    """Return a check of a noised value, which says how far the noise may decide it."""
+    if not error or check.found is None or check.wanted is None:
+        return check
+    said = f"{check.said}; its noise has a standard error of {error:.2g}"
+    if abs(check.found - check.wanted) <= 2 * error:
+        said += ", and the difference from the bound is within twice that: noise may have decided"
+    return replace(check, said=said, error=error)
+
+
 def _missing(version: Scored, data: str, metric: str) -> str:
     if data in version.problems:
         return version.problems[data]
-    known = ", ".join(k for k in version.scores.get(data, {}) if k != "num_examples") or "none"
+    scores = version.scores.get(data, {})
+    told = [k for k in scores if k != "num_examples" and not k.endswith(ERROR)]
+    known = ", ".join(told) or "none"
     return f"{metric} was not measured on {data} ({known})"

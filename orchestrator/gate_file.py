@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic import model_validator as checked
@@ -22,16 +22,40 @@ EVERY = "*"
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 _HASH = re.compile(r"[0-9a-f]{8,64}")
-_SET = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
+SET = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
 
 
 class TestData(Strict):
-    """A data set of the suite; ``generate``: tokens at most of a causal model's answers."""
+    """A data set of the suite; ``generate``: tokens at most of a causal model's answers.
 
-    data: str
+    Or what clients hold out, whose scores are noised and charged: once for each version.
+    """
+
+    data: str | None = None
     fields: dict[str, str] = Field(default_factory=dict)
     labels: tuple[str, ...] = ()
     generate: int | None = Field(default=None, ge=1)
+    clients: Literal["all"] | dict[str, str] | tuple[str, ...] | None = None
+    epsilon: float | None = Field(default=None, gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    unit: str = Field(default="example", min_length=1, max_length=128)
+    loss: float | None = Field(default=None, gt=0)
+
+    @checked(mode="after")
+    def _one_of(self) -> TestData:
+        if (self.data is None) == (self.clients is None):
+            raise ValueError("give either data, a URI, or clients: all, labels, names")
+        if self.clients is not None and self.epsilon is None:
+            raise ValueError(
+                "what clients hold out is scored in noise alone; give epsilon, which each of them "
+                "spends for each version that is asked about"
+            )
+        of_clients = (self.epsilon, self.delta, self.unit, self.loss)
+        if self.clients is None and of_clients != (None, 1e-5, "example", None):
+            raise ValueError("epsilon, delta, unit and loss are of clients' scores; leave them out")
+        if self.clients is not None and (self.fields or self.labels or self.generate):
+            raise ValueError("fields, labels and generate are of data; clients score all they hold")
+        return self
 
 
 class Bounds(Strict):
@@ -142,10 +166,15 @@ class GateFile(Strict):
     suite: dict[str, Annotated[TestData, BeforeValidator(_data_set)]] = Field(default_factory=dict)
     aliases: dict[str, Asked] = Field(min_length=1)
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where the suite's data sets are, by name; not of those that are asked of clients."""
+        return {name: one.data for name, one in self.suite.items() if one.data}
+
     @checked(mode="after")
     def _consistent(self) -> GateFile:
         for name in self.suite:
-            if not _SET.fullmatch(name):
+            if not SET.fullmatch(name):
                 raise ValueError(
                     f"suite: a data set is called by 1 to 31 of a-z, 0-9, '_' and '-', got {name!r}"
                 )
@@ -178,7 +207,7 @@ def read_gate(path: str | Path) -> GateFile:
     """
     found = parse_gate(read_document(path, "docs/deploying.md shows one"), str(path))
     suite = {
-        name: one.model_copy(update={"data": data.absolute(one.data)})
+        name: one.model_copy(update={"data": one.data and data.absolute(one.data)})
         for name, one in found.suite.items()
     }
     return found.model_copy(update={"suite": suite})

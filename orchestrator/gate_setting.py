@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from clients import data
-from orchestrator.gate_file import Asked, GateFile, TestData, parse_gate
+from orchestrator.gate_file import Asked, GateFile, parse_gate
+from orchestrator.relating import held_by
 from orchestrator.workspace import Workspace
 from storage.gates import GateRow, Gates
 from storage.ledger import Ledger
@@ -23,7 +24,7 @@ def set_gate(workspace: Workspace, name: str, gate: GateFile, who: str, why: str
         PrivateData: if the suite has data of a client.
         DataNotFound, BadDataURI: if a data set is not there.
     """
-    refuse_private(gate.suite, workspace.ledger)
+    refuse_private(gate.places, workspace.ledger)
     document = gate.model_dump(mode="json", exclude_defaults=True)
     return Gates(workspace.engine).set(name, document, who=who, why=why)
 
@@ -41,29 +42,51 @@ def gate_for(workspace: Workspace, name: str, alias: str) -> tuple[GateRow, Aske
     return None if asked is None else (row, asked)
 
 
-def refuse_private(suite: Mapping[str, TestData], ledger: Ledger) -> None:
-    """Refuse a suite that holds the data of a client that are not public.
+def refuse_private(suite: Mapping[str, str], ledger: Ledger) -> None:
+    """Refuse a suite that holds the data of a client that are not public, or that it holds out.
 
-    What a model scores on someone's data tells of them, and no ε counts it. Recognised are a
+    Clients may be asked themselves, which is charged: :mod:`orchestrator.asking_clients`. What a
+    model scores on someone's data tells of them, and no ε counts it. Recognised are a
     client's own files, by their place and by their content.
+
+    Args:
+        suite: where its data sets are, by name.
+        ledger: who the clients are.
 
     Raises:
         PrivateData: naming the data set and the client.
         DataNotFound, BadDataURI: if a data set is not there.
     """
+    for name, owner in owners_of(suite, ledger).items():
+        raise PrivateData(
+            f"the suite's {name!r} has the data of client {owner!r}, and scores"
+            " on them tell of them without being counted in any ε; give data that were "
+            "held back for this, or register the client with --public if they are"
+        )
+
+
+def owners_of(places: Mapping[str, str], ledger: Ledger) -> dict[str, str]:
+    """Return whose data that are not public some data sets are, by the names of those sets.
+
+    Args:
+        places: where they are, by name.
+        ledger: who the clients are.
+
+    Raises:
+        DataNotFound, BadDataURI: if a data set is not there.
+    """
     owners: dict[str, str] = {}
     for record in ledger.clients():
-        if not record.public:
-            for uri in data.parts_of(record.data):
-                owners[data.absolute(uri)] = record.name
-                if data.is_there(uri):
-                    owners[data.content_of(uri)] = record.name
-    for name, one in suite.items():
-        for uri in data.parts_of(one.data):
+        if record.public:
+            continue
+        for uri in (part for place in held_by(record) for part in data.parts_of(place)):
+            owners[data.absolute(uri)] = record.name
+            if data.is_there(uri):
+                owners[data.content_of(uri)] = record.name
+    found: dict[str, str] = {}
+    for name, place in places.items():
+        for uri in data.parts_of(place):
             for known in (data.absolute(uri), data.content_of(uri)):
                 if known in owners:
-                    raise PrivateData(
-                        f"the suite's {name!r} has the data of client {owners[known]!r}, and scores"
-                        " on them tell of them without being counted in any ε; give data that were "
-                        "held back for this, or register the client with --public if they are"
-                    )
+                    found[name] = owners[known]
+    return found

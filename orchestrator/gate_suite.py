@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clients.accounting import BudgetSpent
 from clients.assignment import Assignment, DataSpec
 from clients.evaluate import Evaluation
 from clients.weights import ModelNotFound
+from orchestrator.asking_clients import Noised, NotHeldOut, Question, keep, score
 from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
+from orchestrator.config import BadConfig
 from orchestrator.gate_file import GateFile, TestData
 from orchestrator.gate_setting import refuse_private
 from orchestrator.growing import is_beginning
@@ -32,6 +35,9 @@ Scores = Mapping[str, Mapping[str, float]]
 """Metrics by data set; ``num_examples`` is among them."""
 
 _UNUSABLE = (NotAModel, EvaluationFailed, ModelNotFound, Unsigned)
+_UNASKED = (
+    "clients are asked when a gate is, of versions that are committed: each time costs privacy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,8 @@ def scored(
     gate: GateFile,
     versions: Sequence[str],
     backend: Backend | None = None,
+    *,
+    charging: bool = False,
 ) -> dict[str, Scored]:
     """Return how versions score on a suite, by id; what is missing is measured, and kept.
 
@@ -70,13 +78,15 @@ def scored(
         gate: whose suite.
         versions: their ids.
         backend: where to evaluate; by default in this process.
+        charging: whether clients may be asked for scores that they have not told, which costs.
 
     Raises:
         PrivateData: as :func:`refuse_private`.
         DataNotFound, BadDataURI: if a data set is not there.
     """
-    refuse_private(gate.suite, workspace.ledger)
-    tasks = [task_of(name, one) for name, one in gate.suite.items()]
+    refuse_private(gate.places, workspace.ledger)
+    tasks = [task_of(name, one) for name, one in gate.suite.items() if one.data]
+    asked_of_clients = {name: question_of(one) for name, one in gate.suite.items() if one.clients}
     found = [workspace.store.version(ref) for ref in dict.fromkeys(versions)]
     labels = max((tuple(v.recipe["model"]["labels"]) for v in found), key=len, default=())
     wanted: dict[str, tuple[Assignment, Version, Task]] = {}
@@ -94,12 +104,59 @@ def scored(
                 wanted[client] = (replace(asked, client=client), version, task)
     for name, data_set, reason in _measure(workspace, wanted, backend or InlineBackend()):
         problems.setdefault(name, {})[data_set] = reason
+    for version in found:
+        for name, question in asked_of_clients.items():
+            if why := _told(workspace, version, (name, question), backend, charging):
+                problems.setdefault(version.id, {})[name] = why
     return {
         version.id: Scored(
-            version.id, _scores(workspace, version.id, tasks), problems.get(version.id, {})
+            version.id,
+            _scores(workspace, version.id, tasks)
+            | {
+                name: kept
+                for name, question in asked_of_clients.items()
+                if (kept := _kept(workspace, version.id, name, question))
+            },
+            problems.get(version.id, {}),
         )
         for version in found
     }
+
+
+def question_of(one: TestData) -> Question:
+    """Return what a suite asks of clients."""
+    assert one.clients is not None  # as is checked where the file is read
+    assert one.epsilon is not None
+    return Question(one.clients, Noised(one.epsilon, one.delta, one.unit, one.loss))
+
+
+def _told(
+    workspace: Workspace,
+    version: Version,
+    asked: tuple[str, Question],
+    backend: Backend | None,
+    charging: bool,
+) -> str:
+    """Ask clients, if that is to be, what they have not told; return why there are no scores."""
+    name, question = asked
+    hidden = "the noise hides all that clients told; give a larger epsilon"
+    if kept := _kept(workspace, version.id, name, question):
+        return "" if kept.keys() - {"num_examples"} else hidden
+    if not charging:
+        return _UNASKED
+    try:
+        found = score(workspace, version.id, question, backend=backend)
+    except (*_UNUSABLE, NotHeldOut, BadConfig, BudgetSpent) as error:
+        return str(error)
+    keep(workspace, version.id, name, question, found)  # it is paid, whatever it tells
+    return "" if found.mean else hidden
+
+
+def _kept(workspace: Workspace, version: str, name: str, question: Question) -> dict[str, float]:
+    """Return what clients told of a version, as it was kept; empty if they were not asked."""
+    begins = question.prefix(name)
+    metrics = workspace.store.version(version).metrics
+    return {k.removeprefix(begins): v for k, v in metrics.items() if k.startswith(begins)}
 
 
 def scored_draft(
@@ -111,16 +168,16 @@ def scored_draft(
         PrivateData: as :func:`refuse_private`.
         DataNotFound, BadDataURI: if a data set is not there.
     """
-    refuse_private(gate.suite, workspace.ledger)
+    refuse_private(gate.places, workspace.ledger)
     version, tensors = made.version, made.effective(workspace.store)
-    tasks = [task_of(name, one) for name, one in gate.suite.items()]
+    tasks = [task_of(name, one) for name, one in gate.suite.items() if one.data]
     assignments = []
     for task in tasks:
         assert task.test is not None  # each data set of a suite has one
         asked = using(workspace, version, tensors, task.test)
         assignments.append(replace(asked, client=task.name, answer_tokens=task.answer_tokens))
     scores: dict[str, dict[str, float]] = {}
-    problems: dict[str, str] = {}
+    problems: dict[str, str] = {name: _UNASKED for name, one in gate.suite.items() if one.clients}
     for result in complete(backend or InlineBackend(), assignments, TIMEOUT_S, lambda asked: None):
         if isinstance(result, Failure):
             problems[result.client] = result.reason
@@ -143,6 +200,7 @@ def _asked(
 
 def task_of(name: str, one: TestData) -> Task:
     """Return a data set of a suite as a stream calls it."""
+    assert one.data is not None  # who has clients instead is asked by a question
     spec = DataSpec(one.data, dict(one.fields), labels=one.labels)
     return Task(name, (), spec, answer_tokens=one.generate or 0)
 

@@ -122,7 +122,7 @@ def _scores(
         wanted = {name: one for name, one in gate.suite.items() if name in asked.metrics}
         gate = gate.model_copy(update={"suite": wanted})
     try:
-        found = scored(workspace, gate, [one for one in pair if one], backend)
+        found = scored(workspace, gate, [one for one in pair if one], backend, charging=True)
     except _UNSCORABLE as error:
         yield gate_checks.unknown("suite", "all of it", str(error))
         return

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from clients import data, models
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec
+from clients.inspection import rounded
 from clients.regularizers import rehearses
 from orchestrator.budgets import (
     Budgets,
@@ -24,18 +25,21 @@ from orchestrator.budgets import (
     within_budgets,
 )
 from orchestrator.config import BadConfig, RunConfig
+from orchestrator.gate_setting import owners_of
 from orchestrator.growing import is_beginning
+from orchestrator.holding_out import holding_out, left, refuse_split_units, registered
 from orchestrator.library import refuse_useless, resolved
 from orchestrator.merging import adapter_of, refuse_kept, refuse_offset, refuse_personal
+from orchestrator.nodes import units_of
 from orchestrator.plan import Participant, Plan, Start
 from orchestrator.ranks import rank_of
 from orchestrator.refusals import refuse_impossible_rounds, refuse_senseless
-from orchestrator.registering import rounded
 from orchestrator.rehearsed import with_past
 from orchestrator.relating import relate_planned
+from orchestrator.score_rules import with_scoring
 from orchestrator.sections import RankRule, Simulate
 from orchestrator.weighing import weighed, weighing_label
-from storage.ledger import ClientRecord, Ledger
+from storage.ledger import Ledger
 from storage.lineage import Version
 from storage.refs import did_you_mean
 from storage.store import AdapterStore
@@ -84,7 +88,10 @@ def make_plan(
     if not participants:
         raise BadConfig("clients: nobody takes part; weft clients list shows who is registered")
     _refuse_faults_of_nobody(config, [p.name for p in participants])
-    participants = [_in_units(who, plan) for who in _ranked(config, participants)]
+    _refuse_unreachable(config, participants)
+    _refuse_scoring_private(config, [p.name for p in participants], ledger)
+    participants = [_in_units(who, plan, ledger) for who in _ranked(config, participants)]
+    participants = with_scoring(participants, config, model)
     label = weighing_label(plan.strategy.options)
     if sites is not None:
         relate_planned(replace(plan, participants=tuple(participants)), ledger, sites)
@@ -108,6 +115,21 @@ def _refuse_faults_of_nobody(config: RunConfig, names: Sequence[str]) -> None:
         raise BadConfig(f"faults: no client is called {unknown[0]!r}{hint}")
 
 
+def _refuse_unreachable(config: RunConfig, participants: Sequence[Participant]) -> None:
+    """Refuse to look here for data that lie at their sites.
+
+    Raises:
+        BadConfig: naming a client that no worker of the backend could train.
+    """
+    away = [p.name for p in participants if data.is_elsewhere(p.data.uri)]
+    if away and config.backend.name in ("inline", "ray"):
+        raise BadConfig(
+            f"backend: {config.backend.name} trains where data can be read, and those of {away[0]} "
+            f"({len(away)} of {len(participants)} clients) lie at their sites; use backend: "
+            "superlink, or leave them out"
+        )
+
+
 def _ranked(config: RunConfig, participants: Sequence[Participant]) -> list[Participant]:
     """Return the participants with their ranks.
 
@@ -128,6 +150,25 @@ def _ranked(config: RunConfig, participants: Sequence[Participant]) -> list[Part
     return ranked
 
 
+def _refuse_scoring_private(config: RunConfig, names: Sequence[str], ledger: Ledger) -> None:
+    """Refuse to score versions on a client's own data: no ε counts what that tells of them.
+
+    Raises:
+        BadConfig: naming the client, unless it takes part in a run that is to bound nothing.
+        clients.data.DataNotFound: if somebody has private data, and these are not there.
+    """
+    asked = config.evaluate
+    if asked is None or asked.data is None or all(c.public for c in ledger.clients()):
+        return
+    owner = owners_of({"evaluate": asked.data}, ledger).get("evaluate")
+    if owner is not None and not (config.accept_unbounded and owner in names):
+        raise BadConfig(
+            f"evaluate.data: {asked.data} has the data of client {owner!r}, and scores on them "
+            "tell of them without being counted in any ε; ask clients with evaluate.clients, give "
+            "data that were held back for this, or register the client with --public if they are"
+        )
+
+
 def _described(rule: RankRule) -> str:
     if rule.names:
         return f"names {', '.join(rule.names)}"
@@ -135,11 +176,22 @@ def _described(rule: RankRule) -> str:
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """Return a config with absolute paths: a run may be driven, or cloned, from elsewhere."""
+    """Return a config with absolute paths: a run may be driven, or cloned, from elsewhere.
+
+    Raises:
+        BadConfig: if what the coordinator must read lies at a site.
+    """
+    for key in ("evaluate", "init_data"):
+        section = getattr(config, key)
+        if section is not None and section.data and data.is_elsewhere(section.data):
+            raise BadConfig(
+                f"{key}.data: {section.data} lies at a site, and is read here; name data that are "
+                "here"
+            )
     moved: dict[str, BaseModel] = {
         key: section.model_copy(update={"data": data.absolute(section.data)})
         for key in ("evaluate", "init_data")
-        if (section := getattr(config, key)) is not None
+        if (section := getattr(config, key)) is not None and section.data
     }
     if Path(config.model.id).is_dir():
         place = {"id": str(Path(config.model.id).absolute())}
@@ -237,18 +289,7 @@ def _participants(config: RunConfig, model: ModelSpec, ledger: Ledger) -> list[P
         records = [ledger.client(name) for name in clients.names]
     else:
         records = ledger.clients(clients.select or {})
-    return [_registered(record) for record in records]
-
-
-def _registered(record: ClientRecord) -> Participant:
-    return Participant(
-        name=record.name,
-        data=DataSpec(record.data, dict(record.fields)),
-        population=record.population,
-        num_examples=record.num_examples or 0,
-        labels=dict(record.labels),
-        public=record.public,
-    )
+    return [registered(record) for record in records]
 
 
 def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[Participant]:
@@ -274,14 +315,15 @@ def _simulated(simulate: Simulate, config: RunConfig, model: ModelSpec) -> list[
         slug = _slug(name, taken)
         taken.add(slug)
         size = len(data.examples(spec, model)) if sized else 0
-        found.append(Participant(slug, spec, f"{source}#{name}", size, public=public))
+        who = Participant(slug, spec, f"{source}#{name}", size, public=public)
+        found.append(holding_out(who, simulate.holdout))
     return found
 
 
-def _in_units(who: Participant, plan: Plan) -> Participant:
+def _in_units(who: Participant, plan: Plan, ledger: Ledger) -> Participant:
     """Return a participant whose size is in units, where the run's privacy is not per example.
 
-    Of a registered client it is rounded, as its number of examples is.
+    Of a registered client it is rounded, as its number of examples is; one at a site declares it.
 
     Raises:
         BadConfig: if its data are not here, or do not say whose each example is.
@@ -289,18 +331,26 @@ def _in_units(who: Participant, plan: Plan) -> Participant:
     column = plan.config.privacy.unit_column if plan.config.privacy else ""
     if not column:
         return who
+    refuse_split_units(who, column)
     spec = replace(who.data, unit=column)
+    declared = units_of(ledger, who.name, column) if data.is_elsewhere(spec.uri) else None
+    if declared is not None:
+        held = replace(who.holdout, unit=column) if who.holdout else None
+        return replace(who, data=spec, num_examples=declared, holdout=held)
     if not data.is_there(spec.uri):
         raise BadConfig(
             f"{who.name}: privacy.unit: {column} needs the number of its units, and its data "
             "cannot be looked at from here; leave it out, or the unit"
         )
+    whole = replace(spec, part="all", holdout=0.0, holdout_by="")
     try:
-        size = len(data.units(data.examples(spec, plan.model)))
+        size = left(len(data.units(data.examples(whole, plan.model))), spec.holdout)
     except data.BadRecord as error:
         raise BadConfig(f"privacy.unit: {who.name}: {error}") from None
     simulated = plan.config.clients.simulate is not None
-    return replace(who, data=spec, num_examples=size if simulated else rounded(size))
+    held = replace(who.holdout, unit=column) if who.holdout else None
+    number = size if simulated else rounded(size)
+    return replace(who, data=spec, num_examples=number, holdout=held)
 
 
 def _slug(value: str, taken: Collection[str]) -> str:

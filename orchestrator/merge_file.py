@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +40,7 @@ class Search(Strict):
         if not (self.public or data.is_public(self.data)):
             raise ValueError(
                 f"{self.data} is not known to be public, and weights that are found on it tell of "
-                "it; give data that everyone may see, and say so with public: true"
+                "it; give data that everyone may see, and say so with public: true (--public)"
             )
         return self
 
@@ -104,7 +104,9 @@ def parse_merge(document: Mapping[str, Any], where: str) -> MergeFile:
     try:
         file = MergeFile.model_validate(document)
     except ValidationError as error:
-        lines = [_sentence(one) for one in error.errors()]
+        found = error.errors()  # what is wrong itself counts as not there, too
+        found = [one for one in found if one["type"] != "too_short"] or found
+        lines = [_sentence(one) for one in found]
         raise BadConfig("\n".join(f"{where}: {line}" for line in lines)) from None
     names = [stage.name for stage in file.stages]
     lines = []
@@ -126,6 +128,28 @@ def parse_merge(document: Mapping[str, Any], where: str) -> MergeFile:
     if lines:
         raise BadConfig("\n".join(lines))
     return file
+
+
+def searched(
+    refs: Sequence[str], weights: Sequence[float] | None, into: str, **stage: Any
+) -> MergeFile:
+    """Return a merge of one stage, of which the weights are looked for.
+
+    Args:
+        refs: what is merged.
+        weights: that the search begins with; None for 1 each.
+        into: the name that it gets.
+        stage: the rest of its keys.
+
+    Raises:
+        BadConfig: with a line for each mistake.
+    """
+    begun = weights or [1.0] * len(refs)
+    if len(begun) != len(refs):
+        raise BadConfig(f"--weights gives {len(begun)} numbers for {len(refs)} versions")
+    of = [{"ref": ref, "weight": weight} for ref, weight in zip(refs, begun, strict=True)]
+    document = {"into": into, "stages": [{"name": "merge", "of": of, **stage}]}
+    return parse_merge(document, "weft merge")
 
 
 def nearest_name(ref: str, known: tuple[str, ...]) -> str:

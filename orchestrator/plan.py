@@ -43,6 +43,9 @@ class Participant:
         privacy: its DP-SGD, calibrated once for the whole run; None without DP.
         declared: what its updates count, by an operator's label; None where none is asked for.
         past: where it finds what it kept of earlier tasks; None where nothing is rehearsed.
+        holdout: the records that its scores are measured on; None where it holds none out.
+        scoring: how it tells its scores of them, calibrated once for the whole run; None where it
+            tells none, or exact ones.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Participant:
     privacy: Privacy | None = None
     declared: float | None = None
     past: Past | None = None
+    holdout: DataSpec | None = None
+    scoring: Privacy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +242,11 @@ def plan_init(plan: Plan, inputs: RoundInputs) -> Assignment:
 def plan_evaluation(
     plan: Plan, inputs: RoundInputs, tensors: Tensors, chosen: EvaluateConfig
 ) -> Assignment:
-    """Return the assignment that scores ``tensors`` on held-back data of the run's task."""
-    data = DataSpec(chosen.data, chosen.fields, labels=plan.task_labels)
+    """Return the assignment that scores ``tensors`` on held-back data of the run's task.
+
+    Where clients are to score them, each puts its own data in its place.
+    """
+    data = DataSpec(chosen.data or NO_DATA.uri, chosen.fields, labels=plan.task_labels)
     someone = replace(plan.participants[0], rank=None)
     made = _assignment(plan, inputs, someone, Broadcast(tensors), 0)
     return replace(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from clients.assignment import ModelSpec, PluginChoice
@@ -164,8 +163,7 @@ def model_json(model: ModelSpec) -> dict[str, Any]:
     """Return the base model as a recipe names it: by hash; a local folder's path is left out."""
     document = asdict(model)
     document["labels"] = list(model.labels)
-    if Path(model.id).exists() or model.id.startswith((".", "/", "~")):
-        document["id"] = None
+    document["id"] = model.public_id or None
     return document
 
 

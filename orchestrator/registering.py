@@ -12,13 +12,16 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from clients.assignment import DataSpec
+from clients.holdout import BadHoldout, Holdout
 from clients.inspection import check as checked
+from clients.inspection import rounded
 from clients.sources import (
     BadDataURI,
     BadRecord,
     DataNotFound,
     MissingExtra,
     absolute,
+    is_elsewhere,
     is_public,
 )
 from orchestrator.config import BadConfig
@@ -51,6 +54,7 @@ class Line(Strict):
     public: bool = False
     labels: dict[str, str] = Field(default_factory=dict)
     fields: dict[str, str] = Field(default_factory=dict)
+    holdout: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +84,7 @@ _OF_ONE = (
     ClientWithdrew,
     DataNotFound,
     BadDataURI,
+    BadHoldout,
     BadRecord,
     MissingExtra,
 )
@@ -91,7 +96,7 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
     Args:
         workspace: where.
         record: the client.
-        check: whether to look at its data set; a client elsewhere cannot be looked at from here.
+        check: whether to look at its data set, if that is here: never at a site's own.
 
     Raises:
         ClientExists: if the name is taken.
@@ -210,6 +215,15 @@ def _checked(
             "under another name"
         )
     record = replace(record, data=absolute(record.data))
+    if record.holdout is not None:
+        record = replace(record, holdout=str(Holdout.of(record.holdout).anchored()))
+    if is_elsewhere(record.data):
+        if record.num_examples is None:
+            raise BadConfig(
+                f"{record.data} lies at its site and is never looked at from here; give its "
+                "declared size with --examples N"
+            )
+        return record
     if check:
         report = checked(DataSpec(record.data, dict(record.fields)), None, None)
         if report.total == report.num_bad:
@@ -217,12 +231,26 @@ def _checked(
             raise BadConfig(f"{record.data} holds no readable record{why}")
         if record.num_examples is None:
             record = replace(record, num_examples=rounded(report.total))
+        _check_holdout(record)
     if is_public(record.data):
         record = replace(record, public=True)
     return record
 
 
-def rounded(count: int) -> int:
-    """Return a count to two significant digits: an exact size tells that a record was added."""
-    scale = int(10 ** max(0, len(str(count)) - 2))
-    return max(1, round(count / scale) * scale)
+def _check_holdout(record: ClientRecord) -> None:
+    """Refuse a holdout that cannot be read.
+
+    Raises:
+        BadConfig: if it holds no readable record, or nothing says whose its records are.
+        DataNotFound, BadDataURI, BadRecord, MissingExtra: if another data set is not there.
+    """
+    if record.holdout is None:
+        return
+    held = Holdout.of(record.holdout)
+    _, out = held.parts(DataSpec(record.data, dict(record.fields)))
+    report = checked(out, None, None)
+    if report.total == report.num_bad:
+        why = f" ({report.problems[0]})" if report.problems else ""
+        raise BadConfig(
+            f"the holdout {record.holdout} of {record.name} has no readable record{why}"
+        )

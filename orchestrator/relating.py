@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from clients.assignment import DataSpec, ModelSpec
 from clients.census import Census, Holding
+from clients.holdout import Holdout
 from clients.sources import is_public, is_there
 from storage.ledger import ClientRecord, Ledger
 
@@ -31,11 +32,18 @@ def relate(
         sites: folder of the clients' private state, which the census never leaves.
     """
     specs = [
-        (p.population, replace(p.data, labels=()) if p.data.shard is None else p.data)
+        (p.population, replace(spec, labels=()) if spec.shard is None else spec)
         for p in participants
+        for spec in _sets_of(p)
         if not p.public
     ]
     _record([Holding(population, spec, model) for population, spec in specs], ledger, sites)
+
+
+def _sets_of(who: Participant) -> list[DataSpec]:
+    """Return a client's data sets: what it trains on, and what it holds out elsewhere."""
+    elsewhere = who.holdout is not None and who.holdout.uri != who.data.uri
+    return [who.data, who.holdout] if who.holdout and elsewhere else [who.data]
 
 
 def relate_again(plan: Plan, cohort: Collection[str], ledger: Ledger, sites: Path) -> None:
@@ -77,12 +85,19 @@ def relate_registered(
 ) -> None:
     """As :func:`relate`, of registered clients; ``unit`` is the column of a run's units."""
     holdings = [
-        Holding(r.population, DataSpec(r.data, dict(r.fields), unit=column))
+        Holding(r.population, DataSpec(uri, dict(r.fields), unit=column))
         for r in records
         if not r.public
+        for uri in held_by(r)
         for column in dict.fromkeys(("", unit))
     ]
     _record(holdings, ledger, sites)
+
+
+def held_by(record: ClientRecord) -> list[str]:
+    """Return where a client's data are: what it trains on, and what it holds out elsewhere."""
+    elsewhere = Holdout.of(record.holdout).data if record.holdout else ""
+    return [record.data, elsewhere] if elsewhere else [record.data]
 
 
 def _record(holdings: Iterable[Holding], ledger: Ledger, sites: Path) -> None:

@@ -16,7 +16,7 @@ from orchestrator.epsilons import Epsilon
 from orchestrator.suite_metrics import by_task, measured
 from storage.aliases import AliasMove
 from storage.contributions import Deployment
-from storage.ledger import ClientRecord, RunRecord
+from storage.ledger import RunRecord
 from storage.lineage import Version
 from storage.listing import NameRow
 from storage.records import now
@@ -151,18 +151,6 @@ def _age(span: timedelta) -> str:
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
     return f"{seconds} s"
-
-
-def clients_table(records: Sequence[ClientRecord]) -> Table:
-    """Return registered clients."""
-    table = Table("client", "data", "examples", "population", "budget", "labels")
-    for c in records:
-        budget = f"ε {c.epsilon:g} (δ {c.delta:g})" if c.epsilon is not None else "none"
-        labels = ", ".join(f"{k}={v}" for k, v in sorted(c.labels.items()))
-        size = "-" if c.num_examples is None else str(c.num_examples)
-        texts = (c.name, c.data, size, c.population, budget, labels)
-        table.add_row(*(escape(text) for text in texts))
-    return table
 
 
 def plugins_table(rows: Sequence[Mapping[str, Any]]) -> Table:

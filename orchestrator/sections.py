@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from clients.holdout import BadHoldout, Holdout
 from orchestrator.policy import Strict
 
 
@@ -143,6 +144,21 @@ class PrivacyConfig(Strict):
         return "" if self.unit == "example" else self.unit
 
 
+def _split(value: Any) -> Any:
+    """Return the share that each client holds out, as it is written."""
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        found = Holdout.of(str(value))
+    except BadHoldout as error:
+        raise ValueError(str(error)) from None
+    if found.data:
+        raise ValueError(
+            f"simulated clients split a share off, such as 0.1, got the data set {value!r}"
+        )
+    return str(found)
+
+
 class Simulate(Strict):
     """Clients made by splitting one data set."""
 
@@ -154,6 +170,7 @@ class Simulate(Strict):
     column: str | None = None
     seed: int = 0
     public: bool = False
+    holdout: Annotated[str | None, BeforeValidator(_split)] = None
 
     @model_validator(mode="after")
     def _complete(self) -> Simulate:
@@ -204,10 +221,40 @@ class Held(Strict):
     fields: dict[str, str] = Field(default_factory=dict)
 
 
-class EvaluateConfig(Held):
-    """Held-back data that are scored while the run goes on."""
+class EvaluateConfig(Strict):
+    """What is scored while the run goes on: held-back data, or what clients hold out.
 
+    Clients under privacy tell noised scores; all of the run's together cost each ``epsilon``, of
+    what the run may spend.
+    """
+
+    data: str | None = None
+    fields: dict[str, str] = Field(default_factory=dict)
+    clients: Literal["all"] | dict[str, str] | tuple[str, ...] | None = None
     every: int = Field(default=1, ge=1)
+    epsilon: float | None = Field(default=None, gt=0)
+    loss: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> EvaluateConfig:
+        if (self.data is None) == (self.clients is None):
+            raise ValueError("give either data, held-back records, or clients: all, labels, names")
+        if self.clients is None and (self.epsilon, self.loss) != (None, None):
+            raise ValueError(
+                "epsilon and loss are of what clients tell; data of the coordinator's own cost "
+                "nothing, so leave them out"
+            )
+        if self.clients is not None and self.fields:
+            raise ValueError("fields are of data; clients' columns are declared with the clients")
+        return self
+
+    def due(self, round_: int, rounds: int) -> bool:
+        """Return whether a round of so many is scored: every so many of them is, and the last."""
+        return round_ % self.every == 0 or round_ == rounds
+
+    def times(self, rounds: int) -> int:
+        """Return how often so many rounds are scored."""
+        return rounds // self.every + bool(rounds % self.every)
 
 
 class InitDataConfig(Strict):
@@ -227,7 +274,12 @@ def _measured(value: Any) -> Any:
 class BackendConfig(Strict):
     """Where clients are trained. Nothing here changes a result."""
 
-    name: Literal["ray", "inline"] = "ray"
+    name: Literal["ray", "inline", "superlink"] = "ray"
+    local: Literal["inline", "ray"] = "inline"
+    superlink: str | None = Field(default=None, pattern=r"^(http://)?\S+:[0-9]{1,5}$")
+    certificates: str | None = None
+    secret_file: str | None = None
+    away_s: float = Field(default=90.0, gt=0)
     workers: Annotated[int | None, Field(ge=1), BeforeValidator(_measured)] = None
     address: str | None = None
     gpus_per_worker: Annotated[float | None, Field(ge=0), BeforeValidator(_measured)] = 0.0
@@ -238,6 +290,15 @@ class BackendConfig(Strict):
 
     @model_validator(mode="after")
     def _has_workers(self) -> BackendConfig:
-        if self.name == "inline" and self.address is not None:
+        if self.here == "inline" and self.address is not None:
             raise ValueError("address: inline runs in this process; use name: ray with an address")
+        for key in ("local", "superlink", "certificates", "secret_file", "away_s"):
+            default = type(self).model_fields[key].default
+            if self.name != "superlink" and getattr(self, key) != default:
+                raise ValueError(f"{key}: it is of name: superlink, got {self.name}; leave it out")
         return self
+
+    @property
+    def here(self) -> Literal["inline", "ray"]:
+        """Where what needs no site is done."""
+        return self.local if self.name == "superlink" else self.name

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from clients.accounting import BudgetSpent, IncomposableSpends, epsilon, noise_for
 from clients.assignment import Assignment, Clipping, Privacy, Report
+from clients.charges import charge_of
 from clients.downlink import DIGEST_BYTES
 from clients.keys import site_mark
-from clients.trainer import spend_of
+from clients.sources import is_elsewhere
 from orchestrator.epsilons import Epsilon, composed, spend_from_row
 from orchestrator.plan import Participant, Plan
 from orchestrator.sections import PrivacyConfig
@@ -42,11 +43,12 @@ def calibrated(
     steps: int,
     history: Sequence[PrivacySpend] = (),
     budget: tuple[float, float] | None = None,
+    besides: Sequence[PrivacySpend] = (),
 ) -> Privacy:
     """Return a client's DP-SGD for a whole run.
 
-    The noise is the smallest with which the run alone spends at most ``config.epsilon``, and the
-    run on top of ``history`` at most the budget.
+    The noise is the smallest with which the run alone, what it spends ``besides`` included, spends
+    at most ``config.epsilon``, and the run on top of ``history`` at most the budget.
 
     Args:
         config: the run's privacy section.
@@ -54,6 +56,7 @@ def calibrated(
         steps: optimizer steps over all rounds in which the client may take part.
         history: what its population has spent.
         budget: (epsilon, delta) that the population may spend in all, or None.
+        besides: what the run spends on the client's data but by training.
 
     Raises:
         BudgetSpent: if no noise keeps within the budget.
@@ -66,6 +69,7 @@ def calibrated(
             config.delta,
             sample_rate=sample_rate,
             steps=steps,
+            history=besides,
             accountant=config.accountant,
         )
     if budget is not None and config.noise_multiplier is None:
@@ -75,7 +79,7 @@ def calibrated(
             budget[1],
             sample_rate=sample_rate,
             steps=steps,
-            history=history,
+            history=[*history, *besides],
             accountant=config.accountant,
         )
         noise = max(noise, needed)
@@ -127,8 +131,7 @@ def reserve(
         sent: by client: its assignment as it travels; None where they travel as they are.
     """
     private = [a for a in assignments if a.private and a.action == "train"]  # no other spends
-    marks = {a.site: _mark(a) for a in private}
-    rows = [_row(a, people[a.client].population, marks[a.site]) for a in private]
+    rows = _rows(private, {a.client: people[a.client].population for a in private})
     over, low = _recorded(rows, ledger)
     for row in rows:
         if row.client in over:
@@ -146,6 +149,26 @@ def reserve(
     travelling = kept if sent is None else [sent[a.client] for a in kept]
     log("assigned", {**asked, **bytes_sent(travelling)})
     return kept
+
+
+def charged(
+    assignments: Sequence[Assignment], populations: Mapping[str, str], ledger: Ledger
+) -> dict[str, BudgetSpent]:
+    """Put private evaluations on the ledger; return why clients are over their budget, by name.
+
+    Durable before anything is sent, as with :func:`reserve`.
+
+    Args:
+        assignments: of one evaluation.
+        populations: by client.
+        ledger: where spends are.
+    """
+    return _recorded(_rows(assignments, populations), ledger)[0]
+
+
+def _rows(assignments: Sequence[Assignment], populations: Mapping[str, str]) -> list[SpendRow]:
+    marks = {_where(a): _mark(a) for a in assignments}
+    return [_row(a, populations[a.client], marks[_where(a)]) for a in assignments]
 
 
 def note_unprotected(plan: Plan, ledger: Ledger, rehearsed: Collection[str] = ()) -> None:
@@ -208,30 +231,24 @@ def _recorded(rows: Sequence[SpendRow], ledger: Ledger) -> tuple[dict[str, Budge
     return {}, low
 
 
+def _where(assignment: Assignment) -> tuple[str, bool]:
+    """Return what tells the sites of a round's clients apart: a folder, and whether it is here."""
+    return assignment.site, is_elsewhere(assignment.data.uri)
+
+
 def _mark(assignment: Assignment) -> str:
-    """Return which site would make the update; nothing where its noise comes from no key of its."""
+    """Return which site would make the update; nothing where its noise comes from no key of its.
+
+    Nothing either of a site elsewhere, whose keys cannot be looked at: its own ledger is there.
+    """
     noise = assignment.privacy or assignment.noise_share
     keyed = noise is not None and noise.insecure_seed is None
-    return site_mark(Path(assignment.site)) if keyed else ""
+    folder, elsewhere = _where(assignment)
+    return site_mark(Path(folder)) if keyed and not elsewhere else ""
 
 
 def _row(assignment: Assignment, population: str, mark: str) -> SpendRow:
-    spend = spend_of(assignment)
-    digest = assignment.digest()
-    parts = (assignment.run, assignment.client, str(assignment.round), digest)
-    text = "\0".join((*parts, mark) if mark else parts)
-    return SpendRow(
-        event=hashlib.sha256(text.encode()).hexdigest(),
-        population=population,
-        client=assignment.client,
-        run=assignment.run,
-        round=assignment.round,
-        assignment=digest,
-        mechanism=spend.mechanism,
-        unit=spend.unit,
-        adjacency=spend.adjacency,
-        parameters=dict(spend.parameters),
-    )
+    return SpendRow(**asdict(charge_of(assignment, population, mark)))
 
 
 def _within(budgets: Mapping[str, tuple[float, float]], low: Low) -> Any:
@@ -283,8 +300,9 @@ def _through(population: str, row: SpendRow) -> str:
 def bytes_sent(assignments: Sequence[Assignment]) -> dict[str, Any]:
     """Return the size of all tensors that are sent, each counted for every client it goes to.
 
-    That is the broadcast, what lies beneath it, and regularizers' memory. Where clients are not
-    sent what they hold, also by client, with the digests of what that is.
+    That is the broadcast, what lies beneath it, and regularizers' memory; where clients are not
+    sent what they hold, with the digests of what that is. Also by client, where clients are sent
+    different things, or over a network that is somebody's.
     """
     sizes: dict[int, int] = {}
 
@@ -300,5 +318,5 @@ def bytes_sent(assignments: Sequence[Assignment]) -> dict[str, Any]:
 
     own = {a.client: of(a) for a in assignments}
     total = {"bytes": sum(own.values())}
-    by_client = any(a.held is not None for a in assignments)
+    by_client = any(a.held is not None or is_elsewhere(a.data.uri) for a in assignments)
     return {**total, "bytes_by_client": own} if by_client else total

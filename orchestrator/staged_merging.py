@@ -15,6 +15,10 @@ from orchestrator.workspace import Workspace
 from storage.store import UnknownVersion
 
 
+class StageFailed(ValueError):
+    """A stage cannot be merged; what it raised is its cause."""
+
+
 @dataclass(frozen=True, slots=True)
 class Staged:
     """What a stage made.
@@ -43,7 +47,7 @@ def merge_in_stages(workspace: Workspace, file: MergeFile) -> list[Staged]:
 
     Raises:
         BadConfig: if a stage merges what is neither a version nor a stage; nothing is merged.
-        BadMerge, BadOptions, Unsigned: if a stage cannot be merged, naming it; those before stay.
+        StageFailed: if a stage cannot be merged, naming it; those before stay.
     """
     _check_refs(workspace, file)
     done: list[Staged] = []
@@ -53,7 +57,7 @@ def merge_in_stages(workspace: Workspace, file: MergeFile) -> list[Staged]:
         try:
             made = _made(workspace, stage, known)
         except ValueError as error:
-            raise type(error)(f"stage {stage.name!r}: {error}") from error
+            raise StageFailed(f"stage {stage.name!r}: {error}") from error
         version = made.commit(workspace)
         name = file.into if last else stage.into
         if name is not None:

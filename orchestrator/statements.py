@@ -154,7 +154,7 @@ def _open_runs(workspace: Workspace) -> dict[str, dict[str, list[PrivacySpend]]]
         spends = planned_spends(plan)
         for who in plan.participants if spends else ():
             own = found.setdefault(record.id, {})
-            own.setdefault(who.population, []).append(spends[who.name])
+            own.setdefault(who.population, []).extend(spends[who.name])
     return found
 
 

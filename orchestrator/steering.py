@@ -18,6 +18,7 @@ from orchestrator.cohort import draw, quorum, roster
 from orchestrator.config import RunConfig, parse_config
 from orchestrator.plan import Plan
 from orchestrator.retention import drop_after_close
+from orchestrator.score_rules import is_of_scores, most_scores
 from orchestrator.workspace import Workspace
 from storage.ledger import Ledger, RunChanged, RunFields, RunRecord
 
@@ -204,16 +205,24 @@ def _refuse_more_privacy(ledger: Ledger, record: RunRecord, total: int) -> None:
     """Refuse rounds for which the noise was not calibrated."""
     plan = Plan.from_json(ledger.plan(record.id))
     config, privacy = plan.config, plan.config.privacy
+    again = f"its noise is calibrated anew by: weft runs clone {record.id} --set rounds={total}"
+    asked, rows = config.evaluate, ledger.spends_of_run(record.id)
+    often = most_scores(plan, rows, record.round, total)
+    if asked is not None and often > asked.times(config.rounds):
+        raise RunRefused(
+            f"run {record.id} has the noise with which clients tell scores "
+            f"{asked.times(config.rounds)} times for ε = {asked.epsilon:g}, and {total} rounds "
+            f"would ask more often; {again}"
+        )
     if privacy is None or privacy.epsilon is None:
         return
-    again = f"its noise is calibrated anew by: weft runs clone {record.id} --set rounds={total}"
     if privacy.max_participations is None or privacy.max_participations > config.rounds:
         raise RunRefused(
             f"run {record.id} has the noise with which {config.rounds} rounds spend ε = "
             f"{privacy.epsilon:g} (δ = {privacy.delta:g}); more would spend more. Only a run whose "
             f"privacy.max_participations is at most its rounds has room for others; {again}"
         )
-    spent = {(s.client, s.round) for s in ledger.spends_of_run(record.id)}
+    spent = {(row.client, row.round) for row in rows if not is_of_scores(row, plan)}
     taken = Counter(client for client, round_ in spent if round_ <= record.round)
     known = roster(plan.participants, config.cohort)
     size, needed = config.cohort.to_ask(len(known.names)), quorum(config, len(known.names))

@@ -310,7 +310,8 @@ def _document(stream: str, base: Mapping[str, Any], task: TaskFile) -> dict[str,
     }
     if task.rounds is not None:
         values["rounds"] = task.rounds
-    if task.evaluate is not None and isinstance(base.get("evaluate"), Mapping):
+    own = base.get("evaluate")
+    if task.evaluate is not None and isinstance(own, Mapping) and "clients" not in own:
         values |= {"evaluate.data": task.evaluate.data, "evaluate.fields": task.evaluate.fields}
     return with_values(document, values | task.set)
 

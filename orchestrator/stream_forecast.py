@@ -145,7 +145,7 @@ class _Ahead:
         else:
             spends = planned_spends(plan)
             for who in plan.participants if spends else ():
-                own.setdefault(who.population, []).append(spends[who.name])
+                own.setdefault(who.population, []).extend(spends[who.name])
         if record is not None:
             self.runs.add(record.id)
         for population, spent in own.items():

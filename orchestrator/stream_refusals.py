@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from clients.adapters import ADAPTERS, Adapter
 from clients.assignment import PluginChoice
+from clients.regularizers import REGULARIZERS, Regularizer
 from orchestrator.config import RunConfig
 from orchestrator.policy import ANSWERS, LOWER_IS_BETTER
 from orchestrator.stream_file import StreamFile
@@ -90,12 +91,26 @@ def _merge_problem(merge: PluginChoice | None, configs: Sequence[RunConfig]) -> 
     """Return why what the tasks train cannot be merged so, or empty."""
     if merge is None or len(configs) < 2 or not shares_rows(merge.name, merge.options):
         return ""
+    chooses = next((name for config in configs for name in _choosing_a(config)), None)
+    if chooses is not None:
+        return (
+            f"{merge.name} (as set) merges adapters that share the row space of A, and {chooses} "
+            "gives each task one of its own; merge with svd or cat, or leave it out"
+        )
     if not any(_trains_a(config) for config in configs):
         return ""
     return (
         f"{merge.name} (as set) merges adapters that share the row space of A, and here every task "
         "trains its own; use strategy ffa-lora or fedsvd, which keep it, or merge with svd or cat"
     )
+
+
+def _choosing_a(config: RunConfig) -> Iterator[str]:
+    """Yield the regularizers that choose a task's A and keep it: hard O-LoRA, InfLoRA."""
+    for one in config.checked_plugins()["regularizers"]:
+        method: Regularizer = REGULARIZERS.get(one.name).build(**one.options)
+        if re.fullmatch(method.freezes, _A):
+            yield one.name
 
 
 def _trains_a(config: RunConfig) -> bool:

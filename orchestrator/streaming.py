@@ -25,7 +25,7 @@ from orchestrator.signing import admitted
 from orchestrator.steering import requeue
 from orchestrator.stream import STREAM, TASK, Stage, Stream, parse_stream
 from orchestrator.stream_routing import route
-from orchestrator.suite import Row, score
+from orchestrator.suite import Row, refuse_private_tests, score
 from orchestrator.sweep import said, shown
 from orchestrator.workspace import Workspace
 from storage.canonical import canonical_json
@@ -267,6 +267,7 @@ def advance(
 
     Raises:
         BadConfig: if the task cannot be run; nothing was queued.
+        PrivateData: if a task is measured on data of a client; nothing was queued.
         ChangedTask: as :func:`steps`.
     """
     found = settle(workspace, stream)
@@ -278,6 +279,7 @@ def advance(
         if retry and waiting.record.status in ("failed", "paused"):
             return requeue(workspace, waiting.record.id)
         return waiting.record
+    refuse_private_tests(workspace, stream)
     config = stream.config(len(results), results)
     run = _run_id(workspace, stream, waiting.stage, config)
     wait = queueing or Queueing()

@@ -17,6 +17,7 @@ from orchestrator.backends.base import Backend, Failure, complete
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BadConfig
 from orchestrator.continual import Matrix
+from orchestrator.gate_setting import refuse_private
 from orchestrator.growing import grown, is_beginning
 from orchestrator.signing import admitted
 from orchestrator.stream import Stream, Task
@@ -45,6 +46,21 @@ class Row:
     trained: int
     version: str
     own: Mapping[str, str]
+
+
+def refuse_private_tests(workspace: Workspace, stream: Stream) -> None:
+    """Refuse a stream that measures a task, or knows its inputs, by data of a client's own.
+
+    Raises:
+        PrivateData: as :func:`orchestrator.gate_setting.refuse_private`.
+        clients.data.DataNotFound: if somebody has private data, and a test set is not there.
+    """
+    if all(client.public for client in workspace.ledger.clients()):
+        return
+    for task in stream.tasks:
+        for one in (task.test, task.router):
+            if one is not None:
+                refuse_private({task.name: one.uri}, workspace.ledger)
 
 
 def score(

@@ -232,7 +232,7 @@ def _costs(ledger: Ledger, plans: Sequence[Plan], begun: Mapping[str, Plan]) -> 
         own, privacy = planned_spends(plan), plan.config.privacy
         for who in plan.participants if privacy else ():
             assert privacy is not None
-            planned_by.setdefault(who.population, []).append(own[who.name])
+            planned_by.setdefault(who.population, []).extend(own[who.name])
             runs.setdefault(who.population, set()).add(number)
             delta = facts[who.population][0] if who.population in facts else 1.0
             facts[who.population] = (min(delta, privacy.delta), who.public)

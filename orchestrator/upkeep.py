@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 
 from clients.files import write_durably
 from clients.keys import has_key
+from clients.sources import is_elsewhere
 from orchestrator.closing import finish_closing
 from orchestrator.retention import COORDINATOR, coordinator_keys
 from orchestrator.workspace import Workspace, open_workspace, place_of
@@ -165,9 +166,9 @@ def restore(
 ) -> tuple[Restored, tuple[str, ...], HomeCheckup]:
     """Bring a backup back, and check the store; see :func:`storage.restoring.restore`.
 
-    A private run that was not finished is cancelled unless its clients' keys are in this home: with
-    other keys they would answer an assignment a second time, with other noise, which is not what
-    the ledger has recorded.
+    A private run that was not finished is cancelled unless its clients' keys are in this home, or
+    at sites, which keep them: with other keys they would answer an assignment a second time, with
+    other noise, which is not what the ledger has recorded.
 
     Returns:
         What came back, the ids of the runs that were cancelled, and what ``fsck`` says.
@@ -219,7 +220,8 @@ def upgrade(
 
 
 def _without_keys(workspace: Workspace) -> Iterator[str]:
-    """Yield the unfinished private runs that asked somebody, and whose keys are not all here."""
+    """Yield the unfinished private runs that asked somebody whose key should be here and is not."""
+    away = {one.name for one in workspace.ledger.clients() if is_elsewhere(one.data)}
     for record in workspace.ledger.runs(limit=1_000_000):
         privacy = record.config.get("privacy")
         if record.status in ("completed", "cancelled") or not privacy:
@@ -227,10 +229,10 @@ def _without_keys(workspace: Workspace) -> Iterator[str]:
         if privacy.get("insecure_seed") is not None:
             continue
         asked = {row.client for row in workspace.ledger.spends_of_run(record.id)}
-        place = workspace.home / "sites"
+        keys, place = asked - away, workspace.home / "sites"
         if privacy.get("level") == "client":  # one key, of the sum
-            asked, place = asked and {COORDINATOR}, coordinator_keys(workspace.home)
-        if not all(has_key(place, record.id, client) for client in asked):
+            keys, place = asked and {COORDINATOR}, coordinator_keys(workspace.home)
+        if not all(has_key(place, record.id, whose) for whose in keys):
             yield record.id
 
 

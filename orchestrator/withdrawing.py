@@ -39,6 +39,8 @@ class Withdrawn:
             driven; they bury it when that round is committed.
         deployed: aliases that point at versions with its updates in their history.
         forgotten: how many files of examples that it kept were deleted.
+        node: at which site's node it was registered, where nothing was deleted; empty for none, and
+            when done again.
     """
 
     record: Withdrawal
@@ -46,6 +48,7 @@ class Withdrawn:
     later: tuple[str, ...]
     deployed: tuple[Deployment, ...]
     forgotten: int = 0
+    node: str = ""
 
 
 def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
@@ -60,6 +63,7 @@ def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
     registered = name in ledger.client_names()
     if not (registered or runs or name in ledger.withdrawals.all()):
         ledger.client(name)  # raises, with what was perhaps meant
+    node = node_of(workspace, name)
     record = ledger.withdrawals.add(name, getpass.getuser(), why)  # first: it stops the rest
     if registered:
         with suppress(UnknownClient):  # somebody was faster
@@ -74,7 +78,14 @@ def withdraw(workspace: Workspace, name: str, why: str = "") -> Withdrawn:
         deployed = workspace.store.deployed_with(name)
     except UnknownContributor:
         deployed = []
-    return Withdrawn(record, buried, later, tuple(deployed), forget_examples(workspace, name))
+    forgotten = Site(workspace.sites).forget_examples(name)
+    return Withdrawn(record, buried, later, tuple(deployed), forgotten, node)
+
+
+def node_of(workspace: Workspace, name: str) -> str:
+    """Return the site's node that a client is at; empty where its data are here, or for none."""
+    known = {client.name: client.node or "" for client in workspace.ledger.clients()}
+    return known.get(name, "")
 
 
 def forget_examples(workspace: Workspace, name: str) -> int:
@@ -82,8 +93,18 @@ def forget_examples(workspace: Workspace, name: str) -> int:
 
     Runs that go on from its tasks then rehearse nothing of them. At a site that is elsewhere, its
     owner does this there.
+
+    Raises:
+        UnknownClient: if nothing was kept, nobody is registered under the name and no version was
+            made with an update of theirs.
     """
-    return Site(workspace.sites).forget_examples(name)
+    count = Site(workspace.sites).forget_examples(name)
+    if not count:
+        try:
+            workspace.store.deployed_with(name)
+        except UnknownContributor:
+            workspace.ledger.client(name)
+    return count
 
 
 def _all_runs(workspace: Workspace) -> list[RunRecord]:

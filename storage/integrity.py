@@ -6,6 +6,8 @@ reference from table to table, every edge of the lineage, every id and every log
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,12 +25,14 @@ from storage.lineage import Parent, parents_of, version_id
 from storage.projection import PROJECTED, project
 from storage.records import Event
 from storage.schema import (
+    clients,
     contributions,
     events,
     gates,
     kept_updates,
     metadata,
     named_versions,
+    nodes,
     parents,
     promotions,
     runs,
@@ -45,7 +49,7 @@ class Problem:
 
     Attributes:
         kind: ``database``, ``reference``, ``version``, ``contribution``, ``update``, ``edge``,
-            ``name``, ``alias``, ``gate``, ``run``, ``blob-missing`` or ``blob-corrupt``.
+            ``name``, ``alias``, ``gate``, ``node``, ``run``, ``blob-missing`` or ``blob-corrupt``.
         subject: what it is about, such as a version's id or a blob's digest.
         text: a sentence.
         repaired: what was done about it, or None.
@@ -73,6 +77,8 @@ def row_problems(connection: Connection) -> Iterator[Problem]:
     yield from _foreign_aliases(connection)
     yield from _gaps(connection, gates, ("name",), "gate")
     yield from _wrong_evidence(connection)
+    yield from _gaps(connection, nodes, ("name",), "node")
+    yield from _wrong_nodes(connection)
     yield from _wrong_runs(connection)
 
 
@@ -247,6 +253,25 @@ def _wrong_evidence(connection: Connection) -> Iterator[Problem]:
             f"move {move.number} of {subject} has evidence that cannot be read, or is not of its "
             "version and a gate of its name",
         )
+
+
+def _wrong_nodes(connection: Connection) -> Iterator[Problem]:
+    """Nodes that cannot be read, or with a key of another fingerprint; clients without theirs."""
+    for row in connection.execute(select(nodes).order_by(nodes.c.name, nodes.c.number)):
+        subject = f"{row.name} {row.number}"
+        try:
+            for column in ("labels", "budgets", "document"):
+                read_json(getattr(row, column), f"node {subject}")
+            digest = hashlib.sha256(base64.b64decode(row.public_key.split(" ")[1])).digest()
+        except (RecordCorrupt, LookupError, ValueError):
+            yield Problem("node", subject, f"what was said of node {subject} cannot be read")
+            continue
+        if row.fingerprint != "SHA256:" + base64.b64encode(digest).decode().rstrip("="):
+            yield Problem("node", subject, f"node {subject} has a key of another fingerprint")
+    known = select(nodes.c.name)
+    lost = clients.c.node.is_not(None) & clients.c.node.not_in(known)
+    for name, node in connection.execute(select(clients.c.name, clients.c.node).where(lost)):
+        yield Problem("node", name, f"client {name} is of node {node}, of which nothing is known")
 
 
 def _wrong_runs(connection: Connection) -> Iterator[Problem]:

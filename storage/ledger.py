@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Row, insert, select, u
 from storage.canonical import canonical_json, read_json
 from storage.database import lock, writing
 from storage.membership import is_among
+from storage.nodes import Nodes
 from storage.queue import RunQueue
 from storage.records import (
     ClientRecord,
@@ -97,6 +98,7 @@ class Ledger(RunLog, Registry):
 
     Attributes:
         queue: claims of the runs that wait.
+        nodes: sites' nodes, and what is seen of them.
         relations: populations that share records.
         unprotected: runs without DP, by population.
         withdrawals: clients that withdrew.
@@ -105,6 +107,7 @@ class Ledger(RunLog, Registry):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.queue = RunQueue(engine)
+        self.nodes = Nodes(engine)
         self.relations = Relations(engine)
         self.unprotected = UnprotectedRuns(engine)
         self.withdrawals = Withdrawals(engine)

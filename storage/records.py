@@ -43,6 +43,9 @@ class ClientRecord:
         labels: the operator's labels, such as ``{"gpu": "a100"}``.
         public: whether the data are public.
         created_at: when it was registered, UTC.
+        node: the site's node that has the data, or None where they are not a node's.
+        holdout: what is never trained on: a share such as ``0.1`` or ``0.1:patient_id``, or another
+            data set's URI; None for nothing.
     """
 
     name: str
@@ -55,6 +58,8 @@ class ClientRecord:
     labels: Mapping[str, str] = field(default_factory=dict)
     public: bool = False
     created_at: datetime = field(default_factory=now, compare=False)
+    node: str | None = None
+    holdout: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

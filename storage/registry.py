@@ -17,13 +17,15 @@ from storage.database import (
     lock,
     writing,
 )
+from storage.declared import declared
 from storage.records import POLICIES, ClientRecord, Policy
 from storage.refs import did_you_mean
 from storage.schema import clients, populations
 
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _AT_ONCE = 500  # parameters of a statement; SQLite may allow no more than 999
-_REGISTERING = "weft clients"
+REGISTERING = "weft clients"
+"""Name of the lock under which clients are added."""
 
 
 class ClientExists(ValueError):
@@ -79,13 +81,13 @@ class Registry:
         """
         named = list(zip(places or [""] * len(records), records, strict=True))
         with writing(self._engine) as connection:
-            lock(connection, _REGISTERING)
+            lock(connection, REGISTERING)
             for place, record in named:
-                _check_client(record, place)
-            _refuse_taken(connection, named)
+                check_client(record, place)
+            refuse_taken(connection, named)
             _add_populations(connection, named)
             if records:
-                connection.execute(insert(clients), [_row(record) for record in records])
+                connection.execute(insert(clients), [client_row(record) for record in records])
 
     def client(self, name: str) -> ClientRecord:
         """Return a registered client.
@@ -179,8 +181,8 @@ class Registry:
             policy: what happens to a run that it has too little left for; None leaves it.
 
         Raises:
-            BadBudget: if ``epsilon`` or ``delta`` is out of range, only one is given, or there is
-                no such policy.
+            BadBudget: if ``epsilon`` or ``delta`` is out of range, or above what the site declared
+                that has the data; only one is given, or there is no such policy.
             UnknownPopulation: if no client ever had it.
         """
         _check_budget(epsilon, delta)
@@ -192,6 +194,7 @@ class Registry:
                 select(func.max(clients.c.num_examples)).where(clients.c.population == population)
             )
             _check_delta(delta, size, f"population {population!r}")
+            _refuse_above(connection, population, epsilon, delta)
             values = {"epsilon": epsilon, "delta": delta, **({"policy": policy} if policy else {})}
             changed = connection.execute(
                 update(populations).where(populations.c.name == population).values(values)
@@ -218,7 +221,8 @@ def _client(row: Row[Any]) -> ClientRecord:
     return ClientRecord(**row._asdict() | read)
 
 
-def _row(record: ClientRecord) -> dict[str, Any]:
+def client_row(record: ClientRecord) -> dict[str, Any]:
+    """Return a client as its row."""
     return {
         "name": record.name,
         "population": record.population,
@@ -228,10 +232,17 @@ def _row(record: ClientRecord) -> dict[str, Any]:
         "labels": canonical_json(record.labels, "labels"),
         "public": record.public,
         "created_at": record.created_at,
+        "node": record.node,
+        "holdout": record.holdout,
     }
 
 
-def _check_client(record: ClientRecord, place: str) -> None:
+def check_client(record: ClientRecord, place: str = "") -> None:
+    """Refuse a client that cannot be registered as it is described, read at ``place``.
+
+    Raises:
+        BadClient, BadBudget: saying what is wrong.
+    """
     where = _where(place)
     if not _CLIENT_NAME.fullmatch(record.name):
         raise BadClient(
@@ -243,7 +254,8 @@ def _check_client(record: ClientRecord, place: str) -> None:
             f"{where}num_examples of {record.name!r} must be >= 0, got {record.num_examples}; "
             "leave it out where it is not known"
         )
-    texts = (record.population, record.data, *record.labels.items(), *record.fields.items())
+    plain = (record.population, record.data, record.holdout or "")
+    texts = (*plain, *record.labels.items(), *record.fields.items())
     if any("\0" in part for text in texts for part in text):  # PostgreSQL stores none
         raise BadClient(f"{where}{record.name!r} has a text with the character NUL; leave it out")
     try:
@@ -253,7 +265,12 @@ def _check_client(record: ClientRecord, place: str) -> None:
         raise BadBudget(f"{where}{error}") from None
 
 
-def _refuse_taken(connection: Connection, named: Sequence[tuple[str, ClientRecord]]) -> None:
+def refuse_taken(connection: Connection, named: Sequence[tuple[str, ClientRecord]]) -> None:
+    """Refuse clients, each with where it was read, whose name is taken, or given twice.
+
+    Raises:
+        ClientExists: for the first.
+    """
     taken: set[str] = set()
     for names in _portions([record.name for _, record in named]):
         taken |= set(connection.scalars(select(clients.c.name).where(clients.c.name.in_(names))))
@@ -332,6 +349,22 @@ def _check_delta(delta: float | None, size: int | None, whose: str) -> None:
         raise BadBudget(
             f"delta must be below 1/{size}, one over the number of examples of {whose}, got "
             f"{delta:g}; choose a smaller delta"
+        )
+
+
+def _refuse_above(
+    connection: Connection, population: str, epsilon: float | None, delta: float | None
+) -> None:
+    """Refuse to let a site's population spend more than its site does."""
+    site = declared(connection, population)
+    if site is None:
+        return
+    if epsilon is None or delta is None or epsilon > site.epsilon or delta > site.delta:
+        raise BadBudget(
+            f"the site of node {site.node!r} lets population {population!r} spend at most ε = "
+            f"{site.epsilon:g} (δ = {site.delta:g}), and from here that can only be lowered, got "
+            f"{_budget(epsilon, delta)}; only the site can raise it: in its node.yaml, with a new "
+            "join file (weft node join)"
         )
 
 

@@ -2,12 +2,12 @@
 
 What is content (versions, their edges, metrics and signatures) and what must never be forgotten
 (populations and which of them share records, privacy spends, runs without privacy, withdrawals,
-yanks) is united with what the store has: a spend that either of them counts is counted, a client
-that withdrew from either does not come back, and the newest word on whether a version is yanked
-counts, whichever of them has it. What people have decided since (names, aliases, runs, clients)
-becomes what it was in the backup, and only if the store holds none of it that the backup lacks, or
-it is asked for. So an alias may point at a version that was yanked since: then it says so, and
-nobody moves it there again.
+yanks, sites' nodes) is united with what the store has: a spend that either of them counts is
+counted, a client that withdrew from either does not come back, and the newest word on whether a
+version is yanked, or a node let in, counts, whichever of them has it. What people have decided
+since (names, aliases, runs, clients) becomes what it was in the backup, and only if the store holds
+none of it that the backup lacks, or it is asked for. So an alias may point at a version that was
+yanked since: then it says so, and nobody moves it there again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from storage.backup import Backup, BadBackup, Progress, pages, read_backup, tabl
 from storage.blobs import BlobCorrupt, BlobMissing, BlobStore
 from storage.contributions import record_contributions
 from storage.database import connect, insert_missing, lock, migrate, reading, writing
+from storage.declared import newest_nodes
 from storage.places import Folder
 from storage.references import claim, references
 from storage.runs import append
@@ -34,18 +35,19 @@ from storage.schema import (
     clients,
     kept_updates,
     metadata,
+    nodes,
     parents,
     runs,
     spends,
     versions,
     withdrawals,
-    yanks,
 )
 
 UNITED = (
     "versions",
     "version_parents",
     "metrics",
+    "nodes",
     "signatures",
     "populations",
     "related_populations",
@@ -56,11 +58,13 @@ UNITED = (
 )
 """Tables of which nothing is ever forgotten."""
 
-SKIPPED = ("condemned_blobs", "contributions", "followers", "yanks")
-"""What says nothing about another place's blobs or servers, what recipes say, what is united by
-time."""
+BY_TIME = {"nodes": "name", "yanks": "version"}
+"""Tables whose newest row of a key counts, with the key."""
 
-_OF_A_YANK = ("created_at", "yanked", "who", "why")
+SKIPPED = ("condemned_blobs", "contributions", "followers", "node_sightings", *BY_TIME)
+"""What says nothing about another place's blobs, servers or SuperLink, what recipes say, what is
+united by time."""
+
 _OF_A_SPEND = ("population", "client", "run", "round", "mechanism", "unit", "adjacency")
 
 
@@ -207,9 +211,11 @@ def _write(source: Connection, target: Connection) -> None:
             if table is versions:
                 recipes = {row["id"]: json.loads(row["recipe"]) for row in page}
                 record_contributions(target, recipes)
-    _unite_yanks(source, target)
+    _unite_histories(source, target)
     absent = select(withdrawals.c.client)
     target.execute(delete(clients).where(clients.c.name.in_(absent)))
+    gone = newest_nodes().where(nodes.c.status.in_(("pending", "removed"))).subquery()
+    target.execute(delete(clients).where(clients.c.node.in_(select(gone.c.name))))
     buried = kept_updates.c.client.in_(absent)
     target.execute(update(kept_updates).where(buried).values(blob=None))
 
@@ -253,17 +259,21 @@ def _unite_spends(source: Connection, target: Connection) -> None:
             target.execute(update(spends).where(same).values(void=None))
 
 
-def _unite_yanks(source: Connection, target: Connection) -> None:
-    """Give each version the history that it has here and in the backup, in the order of time."""
-    for version in source.scalars(select(yanks.c.version).distinct()).all():
-        own = select(*(yanks.c[name] for name in _OF_A_YANK)).where(yanks.c.version == version)
-        both = {tuple(row) for side in (source, target) for row in side.execute(own)}
-        rows = [
-            {"version": version, "number": number, **dict(zip(_OF_A_YANK, row, strict=True))}
-            for number, row in enumerate(sorted(both), 1)
-        ]
-        target.execute(delete(yanks).where(yanks.c.version == version))
-        target.execute(insert(yanks), rows)
+def _unite_histories(source: Connection, target: Connection) -> None:
+    """Give each yanked version and each node the history of both sides, in the order of time."""
+    for name, key in BY_TIME.items():
+        table = metadata.tables[name]
+        facts = [c for c in table.columns if c.name not in (key, "number", "created_at")]
+        for subject in source.scalars(select(table.c[key]).distinct()).all():
+            own = select(table.c.created_at, *facts).where(table.c[key] == subject)
+            both = {tuple(row) for side in (source, target) for row in side.execute(own)}
+            rows = [
+                {key: subject, "number": number, "created_at": at}
+                | {column.name: value for column, value in zip(facts, rest, strict=True)}
+                for number, (at, *rest) in enumerate(sorted(both), 1)
+            ]
+            target.execute(delete(table).where(table.c[key] == subject))
+            target.execute(insert(table), rows)
 
 
 def _facts(row: Mapping[Any, Any]) -> tuple[Any, ...]:

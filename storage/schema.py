@@ -1,10 +1,10 @@
 """The tables, as SQLAlchemy sees them; ``migrations/`` creates them.
 
 Rows are only ever added, but for a run's progress, a registered client, a population's budget,
-whether a spend counts, which blobs are condemned and who serves what: history is not rewritten.
-``number`` columns give the order of insertion, which no clock can disturb. A column with
-``info=BLOB`` holds a blob's digest: :mod:`storage.references` finds it by that, so that ``fsck``,
-``gc`` and backups know it.
+whether a spend counts, which blobs are condemned, who serves what and what is seen of nodes:
+history is not rewritten. ``number`` columns give the order of insertion, which no clock can
+disturb. A column with ``info=BLOB`` holds a blob's digest: :mod:`storage.references` finds it by
+that, so that ``fsck``, ``gc`` and backups know it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sqlalchemy import (
 
 from storage.canonical import RecordCorrupt
 
-HEAD = "0011"
+HEAD = "0013"
 """The newest migration; a test holds it equal to the newest file of ``migrations/versions``."""
 
 BLOB = {"blob": True}
@@ -251,6 +251,40 @@ clients = Table(
     Column("labels", Text, nullable=False),
     Column("public", Boolean, nullable=False),
     Column("created_at", Timestamp, nullable=False),
+    Column("node", String, index=True),
+    Column("holdout", Text),
+)
+
+# The newest row of a name says who a site's node is and whether it is let in; the others are its
+# history, which is never forgotten: nor are keys that are trusted no more.
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("status", String, nullable=False),
+    Column("public_key", Text, nullable=False),
+    Column("fingerprint", String, nullable=False, index=True),
+    Column("expires_at", Timestamp, nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("budgets", Text, nullable=False),
+    Column("document", Text, nullable=False),
+    Column("who", String, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+)
+
+# What the SuperLink of this place says of them: nothing that another place's would.
+node_sightings = Table(
+    "node_sightings",
+    metadata,
+    Column("node", String, primary_key=True),
+    Column("fingerprint", String, nullable=False),
+    Column("flower_id", String),
+    Column("seen_at", Timestamp),
+    Column("weft", String),
+    Column("flwr", String),
+    Column("problem", Text),
 )
 
 # No foreign keys: a spend outlives the client, and is recorded even where nothing else is known.

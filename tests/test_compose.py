@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -21,6 +22,8 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "docker-compose.yml"
+DOCKERFILE = ROOT / "orchestrator" / "deployment" / "Dockerfile"
+CADDYFILE = DOCKERFILE.with_name("Caddyfile")
 PORT = re.compile(
     r"((?P<ip>\d+(\.\d+){3}|\[[\da-f:]+\]):)?((?P<host>\d+):)?(?P<container>\d+)(/(tcp|udp))?"
 )
@@ -176,8 +179,13 @@ def compose(text: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def dockerfile(compose: dict[str, Any]) -> str:
-    return compose["services"]["coordinator"]["build"]["dockerfile_inline"]
+def services(compose: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return compose["services"]
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> str:
+    return DOCKERFILE.read_text("utf-8")
 
 
 def test_the_file_follows_the_compose_schema(compose: dict[str, Any]) -> None:
@@ -191,15 +199,22 @@ def test_everything_that_a_service_refers_to_exists(compose: dict[str, Any]) -> 
     assert problems(compose, ROOT) == []
 
 
-def test_the_services_of_the_architecture_are_there(compose: dict[str, Any]) -> None:
-    expected = {"postgres", "object-store", "ray-head", "ray-worker", "coordinator"}
-    assert set(compose["services"]) == expected
+def test_the_services_of_the_architecture_are_there(services: dict[str, Any]) -> None:
+    kept = {"postgres", "object-store", "object-store-folder", "ray-head", "ray-worker"}
+    assert set(services) == kept | {"superlink", "proxy", "coordinator", "site-north", "site-south"}
 
 
-def test_every_named_volume_is_used(compose: dict[str, Any]) -> None:
-    mounts = [m for s in compose["services"].values() for m in s.get("volumes", ())]
-    used = {m.split(":")[0] for m in mounts if isinstance(m, str)}
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """Return where each volume or folder is mounted, by what it is."""
+    given = [m if isinstance(m, dict) else m.split(":") for m in service.get("volumes", ())]
+    return dict((m["source"], m["target"]) if isinstance(m, dict) else m[:2] for m in given)
+
+
+def test_every_named_volume_and_secret_is_used(compose: dict[str, Any]) -> None:
+    services = compose["services"].values()
+    used = {name for s in services for name in mounts(s) if not name.startswith((".", "/"))}
     assert set(compose["volumes"]) == used
+    assert set(compose["secrets"]) == {name for s in services for name in s.get("secrets", ())}
 
 
 def test_every_variable_has_a_default_or_a_message(text: str) -> None:
@@ -212,86 +227,178 @@ def test_every_variable_has_a_default_or_a_message(text: str) -> None:
     assert bare == []
 
 
-def test_no_secret_has_a_default(text: str) -> None:
+def test_secrets_come_by_file_and_have_no_default(compose: dict[str, Any], text: str) -> None:
+    given = {name: entry["file"] for name, entry in compose["secrets"].items()}
+    assert given
+    assert {n: f for n, f in given.items() if not f.startswith("given/")} == {}
+    assert "${WEFT_SECRETS:-" not in text
     secret = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY")
-    services = yaml.safe_load(text)["services"].values()
-    settings = {k: v for s in services for k, v in s.get("environment", {}).items()}
-    secrets = {k: v for k, v in settings.items() if secret.search(k)}
-    assert secrets
-    assert {k: v for k, v in secrets.items() if ":?" not in v} == {}
+    environments = [s.get("environment", {}) for s in compose["services"].values()]
+    settings = {k: v for e in environments for k, v in e.items() if secret.search(k)}
+    assert settings
+    assert {k: v for k, v in settings.items() if not v.startswith("/run/secrets/")} == {}
 
 
-def test_a_forgotten_secret_is_refused_with_its_message(text: str) -> None:
+def test_a_service_reads_the_secrets_that_it_is_given_and_no_others(
+    services: dict[str, Any],
+) -> None:
+    for name, service in services.items():
+        kept = {k: service.get(k) for k in ("environment", "entrypoint", "command")}
+        read = set(re.findall(r"/run/secrets/(\w+)", json.dumps(kept)))
+        by_node_yaml = {"proxy_authority"} if name.startswith("site-") else set()
+        assert read | by_node_yaml == set(service.get("secrets", ())), name
+
+
+def test_a_forgotten_variable_is_refused_with_its_message(text: str) -> None:
     given = dict.fromkeys(secrets_of(text), "given")
+    assert {"WEFT_SECRETS", "WEFT_WORK", "WEFT_PROXY_NAME"} == set(given)
     for name, message in secrets_of(text).items():
         with pytest.raises(Missing, match=re.escape(f"{name}: {message}")):
             load(text, {**given, name: ""})
 
 
-def test_ports_are_published_on_this_host_only(compose: dict[str, Any]) -> None:
-    ports = [p for s in compose["services"].values() for p in s.get("ports", ())]
-    assert ports
-    assert [p for p in ports if not p.startswith("127.0.0.1:")] == []
+def test_only_the_proxy_is_published_and_to_this_host_only(services: dict[str, Any]) -> None:
+    ports = {name: s["ports"] for name, s in services.items() if "ports" in s}
+    assert ports == {"proxy": ["127.0.0.1:443:8443"]}
 
 
-def test_every_image_is_pinned(compose: dict[str, Any]) -> None:
-    images = [s["image"] for s in compose["services"].values()]
+def test_a_site_reaches_the_proxy_alone_and_the_proxy_the_superlink_alone(
+    compose: dict[str, Any],
+) -> None:
+    inside: dict[str, set[str]] = {name: set() for name in compose["networks"]}
+    for name, service in compose["services"].items():
+        assert "networks" in service or service["network_mode"] == "none", name
+        for network in service.get("networks", ()):
+            inside[network].add(name)
+    assert inside["sites"] == {"site-north", "site-south", "proxy"}
+    assert inside["exposed"] == {"proxy", "superlink"}
+    assert inside["front"] == {"proxy"}
+    assert "proxy" not in inside["core"]
+    assert not {name for name in inside["core"] if name.startswith("site-")}
+    closed = {n for n, e in compose["networks"].items() if (e or {}).get("internal")}
+    assert closed == {"core", "exposed", "sites"}
+
+
+def test_every_service_is_hardened(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert set(service.get("cap_add", ())) <= {"NET_BIND_SERVICE", "CHOWN"}, name
+
+
+def test_only_what_gives_a_folder_away_runs_as_root(services: dict[str, Any]) -> None:
+    ours = {n for n, s in services.items() if "build" in s}  # as the Dockerfile says
+    named = {n: s.get("user") for n, s in services.items() if n not in ours}
+    assert {n for n, user in named.items() if user in (None, "root", "0")} == {
+        "object-store-folder"
+    }
+    folder = services["object-store-folder"]
+    assert (folder["network_mode"], folder["restart"]) == ("none", "no")
+    assert folder["entrypoint"][0] == "chown"
+
+
+def test_every_image_is_pinned(services: dict[str, Any]) -> None:
+    images = [s["image"] for s in services.values()]
     assert [i for i in images if not re.search(r":v?\d", i)] == []
 
 
-def test_the_image_carries_the_version_of_the_project(compose: dict[str, Any]) -> None:
+def test_the_images_carry_the_version_of_the_project(services: dict[str, Any]) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    assert compose["services"]["coordinator"]["image"] == f"weft:{version}"
+    built = {s["image"]: s["build"]["target"] for s in services.values() if "build" in s}
+    assert built == {f"weft:{version}": "coordinator", f"weft-site:{version}": "site"}
 
 
-def test_every_long_running_service_has_a_healthcheck(compose: dict[str, Any]) -> None:
-    servers = {n: s for n, s in compose["services"].items() if s.get("restart")}
-    assert set(servers) == {"postgres", "object-store", "ray-head", "ray-worker"}
+def test_every_long_running_service_has_a_healthcheck(services: dict[str, Any]) -> None:
+    servers = {n: s for n, s in services.items() if s["restart"] != "no"}
+    assert set(services) - set(servers) == {"coordinator", "object-store-folder"}
     assert [n for n, s in servers.items() if "healthcheck" not in s] == []
 
 
-def test_ray_nodes_demand_a_token(compose: dict[str, Any]) -> None:
+def test_ray_nodes_demand_a_token(services: dict[str, Any]) -> None:
     for name in ("ray-head", "ray-worker", "coordinator"):
-        environment = compose["services"][name]["environment"]
+        environment = services[name]["environment"]
         assert environment["RAY_AUTH_MODE"] == "token"
-        assert environment["RAY_AUTH_TOKEN"] == "given"
+        assert environment["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
 
 
-def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
-    worker = compose["services"]["ray-worker"]
-    assert not {"container_name", "ports"} & set(worker)
+def test_the_proxy_is_given_what_its_caddyfile_asks_for(services: dict[str, Any]) -> None:
+    proxy = services["proxy"]
+    assert "./orchestrator/deployment/Caddyfile" in mounts(proxy)
+    places = re.findall(r"\{\$(\w+)(:[^}]*)?\}", CADDYFILE.read_text("utf-8"))
+    needed = {name for name, default in places if not default}
+    assert needed
+    assert needed <= set(proxy["environment"]) <= {name for name, _ in places}
+    assert services["proxy"]["ports"][0].endswith(f":{proxy['environment']['WEFT_PROXY_PORT']}")
 
 
-def test_the_dockerfile_copies_only_what_exists(dockerfile: str) -> None:
-    copied = re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE)
-    sources = [name for line in copied for name in line.split()]
-    assert {"strategies", "storage", "clients", "orchestrator"} <= set(sources)
+def test_workers_can_be_scaled(services: dict[str, Any]) -> None:
+    assert not {"container_name", "ports"} & set(services["ray-worker"])
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def stages(dockerfile: str) -> dict[str, tuple[str, str]]:
+    """Return from what each stage is built, and its text, by name."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)\n", dockerfile, flags=re.MULTILINE)[1:]
+    return {name: (source, text) for source, name, text in zip(*[iter(parts)] * 3, strict=True)}
+
+
+def test_the_dockerfile_copies_only_what_exists_and_may_be_seen(dockerfile: str) -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE)
+    sources = {name for line in copied for name in line.split()}
+    assert {"strategies", "storage", "clients", "orchestrator"} <= sources
     assert [name for name in sources if not (ROOT / name).exists()] == []
+    ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text("utf-8").splitlines()
+    assert ignored[0] == "*"
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == sources
 
 
-def test_the_image_does_not_run_as_root(dockerfile: str) -> None:
-    assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE)[-1] == "weft"
+def test_the_images_do_not_run_as_root_and_hold_no_tools_to_build(dockerfile: str) -> None:
+    found = stages(dockerfile)
+    for target in ("site", "coordinator"):
+        assert found[target][0] == "base"
+        assert "pip install" not in found[target][1]
+        assert "USER" not in found[target][1]
+    assert re.findall(r"^USER (\S+)", found["base"][1], re.MULTILINE) == ["10001"]
+    assert "--uid 10001 weft" in found["base"][1]
+
+
+def test_the_image_of_a_site_has_no_database_driver(dockerfile: str) -> None:
+    built = stages(dockerfile)
+    extras = {name: re.findall(r"'\.\[([\w,]+)\]'", text) for name, (_, text) in built.items()}
+    assert "--from=build " in built["site"][1]
+    assert extras["build"] == ["parquet,hub"]
+    assert extras["build-coordinator"] == ["parquet,hub,postgres,s3"]
 
 
 def test_the_python_of_the_image_is_one_that_the_project_supports(dockerfile: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    python = re.match(r"FROM python:([\d.]+)", dockerfile)
-    assert python
-    assert python[1] in SpecifierSet(project["requires-python"])
+    pythons = set(re.findall(r"^FROM python:([\d.]+)", dockerfile, re.MULTILINE))
+    assert len(pythons) == 1  # a virtual environment moves between images of the same
+    assert pythons.pop() in SpecifierSet(project["requires-python"])
 
 
 def test_the_image_installs_from_the_pins_and_known_extras(dockerfile: str) -> None:
     installs = re.findall(r"pip install ([^&\n]+)", dockerfile)
     assert installs
-    assert [i for i in installs if "-c constraints.txt" not in i] == []
-    extras = re.search(r"'\.\[([\w,]+)\]'", dockerfile)
+    loose = [i for i in installs if "-c constraints.txt" not in i and "--require-hashes" not in i]
+    assert loose == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert extras
-    assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+    for extras in re.findall(r"'\.\[([\w,]+)\]'", dockerfile):
+        assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
-def test_shell_variables_of_the_image_survive_interpolation(dockerfile: str) -> None:
-    assert '--extra-index-url "$TORCH_INDEX"' in dockerfile
+def test_the_demo_model_of_the_image_is_the_makefile_s(dockerfile: str) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for name in ("DEMO_MODEL", "DEMO_MODEL_HASH"):
+        wanted = re.search(rf"^{name} := (\S+)$", makefile, re.MULTILINE)
+        assert wanted
+        assert f"ARG {name}={wanted[1]}\n" in dockerfile
 
 
 SOUND: dict[str, Any] = {

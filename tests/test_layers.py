@@ -23,7 +23,14 @@ FORBIDDEN = {
     "clients": {"ray", "sqlalchemy", "alembic", "storage", "orchestrator"},
 }
 CONFINED = {
-    "flwr": {"orchestrator.backends.superlink", "orchestrator.flower_strategy", "clients.flower"}
+    "flwr": {
+        "orchestrator.backends.superlink",
+        "orchestrator.flower_app",
+        "orchestrator.flower_strategy",
+        "clients.flower",
+        "clients.flower_runtime",
+        "clients.flower_site",
+    }
 }
 """Libraries whose internals stay in one place."""
 

@@ -237,7 +237,7 @@ def test_a_second_call_installs_nothing(empty_tree: Path) -> None:
     assert run(["make", "demo"], empty_tree)[0] == 0
     first = log.read_text().splitlines()
     installs = [line for line in first if "install" in line]
-    assert [line.split()[-1] for line in installs] == ["wheel", "torch", ".", "/dev/stdin"]
+    assert [line.split()[-1] for line in installs] == ["wheel", "torch", ".[ray]", "/dev/stdin"]
     assert first[-1] == "weft demo"
     log.unlink()
     assert run(["make", "demo", "DEMO_ARGS=--no-dp"], empty_tree)[0] == 0

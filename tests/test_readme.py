@@ -72,7 +72,8 @@ def blocks(document: str) -> Iterator[Block]:
 
 def script(document: str) -> str:
     """Return one bash script that does all that a document tells its reader to do."""
-    parts = ["set -euo pipefail\n"]
+    # what a document leaves running would hold its output open
+    parts = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n"]
     for block in blocks(document):
         if block.file is not None:
             name = shlex.quote(block.file)
@@ -169,6 +170,7 @@ def timed(paths: list[Path]) -> list[Any]:
         "continual.md",
         "serving.md",
         "deploying.md",
+        "deploy.md",
     }
     return [pytest.param(p, marks=[pytest.mark.slow] * (p.name in long)) for p in paths]
 

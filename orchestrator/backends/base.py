@@ -14,9 +14,9 @@ from typing import Protocol, TypeAlias
 
 from clients import pace
 from clients.assignment import Assignment
-from clients.data import BadRecord
 from clients.downlink import NotHeld
 from clients.evaluate import Evaluation
+from clients.reasons import reason_of
 from strategies.base import Update
 
 
@@ -29,12 +29,14 @@ class Failure:
         round: in which round.
         reason: one sentence; never contains data.
         not_held: whether all that failed is that the client does not hold what it was not sent.
+        final: whether it would fail again, so that nobody asks it again in this round.
     """
 
     client: str
     round: int
     reason: str
     not_held: bool = False
+    final: bool = False
 
 
 Result: TypeAlias = Update | Evaluation | Failure
@@ -113,16 +115,6 @@ def complete(
 
 
 def failure(assignment: Assignment, error: BaseException) -> Failure:
-    """Return the Failure that an exception at a client amounts to.
-
-    Only messages of expected errors (ours, and the standard library's of the same kinds) leave the
-    client. Of any other exception only the type does, since its text might hold data; and so it is
-    of an error about records where they are private.
-    """
-    own = type(error).__module__.split(".")[0] in ("clients", "strategies")
-    secret = assignment.private and isinstance(error, BadRecord)
-    text = str(error)
-    if secret or not own:
-        text = f"{type(error).__name__} at the client (its text stays there)"
-    not_held = isinstance(error, NotHeld)
-    return Failure(assignment.client, assignment.round, " ".join(text.split()), not_held)
+    """Return the Failure that an exception at a client amounts to; it never contains data."""
+    reason = reason_of(assignment, error)
+    return Failure(assignment.client, assignment.round, reason, isinstance(error, NotHeld))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clients.assignment import Assignment
+from clients.by_identity import ByIdentity
 from clients.evaluate import Evaluation
 from orchestrator.backends.base import Failure, Result
 from strategies.base import Broadcast, Tensors, Update
@@ -24,37 +25,14 @@ Arrays: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any]]
 Work: TypeAlias = tuple[dict[str, Any], tuple[str, str], dict[str, str]]
 """Plain fields, what is trainable and what personal, and the keys of the parts that are tensors."""
 
-_REMEMBERED = 20
-"""Mappings; a round has five for each kind of clients that it sends something else."""
-
 _FIELDS = [f.name for f in fields(Assignment) if f.name not in ("broadcast", "underlay", "memory")]
 
 
-class Once:
-    """Puts a mapping of tensors into the object store once, by identity.
-
-    It remembers what two rounds sent, and of them what was asked for last: the rest may leave the
-    store. Who trains from an older one and is tried again has it put once more.
-    """
+class Once(ByIdentity[Any]):
+    """Puts a mapping of tensors into the object store once, and returns its reference there."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, tuple[Tensors, Any, int]] = {}
-        self._newest = 0
-
-    def __call__(self, tensors: Tensors, round_: int) -> Any:
-        """Return the reference under which the store has ``tensors``, for a client of a round."""
-        known = self._refs.pop(id(tensors), None)
-        if known is None:
-            # the tensors are kept, so that the id stays theirs
-            known = tensors, ray.put(to_arrays(tensors)), round_
-        kept, ref, last = known
-        self._refs[id(tensors)] = kept, ref, max(last, round_)
-        if round_ > self._newest:
-            self._newest = round_
-            self._refs = {key: one for key, one in self._refs.items() if one[2] >= round_ - 1}
-        while len(self._refs) > _REMEMBERED:
-            del self._refs[next(iter(self._refs))]
-        return ref
+        super().__init__(lambda tensors: ray.put(to_arrays(tensors)))
 
 
 def split(assignment: Assignment, put: Once) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice, Privacy
-from clients.trainer import spend_of
+from clients.charges import spend_of
 from clients.wire import BadUpdate, pack, unpack
 from orchestrator import cli
 from orchestrator.acceptance import refusal

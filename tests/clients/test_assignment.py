@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clients import digests as module
+from clients.assignment import DataSpec, Shard
 from strategies.base import Broadcast
 
 
@@ -69,6 +70,42 @@ def test_another_tensor_in_the_place_of_one_that_is_gone_has_a_digest_of_its_own
 
     assert len(found) == 20
     assert len(module._DIGESTS) == remembered
+
+
+def test_a_site_that_calls_data_and_model_by_other_names_finds_the_same_digest(assign):
+    made = assign(data=DataSpec("site:notes", unit="patient"))
+    asked = replace(made, model=replace(made.model, hash="a" * 64))
+    there = DataSpec("csv:/data/x.csv", {"text": "note"}, unit="patient")
+    own = replace(asked.model, id="/models/tiny", revision="v1")
+
+    assert asked.digest() == replace(asked, data=there, model=own, site="/site").digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": "patient"},
+        {"labels": ("cat",)},
+        {"shard": Shard("iid", total=2)},
+        {"shard": Shard("iid", index=1, total=2)},
+        {"part": "train", "holdout": 0.1},
+    ],
+    ids=str,
+)
+def test_which_records_of_the_data_are_meant_is_in_the_digest(assign, change):
+    asked = assign(data=DataSpec("site:notes", shard=None))
+    other = replace(asked, data=replace(asked.data, **change))
+
+    assert asked.digest() != other.digest()
+
+
+def test_a_model_is_known_by_its_hash_and_by_its_id_where_it_has_none(assign):
+    asked = assign()
+    by_id = replace(asked, model=replace(asked.model, id="another"))
+    by_hash = replace(asked, model=replace(asked.model, hash="a" * 64))
+
+    assert len({asked.digest(), by_id.digest(), by_hash.digest()}) == 3
+    assert by_hash.digest() != replace(by_id, model=replace(by_id.model, hash="b" * 64)).digest()
 
 
 def test_the_same_bytes_as_another_type_or_shape_are_another_assignment(assign):

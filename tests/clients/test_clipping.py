@@ -12,9 +12,10 @@ from torch import nn
 
 from clients.accounting import epsilon
 from clients.assignment import Clipping
-from clients.clipping import Clip, count_noise, gradient_noise, layer_of, moved
+from clients.clipping import SMALLEST, Clip, count_noise, gradient_noise, layer_of, moved
 from clients.gradients import PrivateGradient
 from clients.noise import MARGIN, NoiseStream, insecure_key
+from clients.samples import Dense
 from strategies.spends import PrivacySpend
 
 QUERY, VALUE = "layer.0.query", "layer.0.value"
@@ -194,3 +195,23 @@ def test_per_layer_and_automatic_reach_the_gradient():
     assert lengths["per-layer"] == pytest.approx([1e-2 / math.sqrt(2)] * 2, rel=1e-4)
     assert math.hypot(*lengths["flat"]) == pytest.approx(1e-2, rel=1e-4)
     assert 0.99e-2 < math.hypot(*lengths["automatic"]) < 1e-2
+
+
+@pytest.mark.parametrize("clipping", [*MODES, Clipping("quantile", rate=1e6)])
+@pytest.mark.parametrize("size", [1e-30, 1e-24, 1e-19, 1e-12, 1e18])
+def test_no_gradient_is_so_short_that_it_is_not_clipped(clipping, size):
+    gradient = Dense(torch.full((1, 10_000), size))
+    bound = moved(clipping, SMALLEST, 0.0, 1.0)
+
+    clip = Clip(clipping, ["head.weight"], bound)
+    added = gradient.weighted(clip.factors(gradient.norms()[None])[0])
+
+    assert float(added.double().norm()) <= bound * MARGIN
+
+
+@pytest.mark.parametrize(
+    ("clipping", "bound"), [(FLAT, 1e-30), (Clipping("automatic", stability=1e-30), 1.0)]
+)
+def test_a_bound_below_every_norm_that_can_be_measured_is_refused(clipping, bound):
+    with pytest.raises(ValueError, match="nothing would be clipped"):
+        Clip(clipping, NAMES, bound)

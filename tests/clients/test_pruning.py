@@ -12,6 +12,7 @@ from clients.site import Site
 from clients.trainer import train
 from strategies.base import Broadcast
 from strategies.pruning import PruningRule, asking
+from strategies.spends import ClientLevel
 from strategies.tensors import ALL_TRAINED, lora_layers
 
 RANK = 4
@@ -130,3 +131,5 @@ def test_a_private_assignment_that_gives_up_ranks_is_refused(asked):
     private = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.5, insecure_seed=1)
     with pytest.raises(NotPrivate, match="leave prune out, or run without privacy"):
         train(asked(privacy=private))
+    with pytest.raises(NotPrivate):
+        train(asked(central=ClientLevel(1.0, 1.0, 2)))

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from clients import report
 from clients.assignment import PluginChoice, Privacy, Report
+from clients.charges import spend_of
 from clients.evaluate import evaluate
 from clients.noise import NoiseStream
 from clients.regularizers import Beginning, namespaced
 from clients.regularizers.lwf import LwF
 from clients.task_model import TaskModel
-from clients.trainer import spend_of, train
+from clients.trainer import train
 
 KEY = bytes(range(32))
 SILENT = 1e-9

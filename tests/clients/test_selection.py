@@ -11,6 +11,7 @@ from clients.selection import NotPrivate
 from clients.trainer import train
 from clients.wire import pack
 from strategies.selection import Budget, asking, chosen, expanded
+from strategies.spends import ClientLevel
 from strategies.tensors import B_AND_HEAD
 
 STEPS, ALL = 4, 4  # two layers of rank 2
@@ -84,3 +85,5 @@ def test_a_private_assignment_with_a_budget_is_refused(budgeted):
     private = Privacy(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.5, insecure_seed=1)
     with pytest.raises(NotPrivate, match="use rolora, or run without privacy"):
         train(budgeted(3, privacy=private))
+    with pytest.raises(NotPrivate):
+        train(budgeted(3, central=ClientLevel(1.0, 1.0, 2)))

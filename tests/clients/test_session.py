@@ -39,6 +39,12 @@ def test_they_are_those_of_a_model_that_has_the_other_adapter(assign):
         assert torch.equal(found, session.model(batch).detach())
 
 
+def test_training_leaves_the_base_model_in_the_mode_in_which_it_was_loaded(assign):
+    with opened(assign()) as session:
+        session.model.train()
+    assert not any(module.training for module in session.base.backbone.modules())
+
+
 def test_a_step_is_the_same_whether_somebody_asked_for_them_or_not(assign):
     """Also in the middle of one: between the forward and the backward pass."""
     assignment = assign(adapter=PluginChoice("lora", {"r": 2, "dropout": 0.5}))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from clients import data
+from clients import data, sources
 from clients.assignment import DataSpec, ModelSpec
 from clients.data import BadDataURI, BadRecord, DataNotFound, Example
 
@@ -33,6 +33,11 @@ def test_a_uri_has_a_scheme_a_path_and_options():
         ("jsonl:a?split=train", "there is no jsonl option 'split'.*allowed: none"),
         ("hf:a?splt=train", "did you mean 'split'"),
         ("hf:a?split", "options are"),
+        ("site:", "names no data"),
+        ("site:Notes", "a site calls its data by lower-case letters"),
+        ("site:../notes", "a site calls its data by lower-case letters"),
+        ("site:notes?split=test", "there is no site option 'split'"),
+        ("several:jsonl:a;site:notes", "site:notes cannot be one of several; name it alone"),
         ("builtin:parameter-typs", "did you mean 'parameter-types'"),
         ("builtin:parameter-types?split=dev", "allowed: train, test"),
         ("builtin:parameter-types?client=numpie", "did you mean 'numpy'"),
@@ -41,6 +46,19 @@ def test_a_uri_has_a_scheme_a_path_and_options():
 def test_a_bad_uri_gets_a_sentence(uri, message):
     with pytest.raises(BadDataURI, match=message):
         data.parse_uri(uri)
+
+
+def test_what_a_site_calls_its_data_is_no_place_and_nothing_that_can_be_read_here():
+    uri = "site:ward-7.notes"
+
+    assert data.absolute(uri) == uri
+    assert data.is_elsewhere(uri)
+    assert not data.is_there(uri)
+    assert not data.is_public(uri)
+    for read in (data.content_of, sources.source_state, sources.open_source):
+        with pytest.raises(data.DataElsewhere, match=r"site:ward-7\.notes lies at a site"):
+            read(uri)
+    assert not data.is_elsewhere("jsonl:site")
 
 
 def test_only_builtin_data_are_public():

@@ -8,10 +8,11 @@ import torch
 
 from clients import models, trainer
 from clients.assignment import Clipping, DataSpec, ModelSpec, PluginChoice, Privacy
+from clients.charges import spend_of
 from clients.evaluate import evaluate
 from clients.site import Site, UpdateGone
 from clients.sources import BadRecord
-from clients.trainer import NothingToTrain, spend_of, train
+from clients.trainer import NothingToTrain, train
 from clients.wire import pack
 from strategies.plugins import BadOptions
 from strategies.spends import PrivacySpend

@@ -56,6 +56,15 @@ def test_equal_updates_are_equal_bytes_whatever_their_layout():
     assert pack(replace(UPDATE, tensors=tensors)) == pack(UPDATE) == pack(unpack(pack(UPDATE)))
 
 
+def test_tensors_in_one_another_s_memory_are_the_same_bytes_as_copies():
+    whole = torch.arange(6.0)
+    parts = {"all": whole, "some": whole[2:4], "turned": whole.reshape(2, 3).T}
+    shared = replace(UPDATE, tensors=parts, memory={"same": whole})
+    copies = {name: tensor.clone() for name, tensor in parts.items()}
+
+    assert pack(shared) == pack(replace(UPDATE, tensors=copies, memory={"same": whole.clone()}))
+
+
 @pytest.mark.parametrize(
     "change",
     [

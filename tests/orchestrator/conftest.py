@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from clients import models
 from clients.adapters import ADAPTERS
 from clients.assignment import DataSpec, ModelSpec, PluginChoice
 from clients.evaluate import Evaluation
+from clients.node.identity import new_key
+from clients.node.joining import Statement, write_join
 from clients.reading import wanted
 from orchestrator import cli
 from orchestrator.backends.base import Failure
@@ -425,3 +428,43 @@ def run_in():
 def imagined(tensors):
     """Return a function that makes a backend of imagined clients."""
     return lambda *args, **options: Imagined(tensors(), *args, **options)
+
+
+class Site:
+    """A site: a key, and a join file whenever it is asked for one, each newer than the last."""
+
+    def __init__(self, folder, name):
+        self.name, self._folder, self._made = name, folder, 0
+        folder.mkdir()
+        self.key = new_key(folder / "key-0")
+        self.old = None
+
+    def rotate(self):
+        self.old, self.key = self.key, new_key(self._folder / f"key-{self._made}-next")
+
+    def join(self, data=None, days=365, **changes):
+        """Return a join file: of ``notes`` with a budget, unless ``data`` says otherwise."""
+        self._made += 1
+        moment = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
+        made = moment + timedelta(seconds=self._made)
+        notes = {"examples": 100, "population": self.name, "epsilon": 8.0, "delta": 1e-3}
+        said = {
+            "format": "weft-join-1",
+            "name": self.name,
+            "public_key": self.key.public.text,
+            "previous": self.old and self.old.public.text,
+            "data": data or {"notes": notes},
+            "labels": {"region": "north"},
+            "weft": "0.1.0",
+            "flwr": "1.41.0",
+            "made": made,
+            "expires": made + timedelta(days=days),
+        }
+        statement = Statement.model_validate(said | changes)
+        return write_join(statement, self.key, self.old).encode()
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Return a function that makes a site, with a key of its own."""
+    return lambda name="north", place=None: Site(tmp_path / f"site-{place or name}", name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clients.assignment import PluginChoice, Privacy, Report
-from clients.trainer import spend_of
+from clients.charges import spend_of
 from clients.uplink import encoded
 from clients.wire import digest, pack
 from orchestrator.acceptance import decoded_update, lazily, moved, refusal, spill, spilled

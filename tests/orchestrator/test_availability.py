@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 
 from clients.assignment import DataSpec
-from orchestrator import service
+from orchestrator import nodes, service
 from orchestrator.availability import absent
 from orchestrator.federation import RoundFailed
+from orchestrator.node_keys import ONLINE_FOR
 from storage.ledger import ClientRecord
+from storage.nodes import Sighting
+from storage.records import now
 
 FOUR = ("a", "b", "c", "d")
 ONLY = {"cohort": {"available_only": True}}
@@ -47,6 +50,13 @@ def test_the_data_of_a_cluster_s_workers_are_not_looked_for_here(workspace, regi
     workspace.ledger.remove_client("b")
     (tmp_path / "d").unlink()
     assert absent(plan, 1, workspace.ledger) == {"b"}
+
+
+def test_the_data_of_a_site_are_not_looked_for_here(workspace, registered):
+    plan = registered()
+    away = [replace(p, data=DataSpec("site:notes")) for p in plan.participants]
+
+    assert absent(replace(plan, participants=tuple(away)), 1, workspace.ledger) == set()
 
 
 def test_nobody_is_looked_for_unless_it_matters(workspace, registered, tmp_path):
@@ -94,3 +104,62 @@ def test_a_round_of_which_nobody_is_there_fails_with_a_sentence(workspace, simul
     everybody = {"kinds": ["away"], "clients": 1.0}
     with pytest.raises(RoundFailed, match="no client was left to ask"):
         service.launch(workspace, simulated(faults=everybody, **ONLY))
+
+
+# ---- at sites
+
+
+@pytest.fixture
+def sites(workspace, site, make_plan):
+    """Return a function that makes a plan of four clients at sites of their own."""
+    made = {name: site(name) for name in FOUR}
+    for one in made.values():
+        nodes.admit(workspace.ledger, one.join(), nodes.Terms())
+
+    def make(**changes):
+        plan = make_plan(FOUR, **changes)
+        people = [replace(p, data=DataSpec("site:notes")) for p in plan.participants]
+        return replace(plan, participants=tuple(people))
+
+    return make
+
+
+@pytest.mark.parametrize("cohort", [{}, {"available_only": True}])
+def test_whose_node_is_shut_out_is_never_asked_and_the_log_says_why(workspace, sites, cohort):
+    nodes.disable(workspace.ledger, "b", "its disk is full")
+    nodes.remove(workspace.ledger, "c")
+    log = []
+
+    found = absent(
+        sites(cohort=cohort), 3, workspace.ledger, lambda kind, data: log.append((kind, data))
+    )
+
+    assert found == {"b", "c"}
+    [(kind, data)] = log
+    assert (kind, data["round"], set(data["clients"])) == ("barred", 3, {"b", "c"})
+    assert data["clients"]["b"].endswith("its disk is full")
+
+
+def test_who_is_let_in_costs_the_log_no_line(workspace, sites):
+    log = []
+    found = absent(sites(), 1, workspace.ledger, lambda kind, data: log.append(kind))
+    assert (found, log) == (set(), [])
+
+
+def test_a_node_that_was_seen_and_fell_silent_is_not_there(workspace, sites):
+    moment = now()
+    seen = {"a": moment, "b": moment - 2 * ONLINE_FOR, "c": None}  # d is known to no SuperLink
+    workspace.ledger.nodes.see([Sighting(n, "SHA256:x", "1", at) for n, at in seen.items()])
+    assert absent(sites(**ONLY), 1, workspace.ledger) == {"b", "c"}
+    assert absent(sites(), 1, workspace.ledger) == set()
+
+
+def test_a_run_goes_on_without_a_node_that_is_shut_out(workspace, sites, run_in, imagined):
+    planned = sites(rounds=2)
+    nodes.disable(workspace.ledger, "b")
+    run_in(workspace, lambda _: planned, imagined(), lambda kind, data: None).run()
+
+    [run] = workspace.ledger.runs()
+    events = workspace.ledger.events(run.id)
+    assert [e.data["cohort"] for e in events if e.kind == "round"] == [["a", "c", "d"]] * 2
+    assert [e.data["round"] for e in events if e.kind == "barred"] == [1, 2]

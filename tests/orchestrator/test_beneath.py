@@ -56,7 +56,7 @@ def close(left, right):
 def test_clients_start_from_what_the_committed_version_does(
     home, launched, notes, strategy, products
 ):
-    version, asked = launched(strategy, evaluate={"data": notes("held")}, rounds=3)
+    version, asked = launched(strategy, evaluate={"data": notes("held", shift=5)}, rounds=3)
 
     bases = {a.base for a in asked if a.round > 1}
     assert len(bases) == 3

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from clients.accounting import epsilon
-from clients.trainer import spend_of
+from clients.charges import spend_of
 from orchestrator import service
 from orchestrator.budgets import planned_spends
 from orchestrator.epsilons import spend_from_row
@@ -39,7 +39,7 @@ def home(workspace, tmp_path):
 def one_round(home, tiny):
     """What a round of a run on the two clients spends of each."""
     plan = plan_of(tiny(privacy=DP), home.store, home.ledger)
-    return epsilon([planned_spends(plan)["a"]], 1e-3)
+    return epsilon(planned_spends(plan)["a"], 1e-3)
 
 
 def test_a_run_goes_on_without_a_client_from_the_round_that_would_pass_its_budget(

@@ -445,7 +445,7 @@ def test_the_noise_keeps_every_client_within_the_run_s_epsilon(planned, workspac
     plan = planned(workspace, {**CALIBRATED, "accountant": accountant}, rounds=9)
 
     spends = planned_spends(plan)
-    used = epsilon([spends["a"]], 1e-3, accountant)
+    used = epsilon(spends["a"], 1e-3, accountant)
     assert spends.keys() == set(FOUR)
     assert 2.9 < used <= 3.0
 

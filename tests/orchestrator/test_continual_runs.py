@@ -116,6 +116,11 @@ def test_what_was_kept_goes_with_a_client_that_withdraws(task, workspace):
     assert len({p.parent for p in kept_files(workspace)}) == 1
 
 
+def test_nobody_is_made_to_forget_who_is_not_known(task, workspace, refused):
+    task("one", ONE, ["replay"], steps=1)
+    assert "'prat-0'" in refused("clients", "forget", "prat-0")
+
+
 def test_a_client_can_be_made_to_forget_and_to_go_on(task, workspace, ok):
     one = task("one", ONE, ["der-plus-plus"], steps=1, rounds=1)
     assert ok("clients", "forget", "part-0").endswith("deleted: 2\n")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from clients.sources import MissingExtra
 from orchestrator import coordinator, recipes, service
+from orchestrator.config import parse_config
 from orchestrator.coordinator import Drifted, Driving, RunBusy, Serving, Stopped
 from orchestrator.federation import Cancelled, Paused
 from orchestrator.lease import driver_name
@@ -296,3 +298,12 @@ def test_a_cancelled_run_is_not_resumed(home, tiny):
     with pytest.raises(service.RunRefused, match="is cancelled; clone it"):
         service.resume(home, run)
     assert serve(home) == 0
+
+
+def test_without_ray_a_run_on_ray_says_what_to_install(document, monkeypatch):
+    monkeypatch.setattr(coordinator, "find_spec", lambda name: None)
+
+    with pytest.raises(
+        MissingExtra, match=r"pip install 'weft\[ray\]', or set backend.name: inline"
+    ):
+        coordinator.make_backend(parse_config(document(backend="ray")), 1)

@@ -225,7 +225,7 @@ def test_what_is_kept_is_used_for_nothing_that_weft_cannot_do(
 def test_an_export_says_what_it_is_made_of(home, tiny, notes, tmp_path):
     privacy = {"noise_multiplier": 1.0, "delta": 1e-3, "insecure_seed": 7}
     version = service.launch(
-        home, tiny(privacy=privacy, rounds=2, evaluate={"data": notes("test")})
+        home, tiny(privacy=privacy, rounds=2, evaluate={"data": notes("test", shift=5)})
     )
     service.export(home, "task-1", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()

@@ -7,6 +7,7 @@ import torch
 
 from clients.accounting import BudgetSpent
 from clients.models import shapes
+from orchestrator import launch, nodes
 from orchestrator.config import BadConfig
 from orchestrator.launch import make_plan as plan_of
 from orchestrator.merging import NotAModel
@@ -86,6 +87,51 @@ def test_participants_can_be_named(register, plan, tiny):
 
     assert (who.name, who.population, who.num_examples, who.public) == ("b", "b", 12, True)
     assert who.data.fields == {"text": "note"}
+
+
+def test_data_at_a_site_are_refused_where_no_worker_could_read_them(register, refused):
+    register("a")
+    register("b", data="site:notes")
+    register("c", data="site:notes")
+
+    assert refused(backend="inline") == (
+        "backend: inline trains where data can be read, and those of b (2 of 3 clients) lie at "
+        "their sites; use backend: superlink, or leave them out"
+    )
+
+
+@pytest.mark.parametrize("key", ["evaluate", "init_data"])
+def test_what_is_read_here_must_not_lie_at_a_site(register, refused, key):
+    register()
+
+    said = refused(**{key: {"data": "site:notes"}})
+
+    assert (
+        said == f"{key}.data: site:notes lies at a site, and is read here; name data that are here"
+    )
+
+
+@pytest.mark.parametrize("own", ["data", "holdout"])
+def test_no_run_is_scored_on_a_clients_own_data_without_its_owners_word(
+    register, refused, plan, tiny, notes, tmp_path, own
+):
+    held = notes("held")
+    register("a", **({"data": held} if own == "data" else {"holdout": held}))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((tmp_path / "held.jsonl").read_bytes())
+    for place in (held, f"jsonl:{copy}"):
+        said = refused(evaluate={"data": place})
+        assert f"evaluate.data: {place} has the data of client 'a'" in said
+        assert "evaluate.clients" in said
+    agreed = plan(tiny(evaluate={"data": held}, accept_unbounded="its owner agreed"))
+    assert [who.name for who in agreed.participants] == ["a"]
+
+
+def test_a_run_is_scored_on_data_of_nobody_or_of_all(register, plan, tiny, notes):
+    register("a", public=True)
+    register("b", data=notes("other", shift=1))
+    for place in (notes("a"), notes("held", shift=3)):
+        assert plan(tiny(evaluate={"data": place})).config.evaluate.data == place
 
 
 def test_a_simulation_splits_one_data_set(plan, tiny, notes):
@@ -646,3 +692,40 @@ def test_encodings_are_in_the_recipe_where_there_are_any(register, plan, tiny):
     made = round_recipe(plan(tiny(strategy="ffa-lora", uplink=[{"name": "top-k"}])), 1, [])
     assert made["uplink"] == [{"name": "top-k", "options": {"density": 0.05, "feedback": True}}]
     assert "uplink" not in round_recipe(plan(tiny(strategy="ffa-lora")), 1, [])
+
+
+def simulated(notes, **more):
+    return {"simulate": {"data": notes("s"), "parts": 2, **more}}
+
+
+def test_simulated_clients_train_on_what_they_do_not_hold_out(plan, tiny, notes):
+    chosen = simulated(notes, holdout=0.25)
+    for who in plan(tiny(clients=chosen, privacy=DP)).participants:
+        assert (who.data.part, who.data.holdout) == ("train", 0.25)
+        assert who.holdout == replace(who.data, part="holdout")
+        assert who.num_examples == 4  # of six records, as declared sizes are: about
+
+
+def test_a_holdout_that_is_not_split_by_the_runs_unit_is_refused(refused, tiny, plan, notes):
+    private = {**DP, "unit": "ward", "delta": 1e-2}
+    said = refused(clients=simulated(notes, holdout=0.25), privacy=private)
+    assert "its holdout is split by record" in said
+    assert "0.25:ward" in said
+    whole = plan(tiny(clients=simulated(notes, holdout="0.25:ward"), privacy=private))
+    assert {who.holdout.unit for who in whole.participants} == {"ward"}
+
+
+def test_a_site_says_of_how_many_people_its_data_are(workspace, plan, tiny, site, monkeypatch):
+    # the one backend that reaches sites is not this one
+    monkeypatch.setattr(launch, "_refuse_unreachable", lambda config, participants: None)
+    people = {"examples": 100, "population": "north", "unit": "patient_id", "units": 40}
+    budget = {"epsilon": 8.0, "delta": 1e-3, "holdout": 0.1}
+    nodes.admit(workspace.ledger, site().join({"notes": people | budget}), nodes.Terms())
+
+    [who] = plan(tiny(privacy={**DP, "unit": "patient_id"})).participants
+
+    assert (who.num_examples, who.data.unit) == (40, "patient_id")
+    assert (who.data.part, who.data.holdout, who.data.holdout_by) == ("train", 0.1, "patient_id")
+    assert who.privacy.sample_rate == pytest.approx(4 / 40)
+    with pytest.raises(BadConfig, match="split by patient_id"):
+        plan(tiny(privacy={**DP, "unit": "ward"}))

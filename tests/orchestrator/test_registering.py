@@ -37,6 +37,18 @@ def test_a_client_elsewhere_is_registered_without_a_look(workspace):
         service.register_client(workspace, record, check=False)
 
 
+def test_a_client_of_a_site_is_never_looked_at(workspace):
+    record = ClientRecord("a", "site:notes", "a", num_examples=500)
+
+    assert service.register_client(workspace, record) == record
+
+
+def test_a_client_of_a_site_declares_its_size(workspace):
+    with pytest.raises(BadConfig, match=r"site:notes lies at its site .* give its .* --examples N"):
+        service.register_client(workspace, ClientRecord("a", "site:notes", "a"), check=False)
+    assert workspace.ledger.clients() == []
+
+
 def test_builtin_data_are_public_by_themselves(workspace):
     record = ClientRecord("a", "builtin:parameter-types", "a", num_examples=5)
 
@@ -146,3 +158,50 @@ def test_a_file_without_clients_is_refused(workspace, tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadClientFile, match=r"nodes\.csv (lists no client|is not UTF-8)"):
         service.register_clients(workspace, path)
+
+
+def test_a_holdout_is_registered_as_it_was_declared(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "held"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name, "who": "p"}))
+    file = tmp_path / "nodes.csv"
+    file.write_text(
+        "name,data,holdout\na,jsonl:mine.jsonl,0.1:who\nb,jsonl:mine.jsonl,jsonl:held.jsonl\n"
+    )
+
+    service.register_clients(workspace, file)
+
+    held = {one.name: one.holdout for one in workspace.ledger.clients()}
+    assert held == {"a": "0.1:who", "b": f"jsonl:{tmp_path / 'held.jsonl'}"}
+
+
+@pytest.mark.parametrize(
+    ("holdout", "says"),
+    [
+        ("1.5", "a holdout's share must be above 0"),
+        ("0.1:ward", "has no readable record .*no field 'ward' to hold out by"),
+        ("jsonl:gone.jsonl", "gone.jsonl"),
+    ],
+)
+def test_a_holdout_that_cannot_be_had_is_refused(workspace, tmp_path, monkeypatch, holdout, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"text": "x"}\n')
+
+    with pytest.raises((ValueError, LookupError, OSError), match=says):
+        service.register_client(
+            workspace, ClientRecord("a", "jsonl:mine.jsonl", "a", holdout=holdout)
+        )
+    assert workspace.ledger.clients() == []
+
+
+def test_records_that_are_held_out_elsewhere_are_known_as_the_populations(workspace, tmp_path):
+    for name, text in (("a", "one"), ("held", "shared"), ("b", "shared")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+    place = f"jsonl:{tmp_path}"
+
+    service.register_client(
+        workspace, ClientRecord("a", f"{place}/a.jsonl", "a", holdout=f"{place}/held.jsonl")
+    )
+    service.register_client(workspace, ClientRecord("b", f"{place}/b.jsonl", "b"))
+
+    assert workspace.ledger.relations.of("a") == {"b"}

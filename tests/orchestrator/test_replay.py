@@ -46,7 +46,7 @@ def test_the_end_of_a_task_is_reached_with_its_memory(home, tiny, notes):
     assert outcomes(service.replay(home, "task-1")) == [(2, "same")]
 
     best = config.model_copy(update={"name": "best"}).model_dump(mode="json")
-    chosen = {"select": "best", "evaluate": {"data": notes("test")}}
+    chosen = {"select": "best", "evaluate": {"data": notes("test", shift=5)}}
     document = {**best, **chosen, "regularizers": [{"name": "o-lora", "form": "hard"}]}
     for kind in ("adapter", "strategy", "optimizer"):
         document[kind] = {"name": document[kind]["name"], **document[kind]["options"]}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orchestrator.backends.base import Failure
 from orchestrator.federation import Cancelled, Federation, Paused, RoundFailed
 from orchestrator.history import History
 from orchestrator.quarantine import NotAtFault, _recent, quarantined_in, release
@@ -170,6 +171,18 @@ def test_a_failure_is_tried_again_and_then_counts(federation, imagined):
     none = federation("none", backend=imagined(fails={"a": 1}), rounds=1, retries=0)
     none.run()
     assert events(none, "retried") == []
+
+
+def test_a_refusal_that_is_final_is_not_asked_for_again(federation, imagined):
+    backend = imagined()
+    answer = backend.answer
+    no = Failure("b", 1, "the site's policy says no", final=True)
+    backend.answer = lambda asked: no if asked.client == "b" else answer(asked)
+    run = federation(backend=backend, rounds=1, retries=3)
+    run.run()
+
+    assert events(run, "retried") == []
+    assert [e["client"] for e in events(run, "refused")] == ["b"]
 
 
 def test_an_initialisation_and_an_evaluation_are_tried_again_as_clients_are(federation, imagined):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clients.accounting import BudgetSpent, epsilon
-from clients.assignment import Clipping, Privacy, Report
+from clients.assignment import Clipping, DataSpec, Privacy, Report
 from clients.keys import data_key
 from orchestrator import spending
 from orchestrator.epsilons import epsilon_by
@@ -186,6 +186,19 @@ def test_an_insecure_seed_s_noise_is_the_same_at_any_site(workspace, round_of, t
         plan, assignments = round_of(noise=replace(NOISE, insecure_seed=7))
         moved = [replace(a, site=str(tmp_path / name)) for a in assignments]
         reserve(moved, people(plan), workspace.ledger, lambda k, d: None)
+    assert len(workspace.ledger.spends("people-a")) == 1
+
+
+def test_the_keys_here_say_nothing_of_a_client_whose_data_lie_at_a_site(
+    workspace, round_of, tmp_path
+):
+    for name in ("here", "anew"):
+        data_key(tmp_path / name)
+        plan, assignments = round_of()
+        away = [
+            replace(a, site=str(tmp_path / name), data=DataSpec("site:notes")) for a in assignments
+        ]
+        reserve(away, people(plan), workspace.ledger, lambda k, d: None)
     assert len(workspace.ledger.spends("people-a")) == 1
 
 

@@ -6,7 +6,7 @@ import yaml
 from torch.testing import assert_close
 
 from clients.assignment import DataSpec, PluginChoice
-from orchestrator import merge_search, service
+from orchestrator import merge_search, service, staged_merging
 from orchestrator.config import BadConfig
 from orchestrator.merge_draft import draft_of
 from orchestrator.merge_file import parse_merge
@@ -14,7 +14,7 @@ from orchestrator.merge_parts import Allow, parts_of
 from orchestrator.merge_search import Looking, search, searched_merge
 from orchestrator.merging import BadMerge
 from orchestrator.recipes import round_recipe
-from orchestrator.staged_merging import merge_in_stages
+from orchestrator.staged_merging import StageFailed, merge_in_stages
 from orchestrator.versions import EvaluationFailed
 from strategies.plugins import BadOptions
 from strategies.tensors import lora_layers
@@ -104,8 +104,25 @@ def test_a_name_that_is_no_version_is_told_before_anything_is_merged(named):
 def test_a_stage_that_cannot_be_merged_is_named(named):
     first, last = STAGES["stages"]
     wrong = {**STAGES, "stages": [first, last | {"of": ["one", "one"]}]}
-    with pytest.raises(BadMerge, match="stage 'without': a version is given twice"):
+    with pytest.raises(StageFailed, match="stage 'without': a version is given twice") as told:
         merge_in_stages(named, parse_merge(wrong, "merge.yaml"))
+    assert isinstance(told.value.__cause__, BadMerge)
+
+
+class Odd(ValueError):
+    """An error that is not made of its text alone."""
+
+    def __init__(self, value, *, allowed):
+        super().__init__(f"{value} is none of {allowed}")
+
+
+def test_a_stage_that_fails_by_an_error_of_any_shape_is_named(named, monkeypatch):
+    def fails(*args):
+        raise Odd(3, allowed="1 and 2")
+
+    monkeypatch.setattr(staged_merging, "draft", fails)
+    with pytest.raises(StageFailed, match="stage 'both': 3 is none of 1 and 2"):
+        merge_in_stages(named, parse_merge(STAGES, "merge.yaml"))
 
 
 def test_a_search_finds_the_lowest_point_within_bounds_and_never_loses_the_start():
@@ -186,6 +203,22 @@ def test_the_command_line_merges_by_a_file_and_refuses_what_does_not_go_with_it(
     assert read("merge", "one", _wider(named), "--into", "x", "--union")["names"] == ["x:v1"]
     file.write_text(yaml.safe_dump({**STAGES, "intoo": "x"}))
     assert "did you mean 'into'?" in refused("merge", "--recipe", file)
+
+
+def test_the_command_line_looks_for_weights_by_the_data_it_is_given(
+    named, read, refused, weft, monkeypatch
+):
+    monkeypatch.setattr(merge_search, "_loss", lambda _, made, *rest: (made.weights[1] - 0.3) ** 2)
+    given = ("merge", "one", "two", "--into", "bot", "-m", "svd", "--option", "rank=2")
+    told = refused(*given, "--search", "jsonl:dev.jsonl")
+    assert "jsonl:dev.jsonl is not known to be public" in told
+    assert "--public" in told
+    found = read(*given, "--search", "jsonl:dev.jsonl", "--public", "--trials", "7")
+    assert found["names"] == ["bot:v1"]
+    assert found["metrics"]["search_trials"] <= 7
+    assert found["metrics"]["search_loss_after"] < found["metrics"]["search_loss_before"]
+    code, _, said = weft(*given, "--search", "builtin:x", "--preview")
+    assert (code, "--preview shows no search" in said) == (2, True)
 
 
 def _wider(workspace):

@@ -205,6 +205,14 @@ def test_a_merge_over_one_a_of_tasks_that_each_train_theirs_is_refused(file, mer
         parse_stream(file(method=method))
 
 
+@pytest.mark.parametrize("merge", ["linear", LORI])
+@pytest.mark.parametrize("regularizer", [{"name": "o-lora", "form": "hard"}, "inflora"])
+def test_a_merge_over_one_a_of_tasks_that_each_choose_theirs_is_refused(file, merge, regularizer):
+    method = {"start": "isolated", "strategy": "ffa-lora", "merge": merge}
+    with pytest.raises(BadConfig, match=r"method\.merge: .* gives each task one of its own"):
+        parse_stream(file(method={**method, "regularizers": [regularizer]}))
+
+
 @pytest.mark.parametrize(
     ("strategy", "merge"), [("ffa-lora", "linear"), ("ffa-lora", LORI), ("fedavg", "svd")]
 )

@@ -1,6 +1,7 @@
 """Streams as runs: what is done is not done again, and stopping changes nothing."""
 
 import json
+import shutil
 import threading
 from contextlib import nullcontext, suppress
 
@@ -12,6 +13,7 @@ from clients.assignment import DataSpec
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.config import BadConfig
 from orchestrator.coordinator import Driving, Serving, Stopped, claim, drive, serve
+from orchestrator.gate_setting import PrivateData
 from orchestrator.service import evaluate, open_workspace
 from orchestrator.stream import parse_stream
 from orchestrator.stream_forks import forked
@@ -108,6 +110,24 @@ def test_each_task_is_a_run_that_starts_from_the_version_before(done, stream, ve
     assert run.labels == {"stream": "notes", "task": "parts"}
     begun = done.ledger.last_event(run.id, "started").data["version"]
     assert [(p.id, p.kind) for p in store.version(begun).parents] == [(first, "continue")]
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_task_is_not_measured_on_data_of_a_client_that_are_not_public(
+    workspace, stream, notes, tmp_path, public
+):
+    made = stream()
+    tested = made.tasks[1].test.uri
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(tested.removeprefix("jsonl:"), copy)
+    client = ClientRecord("north", f"jsonl:{copy}", "north", num_examples=12, public=public)
+    workspace.ledger.add_client(client)
+    if public:
+        assert advance(workspace, made).labels["task"] == "pets"
+        return
+    with pytest.raises(PrivateData, match="'parts' has the data of client 'north'"):
+        advance(workspace, made)
+    assert workspace.ledger.runs() == []
 
 
 def test_a_growing_head_keeps_its_old_rows_bit_for_bit(done, versions):

@@ -14,6 +14,7 @@ from orchestrator.replay import replay
 from orchestrator.service import open_workspace
 from orchestrator.upkeep import upgrade
 from storage import database
+from storage.ledger import ClientRecord
 from storage.schema import HEAD
 
 
@@ -173,6 +174,23 @@ def test_an_unfinished_private_run_is_cancelled_where_its_clients_keys_are_not(
     }
     monkeypatch.setenv("WEFT_HOME", str(home))  # where the keys are
     assert read("store", "restore", tmp_path / "copy", "--replace")["cancelled"] == []
+
+
+def test_an_unfinished_private_run_goes_on_where_a_site_keeps_the_keys(
+    ok, read, home, tmp_path, monkeypatch, spend
+):
+    workspace = open_workspace(home)
+    workspace.ledger.add_client(ClientRecord("north", "site:notes", "north", num_examples=500))
+    config = {"privacy": {"epsilon": 8}}
+    workspace.ledger.create_run("private", "private", config=config, plan={}, rounds=3)
+    workspace.ledger.record_spend(spend("private", run="private", client="north"))
+    workspace.close()
+    ok("store", "backup", tmp_path / "copy")
+    monkeypatch.setenv("WEFT_HOME", str(tmp_path / "other"))
+
+    found = read("store", "restore", tmp_path / "copy")
+
+    assert (found["paused"], found["cancelled"]) == (["private"], [])
 
 
 def downgrade(home, schema):

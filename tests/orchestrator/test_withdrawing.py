@@ -177,3 +177,12 @@ def test_the_command_stops_its_use_and_claims_no_unlearning(ok, read, refused, n
     assert "nothing is unlearned" in said
     assert read("clients", "withdraw", "a")["record"]["why"] == "asked to"
     assert "withdrew on" in refused("clients", "add", "a", "--data", notes("a"))
+
+
+def test_of_a_client_at_a_site_it_says_what_did_not_happen_there(ok, home):
+    home.ledger.add_client(ClientRecord("far", "site:notes", "far", node="clinic-north"))
+
+    said = ok("clients", "forget", "far") + ok("clients", "withdraw", "far")
+
+    assert said.count("at the site of node clinic-north nothing was deleted") == 2
+    assert "its owner's to delete" in said

@@ -8,7 +8,7 @@ import torch
 from clients.assignment import Privacy
 from clients.evaluate import Evaluation
 from clients.starting import initial_tensors
-from orchestrator.backends.base import Failure, complete
+from orchestrator.backends.base import Failure
 from orchestrator.backends.inline import InlineBackend
 from orchestrator.plan import RoundInputs, plan_round
 from strategies.base import Broadcast, Update
@@ -45,15 +45,6 @@ def test_a_failing_client_does_not_stop_the_others(assignments):
     assert isinstance(second, Failure)
     assert "gone.jsonl" in second.reason
     assert third == Failure("c", 1, "ValueError at the client (its text stays there)")
-
-
-def test_who_has_not_begun_at_the_deadline_is_late(assignments):
-    began = []
-
-    results = list(complete(InlineBackend(), assignments, -1.0, lambda a: began.append(a.client)))
-
-    assert results == [Failure(c, 1, "missed the round's deadline") for c in "abc"]
-    assert began == []
 
 
 def test_assignments_are_taken_one_at_a_time_and_a_none_is_a_tick(assignments):

@@ -1,0 +1,1 @@
+"""What stands between a SuperLink and the world, and whether a deployment is sound."""
