@@ -15,7 +15,7 @@ import torch
 from _continual_data import Part, TaskData, built_in_parts, clinc_parts, task_data, whole_part
 from _continual_plan import DOMAINS, TUNING_SEED, Cell, Choice, Method, Plan
 from _continual_report import Measured
-from _continual_results import Found, Tuned, found_in, keep, load, tuning_score
+from _continual_results import Found, Tuned, found_in, keep, keep_all, load, load_all, tuning_score
 from _quality_bench import stopping, told
 from _quality_plan import find_data
 
@@ -39,15 +39,23 @@ class Streams:
         workspace: where they are.
         stop: set it to stop at the next event; the run at hand goes back into the queue.
         retry: whether streams that have failed are driven again.
+        kept: what came of streams of other homes, by name.
     """
 
     workspace: Workspace
     stop: threading.Event = field(default_factory=threading.Event)
     retry: bool = False
+    kept: Mapping[str, Found] = field(default_factory=dict)
 
     def known(self, document: Mapping[str, Any]) -> Found | None:
         """Return what is known of a stream, by its name; None of nothing."""
-        return load(self._path(document))
+        return load(self._path(document)) or self.kept.get(document["name"])
+
+    def all_known(self) -> dict[str, Found]:
+        """Return what is known of all streams that are done or have failed."""
+        here = {p.stem: load(p) for p in (self.workspace.home / "found").glob("*.json")}
+        found = {name: one for name, one in here.items() if one and (one.done or one.failed)}
+        return {**self.kept, **found}
 
     def drive(self, document: Mapping[str, Any]) -> None:
         """Run what a stream lacks, and write down what came of it."""
@@ -172,10 +180,13 @@ def with_streams(given: argparse.Namespace, home: Path, use: Callable[[Streams],
     """Return what ``use`` makes of the streams of a home, one thread at work on them."""
     torch.set_num_threads(1)
     workspace = open_workspace(home)
-    streams = Streams(workspace, retry=given.retry)
+    streams = Streams(workspace, retry=given.retry, kept=load_all(given.kept))
     try:
         if not given.report:
             stopping(streams.stop)
-        return use(streams)
+        found = use(streams)
+        if given.kept and not given.report:
+            keep_all(given.kept, streams.all_known())
+        return found
     finally:
         workspace.close()

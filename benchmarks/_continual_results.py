@@ -59,6 +59,23 @@ def load(path: Path) -> Found | None:
     return Found(**{**kept, "general": tuple(kept["general"])})
 
 
+def load_all(path: Path | None) -> dict[str, Found]:
+    """Return what a file of many streams holds, by their names; one that is not there, nothing."""
+    if path is None or not path.exists():
+        return {}
+    kept = json.loads(path.read_text("utf-8"))
+    return {name: Found(**{**one, "general": tuple(one["general"])}) for name, one in kept.items()}
+
+
+def keep_all(path: Path, found: Mapping[str, Found]) -> None:
+    """Write down what is known of many streams, a line each; the file is replaced."""
+    lines = (f"{json.dumps(name)}: {json.dumps(asdict(found[name]))}" for name in sorted(found))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    beside.replace(path)
+
+
 def keep(path: Path, found: Found) -> None:
     """Write down what is known of a stream."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from _quality_kept import Kept, load, save
 from _quality_plan import (
     Cell,
     DataSet,
@@ -27,6 +28,7 @@ from _quality_plan import (
     cell_sweep,
     find_data,
     held_back,
+    only,
     sweep_document,
     tuning_sweep,
     write_sweep,
@@ -50,18 +52,20 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A plan, the home of its runs, and where its data are."""
+    """A plan, the home of its runs, where its data are, and what was measured before."""
 
     plan: Plan
     workspace: Workspace
     data: Mapping[str, DataSet]
     stop: threading.Event
     retry: bool = False
+    kept: Kept = field(default_factory=Kept)
 
     def run(self) -> None:
         """Run what is missing of the plan, in its order, until all is done or ``stop`` is set."""
         for cell, seed, methods in self.plan.stages():
-            self._drive(self._tuning(methods))
+            if lacking := [m for m in methods if m.name not in self.kept.tuned]:
+                self._drive(self._tuning(lacking))
             tuned = [self._tuned(method) for method in methods]
             if (document := self._cell(cell, seed, tuned)) is not None:
                 self._drive(document)
@@ -82,6 +86,8 @@ class Bench:
 
     def _tuned(self, method: Method) -> Tuned:
         """Return how a method's learning rate was chosen, as far as its runs have ended."""
+        if (before := self.kept.tuned.get(method.name)) is not None:
+            return before
         name, points = _points(self._tuning((method,)))
         records = standing(self.workspace, name, points).records
         scores: dict[float, float | None] = {}
@@ -97,13 +103,14 @@ class Bench:
 
     def _results(self, cell: Cell, seed: int, tuned: Sequence[Tuned]) -> list[Result]:
         """Return what the runs of a cell and a seed reached, those that have got so far."""
-        due = {method.name for method in self.plan.methods_in(cell)}
+        due = [method.name for method in self.plan.methods_in(cell)]
+        before = (self.kept.results.get((cell.name, seed, name)) for name in due)
+        found = [one for one in before if one is not None]
         document = self._cell(cell, seed, [one for one in tuned if one.method in due])
         if document is None:
-            return []
+            return found
         records = self._records(document)
-        budget = self._budget(records) if self.plan.equal_bytes else None
-        found = []
+        budget = self._budget(cell, seed, records) if self.plan.equal_bytes else None
         for method, record in records.items():
             scores = self._curve(record)
             steps = next((p for p in scores if p.round == self.plan.rounds), None)
@@ -116,7 +123,7 @@ class Bench:
     def _extend(self, cell: Cell, seed: int, document: Mapping[str, Any]) -> None:
         """Give runs that have moved less than the reference as many rounds as that is worth."""
         records = self._records(document)
-        budget = self._budget(records)
+        budget = self._budget(cell, seed, records)
         for record in records.values():
             if budget is None or record.status != "completed":
                 continue
@@ -129,8 +136,11 @@ class Bench:
         first = [score for score in self._curve(record) if score.round == rounds]
         return max(rounds, affordable_rounds(first[0], budget)) if first else rounds
 
-    def _budget(self, records: Mapping[str, RunRecord]) -> int | None:
+    def _budget(self, cell: Cell, seed: int, records: Mapping[str, RunRecord]) -> int | None:
         """Return how many bytes the reference moved; None before its run has come so far."""
+        before = self.kept.results.get((cell.name, seed, self.plan.reference.name))
+        if before is not None:
+            return before.steps.up + before.steps.down
         reference = records.get(self.plan.reference.name)
         if reference is None:
             return None
@@ -160,8 +170,9 @@ class Bench:
         return tuning_sweep(self.plan, methods, held)
 
     def _cell(self, cell: Cell, seed: int, tuned: Sequence[Tuned]) -> dict[str, Any] | None:
-        """Return the sweep of the methods that have a rate; None while none has."""
+        """Return the sweep of the methods that have a rate and no result; None of none."""
         methods = {method.name: method for method in self.plan.methods}
+        tuned = [one for one in tuned if (cell.name, seed, one.method) not in self.kept.results]
         rates = [(methods[one.method], one.rate) for one in tuned]
         chosen = [method.values(rate) for method, rate in rates if rate is not None]
         if not chosen:
@@ -218,15 +229,19 @@ def measure(given: argparse.Namespace, plan: Plan, home: Path) -> Measured:
         data = {plan.cells[0].data: built_in(home / "data", 200, 64)}
     else:
         data = find_data(given.data.resolve(), dict.fromkeys(cell.data for cell in plan.cells))
+    kept = load(given.kept, plan, Measured(plan, (), ()).setting)
     workspace = open_workspace(home)
-    bench = Bench(plan, workspace, data, threading.Event(), given.retry)
+    bench = Bench(plan, workspace, data, threading.Event(), given.retry, kept)
     try:
         if not given.report:
             stopping(bench.stop)
             bench.run()
-        return bench.measured()
+        found = bench.measured()
     finally:
         workspace.close()
+    if given.kept and not given.report:
+        save(given.kept[0], found)
+    return found
 
 
 def arguments(about: str, quick: str, full: str) -> argparse.ArgumentParser:
@@ -250,6 +265,23 @@ def arguments(about: str, quick: str, full: str) -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true", help="tables as in docs/")
+    return parser
+
+
+def comparing(about: str, quick: str, full: str) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that compares methods, with :func:`arguments`' ones."""
+    parser = arguments(about, quick, full)
+    parser.add_argument(
+        "--only", metavar="METHOD", nargs="+", help="of the plan's methods, and what they need"
+    )
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="what is in it is not run again, and what is new is added; of more, the first is",
+    )
     return parser
 
 
@@ -279,6 +311,8 @@ def measured_as_asked(
         plan: what to measure.
         show: prints.
     """
+    if given.only:
+        plan = only(plan, given.only)
     found = in_home(given, name, lambda home: measure(given, plan, home))
     show(found)
     if given.plot is not None:

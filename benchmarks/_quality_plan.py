@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,26 @@ class Plan:
             "device": self.device,
             **more,
         }
+
+
+def only(plan: Plan, names: Sequence[str]) -> Plan:
+    """Return the part of a plan that is about some methods, beside its reference.
+
+    Raises:
+        SystemExit: if the plan has no such method.
+    """
+    known = [method.name for method in plan.methods]
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--only: the plan has no {', '.join(unknown)} ({'; '.join(known)})")
+    wanted = {*names, plan.reference.name}
+    groups = tuple(tuple(m for m in group if m.name in wanted) for group in plan.groups)
+    made = replace(plan, groups=groups)
+    asked = set(names)
+    cells = [
+        n for n, cell in enumerate(plan.cells) if asked & {m.name for m in made.methods_in(cell)}
+    ]
+    depth = tuple(plan.depth[n] for n in cells) if plan.depth else ()
+    return replace(made, cells=tuple(plan.cells[n] for n in cells), depth=depth)
 
 
 def tuning_sweep(plan: Plan, methods: Sequence[Method], data: DataSet) -> dict[str, Any]:

@@ -26,6 +26,7 @@ about a language model's own language instead.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from _continual_bench import measure
 from _continual_perplexity import json_perplexities, show_perplexities
@@ -101,6 +102,9 @@ def main() -> None:
         "--perplexity",
         action="store_true",
         help="instead: what tasks do to a small language model's own language",
+    )
+    parser.add_argument(
+        "--kept", type=Path, metavar="JSON", help="what is in it is not run again; new is added"
     )
     given = parser.parse_args()
     if given.perplexity:

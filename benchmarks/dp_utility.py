@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from _quality_bench import arguments, measured_as_asked
+from _quality_bench import comparing, measured_as_asked
 from _quality_plan import GROUPS, Cell, Method, Plan
 from _quality_report import Measured, show_json, show_report
 from _quality_results import Claim, summaries
@@ -131,7 +131,7 @@ def beside(found: Measured) -> Table:
 def main() -> None:
     """Measure and print."""
     quick, full = "two methods on built-in data", "the sizes of the paper"
-    given = arguments(__doc__.partition("\n")[0], quick, full).parse_args()
+    given = comparing(__doc__.partition("\n")[0], quick, full).parse_args()
     plan = full_plan(given.device) if given.full else default_plan(given.device)
 
     def show(found: Measured) -> None:

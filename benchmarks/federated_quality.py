@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from _quality_bench import arguments, measured_as_asked
+from _quality_bench import comparing, measured_as_asked
 from _quality_plan import GROUPS, MORE, Cell, Plan
 from _quality_report import show_json, show_report
 
@@ -62,7 +62,7 @@ def quick_plan() -> Plan:
 def main() -> None:
     """Measure and print."""
     quick, full = "two methods on built-in data", "all methods on all data sets"
-    given = arguments(__doc__.partition("\n")[0], quick, full).parse_args()
+    given = comparing(__doc__.partition("\n")[0], quick, full).parse_args()
     plan = full_plan(given.device) if given.full else default_plan(given.device)
     measured_as_asked(
         given,

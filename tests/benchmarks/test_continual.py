@@ -14,7 +14,17 @@ from _continual_perplexity import Perplexities, Size, _document, json_perplexiti
 from _continual_plan import CONTROLS, DOMAINS, METHODS, Cell, Method, Plan
 from _continual_plan import Part as Piece
 from _continual_report import Measured, draw
-from _continual_results import AWARE, FREE, Found, Tuned, keep, load, tuning_score
+from _continual_results import (
+    AWARE,
+    FREE,
+    Found,
+    Tuned,
+    keep,
+    keep_all,
+    load,
+    load_all,
+    tuning_score,
+)
 
 from orchestrator.stream import parse_stream
 from orchestrator.workspace import open_workspace
@@ -147,6 +157,26 @@ def test_what_was_found_is_read_as_it_was_kept(tmp_path):
     keep(tmp_path / "found" / "a.json", one)
     assert load(tmp_path / "found" / "a.json") == one
     assert load(tmp_path / "found" / "b.json") is None
+
+
+def test_what_was_kept_of_other_homes_is_not_driven_again(bench, tmp_path):
+    done, failed = found(0.5), Found(failed="refused")
+    keep_all(tmp_path / "kept.json", {"done": done, "failed": failed})
+    kept = load_all(tmp_path / "kept.json")
+    assert kept == {"done": done, "failed": failed}
+    assert load_all(None) == load_all(tmp_path / "none.json") == {}
+
+    made = bench(SEQUENTIAL)
+    ((cell, seed, method),) = made.plan.streams()
+    name = made._document(cell, seed, method, method.choices[0])["name"]
+    streams = replace(made.streams, kept={name: done})
+    keep(made.streams.workspace.home / "found" / "here.json", found(0.4))
+    keep(made.streams.workspace.home / "found" / "begun.json", Found(cpu_s=3.0))
+    again = replace(made, streams=streams)
+    again.run()
+    assert again.measured().found == {("two", 0, "sequential"): done}
+    assert streams.all_known().keys() > {name, "here"}
+    assert "begun" not in streams.all_known()
 
 
 def test_the_goals_are_held_against_the_best_method_that_is_no_control():

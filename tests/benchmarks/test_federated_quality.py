@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import _quality_bench as bench_of
 import federated_quality as quality
 import pytest
-from _quality_plan import GROUPS, DataSet, Plan, held_back, sweep_document, write_sweep
+from _quality_kept import load, save
+from _quality_plan import GROUPS, DataSet, Plan, held_back, only, sweep_document, write_sweep
 from _quality_plan import Cell as CellOf
 from _quality_report import Measured
 from _quality_results import (
@@ -283,3 +284,52 @@ def test_nothing_is_begun_after_it_was_asked_to_stop(bench):
     stopped.stop.set()
     stopped.run()
     assert stopped.workspace.ledger.runs() == []
+
+
+def test_what_was_kept_is_not_run_again_in_another_home(bench, tmp_path):
+    first = bench(*GROUPS[0][:2])
+    first.run()
+    measured = first.measured()
+    save(tmp_path / "kept.json", measured)
+    ran = len(first.workspace.ledger.runs())
+
+    def beside(*methods):
+        made = bench(*methods)
+        return replace(made, kept=load([tmp_path / "kept.json"], made.plan, measured.setting))
+
+    again = beside(*GROUPS[0][:2])
+    again.run()
+    assert again.measured() == measured
+    assert len(again.workspace.ledger.runs()) == ran
+
+    workspace = open_workspace(tmp_path / "elsewhere")
+    elsewhere = replace(beside(*GROUPS[0][:3]), workspace=workspace)
+    elsewhere.run()
+    found = elsewhere.measured()
+    assert list(found.missing()) == []
+    assert found.results[:2] == measured.results
+    assert len(workspace.ledger.runs()) == 2  # a rate and a run of the third alone
+    workspace.close()
+
+
+def test_what_was_kept_of_another_setting_is_refused_and_what_is_unfinished_is_not_kept(tmp_path):
+    plan = quality.quick_plan()
+    path = tmp_path / "kept.json"
+    begun = replace(result(0, "fedavg", 0.5, plan.cells[0]), bytes=None)
+    tuned = (Tuned("fedavg", {0.01: 0.5, 0.03: None}), Tuned("ffa-lora", {0.01: 0.5}, (0.03,)))
+    found = Measured(plan, tuned, (begun, result(0, "ffa-lora", 0.5, plan.cells[0])))
+    save(path, found)
+
+    kept = load([path, tmp_path / "none.json"], plan, found.setting)
+    assert kept.tuned == {"fedavg": tuned[0]}
+    assert list(kept.results.values()) == [found.results[1]]
+    with pytest.raises(SystemExit, match="was measured in another setting"):
+        load([path], plan, "elsewhere")
+
+
+def test_a_part_of_the_plan_is_some_methods_their_reference_and_the_cells_they_are_due_in():
+    plan = only(quality.default_plan("cpu"), ["flora", "rolora"])
+    due = [[m.name for m in plan.methods_in(cell)] for cell in plan.cells]
+    assert due == [["fedavg", "rolora", "flora"], ["fedavg", "rolora"], ["fedavg", "rolora"]]
+    with pytest.raises(SystemExit, match="the plan has no nobody"):
+        only(plan, ["nobody"])
