@@ -51,7 +51,9 @@ def at_coordinator(parts: Parts) -> Iterator[Finding]:
     yield from machine.disks({"the workspace": parts.home})
     yield from machine.gpu()
     yield from machine.secrets(_secrets_of(parts.home))
-    yield from programs.flower(programs.running("flower-superlink", "flower-supernode"))
+    ends = [end for end in (parts.superlink, parts.proxy) if end is not None]
+    found = programs.running("flower-superlink", "flower-supernode")
+    yield from programs.flower(programs.of_deployment(found, ends))
     yield from programs.ray(programs.running("gcs_server"))
     yield from _ray_here()
     paths: list[str] = []
@@ -80,8 +82,9 @@ def at_site(file: Path) -> Iterator[Finding]:
     yield from machine.secrets([settings.key])
     yield from machine.disks({"the site's state": settings.state})
     yield from machine.gpu()
-    yield from programs.flower(programs.running("flower-supernode"))
     front = Front(settings.superlink, settings.root_certificates, settings.insecure)
+    nodes = programs.of_deployment(programs.running("flower-supernode"), [front])
+    yield from programs.flower(nodes)
     yield from _front(front, "the SuperLink", KNOCKS)
 
 

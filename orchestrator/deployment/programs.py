@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from orchestrator.deployment.findings import Finding, fail, ok, warn
 from orchestrator.deployment.machine import secrets
+from orchestrator.deployment.reaching import Front
 
 SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": ("0", "tells its maker of every start"),
@@ -33,6 +34,7 @@ class Program:
         environment: that it was started with; None if it is somebody else's.
         folder: where it runs.
         addresses: that it listens on.
+        ports: that it listens on, or dials by its command line.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Program:
     environment: Mapping[str, str] | None
     folder: Path
     addresses: frozenset[str]
+    ports: frozenset[int] = frozenset()
 
     def option(self, name: str) -> str | None:
         """Return what follows an option on the command line."""
@@ -57,7 +60,11 @@ class Program:
 
 
 def running(*names: str) -> list[Program]:
-    """Return the programs of these names that run here, oldest first."""
+    """Return the programs of these names that run here, oldest first.
+
+    Args:
+        names: of programs, such as ``flower-superlink``.
+    """
     found = []
     for process in psutil.process_iter():
         try:
@@ -72,15 +79,33 @@ def running(*names: str) -> list[Program]:
     return sorted(found, key=lambda one: one.pid)
 
 
+def of_deployment(programs: Sequence[Program], ends: Sequence[Front]) -> list[Program]:
+    """Return the programs that listen where a deployment is dialed, or dial there.
+
+    Others, such as those of another deployment on this machine, are none of its business. Another
+    user's are: nobody knows what they are for.
+
+    Args:
+        programs: of Flower's.
+        ends: where the deployment's SuperLink is dialed; none if that is not known, which may be
+            anywhere.
+    """
+    ports = {end.port for end in ends}
+    return [one for one in programs if not ends or one.environment is None or one.ports & ports]
+
+
 def _program(name: str, process: psutil.Process, words: Sequence[str]) -> Program:
     try:
         environment = process.environ()
         folder = Path(process.cwd())
         listening = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-        addresses = frozenset(c.laddr.ip for c in listening)
     except psutil.AccessDenied:
-        environment, folder, addresses = None, Path("/"), frozenset()
-    return Program(name, process.pid, words, environment, folder, addresses)
+        return Program(name, process.pid, words, None, Path("/"), frozenset())
+    addresses = frozenset(c.laddr.ip for c in listening)
+    ports = frozenset(c.laddr.port for c in listening)
+    made = Program(name, process.pid, words, environment, folder, addresses, ports)
+    dialed = (made.option("--superlink") or "").rpartition(":")[2]
+    return replace(made, ports=ports | {int(dialed)}) if dialed.isdecimal() else made
 
 
 def flower(programs: Sequence[Program]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from orchestrator.deployment import programs
+from orchestrator.deployment.reaching import Front
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -100,6 +101,21 @@ def test_a_secret_on_the_command_line_s_path_is_looked_at(tmp_path):
         (tmp_path / "secret").chmod(0o644)
         says = found(programs.flower, there)
     assert str(tmp_path / "secret") in says["fail", "secrets"]
+
+
+def test_what_neither_listens_nor_dials_where_the_deployment_is_is_another_s(tmp_path):
+    dialing = (*SOUND, "--superlink", "weft.example.org:8443")
+    here, there = Front("weft.example.org:8443"), Front("localhost:9")
+    with started(tmp_path, "flower-supernode", dialing, QUIET) as nodes:
+        assert programs.of_deployment(nodes, [there, here]) == nodes
+        assert programs.of_deployment(nodes, [there]) == []
+        assert programs.of_deployment(nodes, []) == nodes
+    with started(tmp_path, "flower-superlink", LINK, QUIET) as links:
+        (port,) = links[0].ports
+        assert programs.of_deployment(links, [Front(f"localhost:{port}")]) == links
+        assert programs.of_deployment(links, [there]) == []
+    theirs = programs.Program("flower-superlink", 1, (), None, tmp_path, frozenset())
+    assert programs.of_deployment([theirs], [there]) == [theirs]
 
 
 def test_a_ray_head_without_a_token_is_found_out(tmp_path):
