@@ -235,6 +235,11 @@ class Plan:
         }
 
 
+def dtype_for(device: str) -> str:
+    """Return what to compute with: bfloat16 without AMX takes 1.75 times as long on a processor."""
+    return "float32" if device == "cpu" else "bf16"
+
+
 def only(plan: Plan, names: Sequence[str]) -> Plan:
     """Return the part of a plan that is about some methods, beside its reference.
 

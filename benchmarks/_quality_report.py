@@ -53,8 +53,8 @@ class Measured:
         """Return how a run is made, in a line."""
         p = self.plan
         return (
-            f"{p.clients} clients, {p.cohort or 'all'} in every round; {p.rounds} rounds of "
-            f"{p.steps} steps of "
+            f"{p.compute_dtype}; {p.clients} clients, {p.cohort or 'all'} in every round; "
+            f"{p.rounds} rounds of {p.steps} steps of "
             f"{p.batch_size} texts of at most {p.max_length} tokens; seeds "
             f"{', '.join(map(str, p.seeds))}"
         )

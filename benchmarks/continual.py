@@ -2,7 +2,7 @@
 
     python benchmarks/continual.py [--quick | --full] [--home DIR] [--data DIR] [--report]
 
-all-MiniLM-L6-v2 in bfloat16 with LoRA on query and value and a head that grows, driven as
+all-MiniLM-L6-v2 with LoRA on query and value and a head that grows, driven as
 ``weft stream run`` drives it. Sequences: CLINC150 as ten tasks of one domain and as five of two,
 where a seed also decides the order, and four text sets (AG News, Amazon, DBpedia, SST-2) in three
 orders. Controls: one adapter that is trained on (*sequential*), all tasks at once (*joint*: the
@@ -34,6 +34,7 @@ from _continual_perplexity import measure as perplexities
 from _continual_plan import CONTROLS, DOMAINS, METHODS, NAMED, Cell, Part, Plan
 from _continual_report import show_json, show_report
 from _quality_bench import arguments, in_home
+from _quality_plan import dtype_for
 
 EVERY = (*CONTROLS, *METHODS)
 SEEDS = (0, 1, 2)
@@ -77,14 +78,14 @@ def default_plan(device: str) -> Plan:
         *(Part(cell, named, SEEDS[:1]) for cell in TEXT[1:]),
         Part(TEN, tuple(m for m in EVERY if m not in named), SEEDS[1:]),
     )
-    return Plan(parts, TUNING, device=device)
+    return Plan(parts, TUNING, device=device, compute_dtype=dtype_for(device))
 
 
 def full_plan(device: str) -> Plan:
     """Return every method with every seed on every sequence, by one client and by eight."""
     cells = (TEN, FIVE, *TEXT)
     parts = [Part(cell, EVERY, SEEDS) for cell in (*cells, *map(federated, cells))]
-    return Plan(tuple(parts), TUNING, device=device)
+    return Plan(tuple(parts), TUNING, device=device, compute_dtype=dtype_for(device))
 
 
 def quick_plan() -> Plan:

@@ -2,7 +2,7 @@
 
     python benchmarks/dp_utility.py [--quick | --full] [--home DIR] [--data DIR] [--report]
 
-all-MiniLM-L6-v2 in bfloat16 with LoRA of rank 8 on query and value and a head, on SST-2 and MNLI,
+all-MiniLM-L6-v2 with LoRA of rank 8 on query and value and a head, on SST-2 and MNLI,
 dealt to six clients by Dirichlet's alpha of 0.5; three of them train in a round. DP-SGD of examples
 at every client, with noise for an ε of 1, 3 or 6 over all of its rounds, or none (ε = infinity).
 FedAvg, FFA-LoRA, FFA-LoRA with an orthonormal A, and FedSVD: the methods of 2505.12805, whose
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from _quality_bench import comparing, measured_as_asked
-from _quality_plan import GROUPS, Cell, Method, Plan
+from _quality_plan import GROUPS, Cell, Method, Plan, dtype_for
 from _quality_report import Measured, show_json, show_report
 from _quality_results import Claim, summaries
 from rich.table import Table
@@ -82,6 +82,7 @@ def default_plan(device: str) -> Plan:
         clients=6,
         every=30,
         device=device,
+        compute_dtype=dtype_for(device),
         cohort=3,
         # a client is charged for the rounds that it may have; fifteen are expected
         privacy={"delta": 1e-5, "max_grad_norm": 1.0, "max_participations": 20},

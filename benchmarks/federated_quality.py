@@ -2,7 +2,7 @@
 
     python benchmarks/federated_quality.py [--quick | --full] [--home DIR] [--data DIR] [--report]
 
-all-MiniLM-L6-v2 in bfloat16 with LoRA of rank 8 on query and value and a head, ten clients that all
+all-MiniLM-L6-v2 with LoRA of rank 8 on query and value and a head, ten clients that all
 train in every round, on data sets dealt to them IID or by Dirichlet's alpha. Each method has its
 own learning rate, the best of four by one seed after half of the rounds, on training rows held back
 in the first cell. Then come three seeds of each method and cell; a seed decides first tensors,
@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from _quality_bench import comparing, measured_as_asked
-from _quality_plan import GROUPS, MORE, Cell, Plan
+from _quality_plan import GROUPS, MORE, Cell, Plan, dtype_for
 from _quality_report import show_json, show_report
 
 ALPHAS = (0.5, 0.1, None)
@@ -36,12 +36,14 @@ EVERY_SET = (*SETS, "agnews", "amazon5", "dbpedia14", "boolq", "mdsent5")
 def default_plan(device: str) -> Plan:
     """Return what ten hours of one core are for.
 
-    All methods on one set at alpha 0.5, two groups there at the other alphas, and the first group,
-    which are the methods that differ in A alone, on the other sets.
+    All methods on one set at alpha 0.5; there at the other alphas, and on the other sets, the first
+    group, which are the methods that differ in A alone.
     """
     first = [Cell(SETS[0], alpha) for alpha in ALPHAS]
     others = [Cell(name, ALPHAS[0]) for name in SETS[1:]]
-    return Plan(GROUPS, (*first, *others), depth=(3, 2, 2, 1, 1, 1), device=device)
+    depth = (3, 1, 1, 1, 1, 1)
+    dtype = dtype_for(device)
+    return Plan(GROUPS, (*first, *others), depth=depth, device=device, compute_dtype=dtype)
 
 
 def full_plan(device: str) -> Plan:
