@@ -65,24 +65,28 @@ def load(paths: Sequence[Path], plan: Plan, setting: str) -> Kept:
 
 
 def save(path: Path, found: Measured) -> None:
-    """Write down what is there for good: rates that are all tried, and runs that are at their end.
+    """Add what is there for good: rates that are all tried, and runs that are at their end.
 
     Args:
-        path: is replaced.
+        path: what it holds of other methods and cells stays in it.
         found: what was measured, with what was kept before.
     """
-    tuned = {
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {"tuned": {}, "results": []}
+    tuned = before["tuned"] | {
         one.method: {f"{rate:g}": score for rate, score in one.accuracy.items()}
         for one in found.tuned
         if one.accuracy and not one.missing
     }
-    results = [
-        [r.cell.name, r.seed, r.method, astuple(r.steps), r.bytes and astuple(r.bytes)]
+    results = {tuple(row[:3]): row for row in before["results"]} | {
+        (r.cell.name, r.seed, r.method): [
+            *(r.cell.name, r.seed, r.method),
+            *(astuple(r.steps), r.bytes and astuple(r.bytes)),
+        ]
         for r in found.results
         if r.bytes is not None or not found.plan.equal_bytes
-    ]
-    lines = ",\n".join(f"  {json.dumps(one)}" for one in results)
+    }
     rates = ",\n".join(f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in tuned.items())
+    lines = ",\n".join(f"  {json.dumps(results[key])}" for key in sorted(results))
     head = f'{{\n"setting": {json.dumps(found.setting)},\n'
     text = f'{head}"tuned": {{\n{rates}\n}},\n"results": [\n{lines}\n]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -323,6 +323,15 @@ def test_what_was_kept_of_another_setting_is_refused_and_what_is_unfinished_is_n
     kept = load([path, tmp_path / "none.json"], plan, found.setting)
     assert kept.tuned == {"fedavg": tuned[0]}
     assert list(kept.results.values()) == [found.results[1]]
+
+    other = Measured(plan, (tuned[0],), (result(0, "fedavg", 0.6, plan.cells[0]),))
+    save(path, other)
+    both = load([path], plan, found.setting)
+    assert both.tuned.keys() == {"fedavg"}
+    assert {r.method: r.steps.accuracy for r in both.results.values()} == {
+        "fedavg": 0.6,
+        "ffa-lora": 0.5,
+    }
     with pytest.raises(SystemExit, match="was measured in another setting"):
         load([path], plan, "elsewhere")
 
