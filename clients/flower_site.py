@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from flwr.app import Error, RecordDict
 
 from clients.flower import order_of, reply_record
+from clients.flower_heartbeat import Heartbeat
 from clients.flower_runtime import (
     Endpoint,
-    Heartbeat,
     Refused,
     Runtime,
     RuntimeGone,

@@ -32,9 +32,9 @@ from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.control import ControlHttpClient
 
+from clients.flower_heartbeat import Heartbeat
 from clients.flower_runtime import (
     Endpoint,
-    Heartbeat,
     Refused,
     Runtime,
     RuntimeGone,
