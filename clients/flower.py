@@ -11,7 +11,7 @@ and sends each part by what it holds, so that one that many nodes are sent is st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ ORDER, PARTS, REPLY = "weft.order", "weft.parts", "weft.reply"
 """Keys of the records of an order and of a reply."""
 
 _HEADER, _BYTES = "header", "weft.bytes"
+_WHOLE_BYTES = 1 << 20
 _BFLOAT16 = "weft.bfloat16"
 """How an array is stored whose format NumPy does not have: its values' two bytes each."""
 
@@ -91,9 +92,8 @@ def instruction(sent: Broadcast, below: Tensors, config: ConfigRecord) -> Record
 
 def order_record(order: Order) -> RecordDict:
     """Return an order as Flower's records; parts that orders share are the same arrays in each."""
-    parts = {sha256: _plain(data) for sha256, data in order.parts.items()}
     header = ConfigRecord({_HEADER: order.header})
-    return RecordDict({ORDER: header, PARTS: ArrayRecord(parts)})
+    return RecordDict({ORDER: header, PARTS: _bundle(order.parts)})
 
 
 def order_of(content: RecordDict) -> Order:
@@ -104,7 +104,7 @@ def order_of(content: RecordDict) -> Order:
     """
     try:
         header = content.config_records[ORDER][_HEADER]
-        parts = {sha256: _data(array) for sha256, array in content.array_records[PARTS].items()}
+        parts = _unbundled(content[PARTS])
     except (KeyError, TypeError) as error:
         raise BadOrder(f"the message holds no order ({error})") from error
     if not isinstance(header, bytes):
@@ -114,7 +114,7 @@ def order_of(content: RecordDict) -> Order:
 
 def reply_record(reply: bytes) -> RecordDict:
     """Return a packed reply as Flower's records."""
-    return RecordDict({REPLY: ArrayRecord({REPLY: _plain(reply)})})
+    return RecordDict({REPLY: _bundle({REPLY: reply})})
 
 
 def reply_of(content: RecordDict) -> bytes:
@@ -124,7 +124,7 @@ def reply_of(content: RecordDict) -> bytes:
         BadReply: if there is none.
     """
     try:
-        return _data(content.array_records[REPLY][REPLY])
+        return _unbundled(content[REPLY])[REPLY]
     except (KeyError, TypeError) as error:
         raise BadReply(f"the message holds no reply ({error})") from error
 
@@ -263,19 +263,33 @@ def _array(tensor: Tensor) -> Array:
     return Array("bfloat16", tuple(tensor.shape), _BFLOAT16, data)
 
 
-def _plain(data: bytes) -> Array:
-    return Array("uint8", (len(data),), _BYTES, data)
+def _bundle(data: Mapping[str, bytes]) -> ConfigRecord | ArrayRecord:
+    """Return named bytes as a record: little in one, more in arrays, which travel in chunks.
+
+    Flower sends each record, array and chunk by a request of its own, on both ways.
+    """
+    if sum(map(len, data.values())) <= _WHOLE_BYTES:
+        return ConfigRecord(dict(data))
+    return ArrayRecord({k: Array("uint8", (len(v),), _BYTES, v) for k, v in data.items()})
 
 
-def _data(array: Array) -> bytes:
-    """Return an array's bytes.
+def _unbundled(record: object) -> dict[str, bytes]:
+    """Return the bytes in a record.
 
     Raises:
         TypeError: if it holds something else.
     """
-    if array.stype != _BYTES:
-        raise TypeError(f"an array of {array.stype!r}, not of bytes")
-    return array.data
+    if not isinstance(record, ConfigRecord | ArrayRecord):
+        raise TypeError(f"a {type(record).__name__}, which holds no bytes")
+    found: dict[str, bytes] = {}
+    for name, value in record.items():
+        if isinstance(value, Array) and value.stype == _BYTES:
+            found[name] = value.data
+        elif isinstance(value, bytes):
+            found[name] = value
+        else:
+            raise TypeError(f"{name!r} is not of bytes")
+    return found
 
 
 def _tensor(name: str, array: Array) -> Tensor:
