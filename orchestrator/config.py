@@ -23,6 +23,7 @@ from orchestrator.observers.webhook import Notify
 from orchestrator.policy import METRICS, TRAIN_LOSS, Rounds, Stop, Strict
 from orchestrator.score_rules import problems as score_problems
 from orchestrator.sections import (
+    LEAST_DEADLINE_S,
     BackendConfig,
     EvaluateConfig,
     InitDataConfig,
@@ -236,6 +237,11 @@ def _problems(config: RunConfig) -> Iterable[str]:
     yield from _privacy_problems(c)
     if c.start != "fresh" and c.start_from is None:
         yield f"start: {c.start} needs start_from, the version to start from"
+    if c.backend.name == "superlink" and c.deadline_s < LEAST_DEADLINE_S:
+        yield (
+            f"deadline_s: must be at least {LEAST_DEADLINE_S:g} with backend: superlink, where a "
+            f"site that was idle asks for orders every 3 s, got {c.deadline_s:g}"
+        )
     for key, wanted in (("stop", c.stop is not None), ("select: best", c.select == "best")):
         if wanted and c.evaluate is None and c.judge.metric != TRAIN_LOSS:
             yield f"{key}: there is nothing to judge versions by; give evaluate, held-back data"

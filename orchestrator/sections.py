@@ -271,6 +271,10 @@ def _measured(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+LEAST_DEADLINE_S = 5.0
+"""Of a round over sites: an order whose time is up before its node asks for it is never done."""
+
+
 class BackendConfig(Strict):
     """Where clients are trained. Nothing here changes a result."""
 

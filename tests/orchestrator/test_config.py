@@ -209,6 +209,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_of_its_place(document, chang
         ),
         ({"clients": {"names": ["a", "a"]}}, "clients.names: a client is named twice"),
         (
+            {"backend": "superlink", "deadline_s": 2.5},
+            "deadline_s: must be at least 5 with backend: superlink, where a site that was idle as",
+        ),
+        (
             {"privacy": {"epsilon": 1, "clipping": {"share": 0.1}}},
             "privacy.clipping: share is an option of mode quantile, got mode flat; leave it out",
         ),
