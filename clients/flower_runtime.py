@@ -47,12 +47,14 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
+from clients.pace import pause_after
+
 __all__ = ["Endpoint", "Refused", "Runtime", "RuntimeGone", "TaskLost", "Unreadable"]
 
 _ARRIVES_WITHIN_S = 200.0
 """Seconds without any object of a message, after which Flower gives up its upload (180)."""
 
-_LONGEST_WAIT_S = 1.0
+_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
 _AWAY = frozenset({502, 503, 504})
 _LOST = frozenset({401, 403})
 
@@ -283,18 +285,18 @@ class Runtime:
         return _inflated(tree.object_id, contents)
 
     def _get(self, request: PullObjectRequest, wanted: Callable[[], bool]) -> bytes:
-        pause, until = 0.05, time.monotonic() + _ARRIVES_WITHIN_S
+        began = time.monotonic()
         while wanted():
+            waited_s = time.monotonic() - began
             with self.endpoint.calls():
                 answer = self._client.PullObject(request)
             if not answer.object_found:
                 raise Unreadable("a part of it is there no more")
             if answer.object_available:
                 return answer.object_content
-            if time.monotonic() > until:
+            if waited_s > _ARRIVES_WITHIN_S:
                 break
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT_S)
+            time.sleep(pause_after(waited_s, _WAIT_S, _LONGEST_WAIT_S))
         raise Unreadable("a part of it did not arrive")
 
     def close(self) -> None:

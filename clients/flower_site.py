@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from clients.flower_runtime import (
     reply,
 )
 from clients.orders import MOST_PART_BYTES, BadOrder, Order
+from clients.pace import pause_after
 
 __all__ = ["Answer", "Answering", "serve"]
 
@@ -34,6 +36,7 @@ Answer = Callable[[Order], bytes]
 """What is done with an order: a packed reply, which is a refusal where it failed."""
 
 _LOG = logging.getLogger(__name__)
+_LONGEST_POLL_S = 0.5
 _RAISED = 2
 """Flower's code for an app that raised an exception."""
 
@@ -45,13 +48,13 @@ class Answering:
     Attributes:
         address: of the SuperNode's Runtime API, host and port; on this machine, so without TLS.
         secret: that the SuperNode was started with.
-        poll_s: seconds between two looks for a message, > 0.
+        poll_s: seconds between two looks for a message, at least; > 0.
         most_bytes: that an order may have.
     """
 
     address: str
     secret: bytes
-    poll_s: float = 0.1
+    poll_s: float = 0.05
     most_bytes: int = MOST_PART_BYTES
 
 
@@ -72,7 +75,7 @@ def serve(answering: Answering, answer: Answer, stop: threading.Event) -> None:
     """
     endpoint = Endpoint(answering.address, plain=True)
     claims = Runtime(endpoint, "SuperExec", secret=answering.secret)
-    away = False
+    away, idle_since = False, time.monotonic()
     try:
         while not stop.is_set():
             try:
@@ -90,9 +93,11 @@ def serve(answering: Answering, answer: Answer, stop: threading.Event) -> None:
                 continue
             away = False
             if token is None:
-                stop.wait(answering.poll_s)
+                idle_s = time.monotonic() - idle_since
+                stop.wait(pause_after(idle_s, answering.poll_s, _LONGEST_POLL_S))
                 continue
             _one(Runtime(endpoint, "flwr-clientapp", token), answering, answer)
+            idle_since = time.monotonic()
     finally:
         claims.close()
 

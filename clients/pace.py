@@ -1,4 +1,4 @@
-"""How an assignment that runs is heard of, and how it is stopped: a callback at every step."""
+"""How far an assignment is, how it is stopped, and how often to look for what is waited for."""
 
 from __future__ import annotations
 
@@ -16,3 +16,17 @@ class GivenUp(RuntimeError):
 
 def unheard(step: int, steps: int) -> None:
     """Let progress pass."""
+
+
+def pause_after(waited_s: float, least_s: float, most_s: float) -> float:
+    """Return the seconds until the next look for what has been waited for so long.
+
+    A twentieth of that: it is found out late by a twentieth of what it took, and an hour's wait
+    costs few more looks than a minute's.
+
+    Args:
+        waited_s: seconds, >= 0.
+        least_s: of a pause, > 0.
+        most_s: of a pause, >= ``least_s``.
+    """
+    return min(most_s, max(least_s, waited_s / 20))

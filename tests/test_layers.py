@@ -30,6 +30,7 @@ CONFINED = {
         "clients.flower",
         "clients.flower_runtime",
         "clients.flower_site",
+        "clients.flower_supernode",
     }
 }
 """Libraries whose internals stay in one place."""

@@ -14,12 +14,13 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -34,7 +35,8 @@ _LOG = logging.getLogger(__name__)
 _NOT_LET_IN = ("Exit Code: 305", "[code: 2004]")
 _LET_IN = "SuperNode ID:"
 _STILL_ONLINE_S = 75.0
-"""A SuperLink takes a node that died to be there for 60 s, and lets it in anew after them."""
+"""A SuperLink takes a node that died to be there for 30 s (an older one's, for 60), and lets it in
+anew after them."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_CONNECTION = "Connection attempt failed"
 _LONGEST_PAUSE_S = 60.0
@@ -116,7 +118,7 @@ class SuperNode:
     def command(self) -> list[str]:
         """Return the child's command line; its secrets are in files."""
         settings = self._settings
-        words = [str(self._program), "--superlink", settings.superlink, "--isolation", "process"]
+        words = [*self._program, "--superlink", settings.superlink, "--isolation", "process"]
         words += ["--host", "127.0.0.1", "--port", str(self._port)]
         words += ["--superexec-auth-secret-file", str(self._secret_file)]
         if settings.insecure:
@@ -244,11 +246,11 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _program() -> Path:
-    try:
-        return flower_program.path_of("flower-supernode")
-    except FileNotFoundError as error:
-        raise NoFlower(f"{error}: pip install weft") from None
+def _program() -> list[str]:
+    if find_spec("flwr") is None:
+        raise NoFlower("there is no Flower beside this weft; install weft with its dependencies")
+    # -P: nothing is imported from where somebody starts a node
+    return [sys.executable, "-P", "-m", "clients.flower_supernode"]
 
 
 def _free_port() -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 from clients.assignment import Assignment
 from clients.orders import BadReply, Packer, pack_order
+from clients.pace import pause_after
 from orchestrator.backends.base import TICK_S, Result, Started, Stepped, unheard
 from orchestrator.backends.sites_answers import CUT_OFF, GONE, failed, mishap, result_of
 from orchestrator.backends.sites_line import Calling, Claimed, Line, Link, Open
@@ -41,7 +42,7 @@ from orchestrator.backends.superlink import (
 
 __all__ = ["Calling", "SitesBackend"]
 
-_POLL_S = 0.2
+_POLL_S, _LONGEST_POLL_S = 0.1, 1.0
 _LOOK_S, _LOOK_FOR_S = 2.0, 0.5
 _RETRY_S = 1.0
 _QUESTIONS, _FETCHES = 2, 16
@@ -60,6 +61,7 @@ class _Run:
     open_: dict[int, Open] = field(default_factory=dict)
     nodes: dict[bytes, Node] = field(default_factory=dict)
     looked: float = 0.0
+    heard: float = 0.0
     more: bool = True
     _jobs: dict[Future[Any], Callable[[Future[Any]], None]] = field(default_factory=dict)
     _due: dict[str, float] = field(default_factory=dict)
@@ -102,10 +104,12 @@ class _Run:
             self._give_up()
             self._push()
             self._poll()
+        poll_in_s = self._due.get("poll", 0.0) - time.monotonic()
+        pause_s = poll_in_s if 0 < poll_in_s < TICK_S else TICK_S
         if not self._jobs:
-            time.sleep(TICK_S)
+            time.sleep(pause_s)
             return
-        for job in wait(self._jobs, TICK_S, FIRST_COMPLETED).done:
+        for job in wait(self._jobs, pause_s, FIRST_COMPLETED).done:
             self._jobs.pop(job)(job)
 
     def close(self) -> None:
@@ -233,7 +237,7 @@ class _Run:
         if not one.ids:
             self.started(one.assignment)
         one.ids.add(found)
-        one.activated = activated
+        one.activated, self.heard = activated, time.monotonic()
         self.line.state.sent[one.key] = Sent(tuple(sorted(one.ids)), one.activated)
         self.line.state.write()
 
@@ -245,12 +249,14 @@ class _Run:
         self._jobs[self._asks.submit(claim.replies, ids)] = partial(self._came, claim)
 
     def _came(self, claim: Claimed, job: Future[list[Arrived]]) -> None:
-        self._due["poll"] = time.monotonic() + _POLL_S
+        now = time.monotonic()
+        self._due["poll"] = now + pause_after(now - self.heard, _POLL_S, _LONGEST_POLL_S)
         try:
             arrived = self._settle(job, claim) or ()
         except Refused as error:
             self.line.silent(error)
             return
+        self.heard = now if arrived else self.heard
         asked = {i: one for one in self.open_.values() for i in one.ids}
         for reply in arrived:
             if (one := asked.get(reply.to)) is None:

@@ -19,6 +19,9 @@ SWITCHES = {
 }
 """Environment of Flower's programs, and what they do without."""
 
+_OURS = {"clients.flower_supernode": "flower-supernode"}
+"""Modules that are such a program, and its name."""
+
 _NO_INSTALLATION = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
 _RESTART = "start it by weft superlink start, or weft node start, which do"
 
@@ -69,7 +72,8 @@ def running(*names: str) -> list[Program]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            name = next((n for w in words[:3] if (n := Path(w).name) in names), None)
+            called = (_OURS.get(word, Path(word).name) for word in words[:4])
+            name = next((name for name in called if name in names), None)
             if name is not None:
                 found.append(_program(name, process, words))
         except (psutil.NoSuchProcess, psutil.ZombieProcess):

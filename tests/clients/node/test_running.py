@@ -28,7 +28,7 @@ def program(tmp_path, monkeypatch):
         path = tmp_path / "flower-supernode"
         path.write_text(f"#!{sys.executable}\nimport os, sys, time\n{code}\n")
         path.chmod(0o700)
-        monkeypatch.setattr(running, "_program", lambda: path)
+        monkeypatch.setattr(running, "_program", lambda: [str(path)])
 
     return put
 

@@ -3,11 +3,9 @@
 import os
 import socket
 import subprocess
-import sysconfig
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import ray
@@ -22,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from clients.downlink import NotHeld
 from clients.evaluate import Evaluation
 from clients.flower_site import Answering, serve
+from clients.node import running
 from clients.orders import Refusal, Reply, Terms, pack_reply, unpack_order
 from clients.reasons import reason_of
 from orchestrator.backends.inline import InlineBackend
@@ -131,7 +130,7 @@ def _free_port():
 
 def _supernode(home, superlink, authority, address):
     host, port = address.split(":")
-    command = [Path(sysconfig.get_path("scripts")) / "flower-supernode", "--superlink", superlink]
+    command = [*running._program(), "--superlink", superlink]
     command += ["--host", host, "--port", port, "--root-certificates", authority]
     command += ["--auth-supernode-private-key", home / "node.key", "--isolation", "process"]
     command += ["--superexec-auth-secret-file", home / "node.secret"]

@@ -3,15 +3,18 @@
 import os
 import secrets
 import socket
+import sqlite3
 import subprocess
-import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from clients.flower_program import path_of
 from clients.flower_site import Answering, serve
+from clients.node import running
 from clients.orders import Order
 from orchestrator import nodes
 from orchestrator.backends.superlink import (
@@ -57,8 +60,8 @@ class Flower:
         link = [*listen, "--port", str(ports[0]), secret, str(folder / "link"), *database]
         node = [*listen, "--port", str(ports[1]), secret, str(folder / "node")]
         self.processes = [
-            self.start("flower-superlink", link),
-            self.start("flower-supernode", [*node, "--superlink", self.address]),
+            self.start([str(path_of("flower-superlink")), *link]),
+            self.start([*running._program(), *node, "--superlink", self.address]),
         ]
         self.orders = []
         self.may_answer = threading.Event()
@@ -70,10 +73,9 @@ class Flower:
         self.link = self.connect()
         self.node = self.wait_for_node()
 
-    def start(self, program, arguments):
-        command = [str(Path(sys.executable).with_name(program)), *arguments]
+    def start(self, command):
         environment = {**os.environ, **QUIET, "FLWR_HOME": str(self.folder / "flwr")}
-        with (self.folder / f"{program}.log").open("wb") as log:
+        with (self.folder / "flower.log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def connect(self, secret=None, database=None):
@@ -144,6 +146,12 @@ def test_an_order_arrives_whole_and_so_does_its_reply(flower, claim):
     assert flower.orders[-1] == Order(b"first", parts)
 
 
+def test_half_a_minute_shows_that_a_node_is_gone(flower):
+    with closing(sqlite3.connect(flower.folder / "state.db")) as database:
+        query = "SELECT heartbeat_interval FROM node WHERE status = 'online'"
+        assert database.execute(query).fetchall() == [(15.0,)]
+
+
 def test_another_process_goes_on_with_what_is_on_its_way(flower, claim):
     flower.may_answer.clear()
     message = flower.push(claim, b"second")
@@ -165,7 +173,7 @@ def test_what_nobody_fetched_in_time_is_not_delivered(flower, claim):
     flower.may_answer.clear()
     before = len(flower.orders)
     busy = flower.push(claim, b"busy")
-    late = flower.push(claim, b"late", patience=0.5)
+    late = flower.push(claim, b"late", patience=2.0)
 
     [found] = collect(claim, late)
     flower.may_answer.set()

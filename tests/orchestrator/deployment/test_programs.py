@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from clients.node import running
 from orchestrator.deployment import programs
 from orchestrator.deployment.reaching import Front
 
@@ -80,6 +81,13 @@ def test_a_supernode_needs_no_switch_for_what_it_does_not_do(tmp_path):
     environment = dict([*QUIET.items()][:2])
     with started(tmp_path, "flower-supernode", SOUND, environment) as there:
         assert {one.verdict for one in programs.flower(there)} == {"ok"}
+
+
+def test_the_supernode_that_a_node_starts_is_one():
+    with subprocess.Popen(running._program(), stderr=subprocess.DEVNULL) as process:
+        there = programs.running("flower-supernode")
+        process.kill()
+    assert process.pid in [one.pid for one in there]
 
 
 def test_a_superlink_on_every_network_is_found_out(tmp_path, monkeypatch):
