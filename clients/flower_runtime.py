@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import httpx
 from flwr.app import Error, Message, Metadata, RecordDict
@@ -49,7 +49,7 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from clients.pace import pause_after
 
-__all__ = ["Endpoint", "Refused", "Runtime", "RuntimeGone", "TaskLost", "Unreadable"]
+__all__ = ["Endpoint", "Lost", "Refused", "Runtime", "RuntimeGone", "TaskLost", "Unreadable"]
 
 _ARRIVES_WITHIN_S = 200.0
 """Seconds without any object of a message, after which Flower gives up its upload (180)."""
@@ -73,6 +73,19 @@ class Refused(RuntimeError):
 
 class Unreadable(ValueError):
     """A message whose objects cannot be had, or make no message."""
+
+
+class Lost(Unreadable):
+    """A message of which a part did not arrive: whoever sent it was cut off."""
+
+
+Wanted: TypeAlias = Callable[[float], bool]
+"""Whether a part of a message is still waited for, after so many seconds."""
+
+
+def patiently(waited_s: float) -> bool:
+    """Wait for as long as Flower may be sent a part."""
+    return waited_s <= _ARRIVES_WITHIN_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +265,7 @@ class Runtime:
         node: int,
         run: int,
         most_bytes: int,
-        wanted: Callable[[], bool] = lambda: True,
+        wanted: Wanted = patiently,
     ) -> Message:
         """Return a message with its content, as soon as all of that has arrived.
 
@@ -261,10 +274,11 @@ class Runtime:
             node: number of the node that it is for.
             run: number of the run that it belongs to.
             most_bytes: of its objects together.
-            wanted: whether it is still.
+            wanted: whether its next part is still, after so many seconds.
 
         Raises:
-            Unreadable: if it is too large, does not arrive, or is no message.
+            Lost: if it does not arrive.
+            Unreadable: if it is too large, or is no message.
         """
         contents: dict[str, bytes] = {}
         room = most_bytes
@@ -284,20 +298,17 @@ class Runtime:
             self._client.ConfirmMessageReceived(confirmed)
         return _inflated(tree.object_id, contents)
 
-    def _get(self, request: PullObjectRequest, wanted: Callable[[], bool]) -> bytes:
+    def _get(self, request: PullObjectRequest, wanted: Wanted) -> bytes:
         began = time.monotonic()
-        while wanted():
-            waited_s = time.monotonic() - began
+        while wanted(waited_s := time.monotonic() - began):
             with self.endpoint.calls():
                 answer = self._client.PullObject(request)
             if not answer.object_found:
-                raise Unreadable("a part of it is there no more")
+                raise Lost("a part of it is there no more")
             if answer.object_available:
                 return answer.object_content
-            if waited_s > _ARRIVES_WITHIN_S:
-                break
             time.sleep(pause_after(waited_s, _WAIT_S, _LONGEST_WAIT_S))
-        raise Unreadable("a part of it did not arrive")
+        raise Lost("a part of it did not arrive")
 
     def close(self) -> None:
         """Close the connection."""

@@ -12,7 +12,7 @@ coordinator that dies is taken over in place: the run is resumed from its last c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from orchestrator.backends.superlink import (
     Refused,
     Task,
     TaskLost,
+    Wanted,
     canonical_key,
 )
 
@@ -141,9 +142,7 @@ class GridClaim:
         self._came |= found
         return [Arrived(to) for to in found]
 
-    def fetch(
-        self, arrived: Arrived, most_bytes: int, wanted: Callable[[], bool]
-    ) -> bytes | Mishap:
+    def fetch(self, arrived: Arrived, most_bytes: int, wanted: Wanted) -> bytes | Mishap:
         """Return what a reply says.
 
         Raises:

@@ -2,10 +2,10 @@
 
 An order is sent when its node is there, with the time until which somebody waits; whoever is cut
 off is waited for, for a while. A node that was away since it was sent an order may have lost it, so
-it is sent once more: a site that has its answer already sends the same bytes. What is on its way is
-written down, so that another process can go on: it collects what comes in reply to what this one
-sent. Where the Flower run is lost (its SuperLink was away for a minute, or lost its database), a
-new one is begun, and what is open is asked again.
+it is sent once more, as is one whose answer did not arrive whole: a site that has its answer
+already sends the same bytes. What is on its way is written down, so that another process can go on:
+it collects what comes in reply to what this one sent. Where the Flower run is lost (its SuperLink
+was away for a minute, or lost its database), a new one is begun, and what is open is asked again.
 
 Whatever waits for the network does so in threads, a slow site's reply apart from all questions; all
 decisions are the caller's thread's.
@@ -31,6 +31,7 @@ from orchestrator.backends.sites_line import Calling, Claimed, Line, Link, Open
 from orchestrator.backends.sites_state import Sent, SitesState
 from orchestrator.backends.superlink import (
     Arrived,
+    Lost,
     Mishap,
     Node,
     Refused,
@@ -45,6 +46,9 @@ __all__ = ["Calling", "SitesBackend"]
 _POLL_S, _LONGEST_POLL_S = 0.1, 1.0
 _LOOK_S, _LOOK_FOR_S = 2.0, 0.5
 _RETRY_S = 1.0
+_STALLED_S = 30.0
+"""Seconds without the next part of an answer, of 5 MB at most, after which it is asked for anew."""
+
 _QUESTIONS, _FETCHES = 2, 16
 
 
@@ -266,14 +270,17 @@ class _Run:
             fetch = self._in.submit(claim.fetch, reply, self.calling.most_bytes, self._wanted)
             self._jobs[fetch] = partial(self._fetched, claim, one)
 
-    def _wanted(self) -> bool:
-        return not self._closed
+    def _wanted(self, waited_s: float) -> bool:
+        return not self._closed and waited_s < _STALLED_S
 
     def _fetched(self, claim: Claimed, one: Open, job: Future[bytes | Mishap]) -> None:
         one.sending = False
         name, assignment = one.node[0], one.assignment
         try:
             found = self._settle(job, claim)
+        except Lost:  # it keeps what it answered, and sends the same bytes
+            one.cut_off, one.restored = time.monotonic(), False
+            return
         except (Unreadable, BadReply, Refused) as error:
             self._done(one, failed(assignment, f"the reply of node {name} is no use: {error}"))
             return

@@ -11,7 +11,15 @@ from typing import Any, Protocol, TypeAlias
 from clients.assignment import Assignment
 from clients.orders import Order, Terms
 from orchestrator.backends.sites_state import SitesState
-from orchestrator.backends.superlink import Arrived, Endpoint, Mishap, Node, Task, TaskLost
+from orchestrator.backends.superlink import (
+    Arrived,
+    Endpoint,
+    Mishap,
+    Node,
+    Task,
+    TaskLost,
+    Wanted,
+)
 
 NodeOf: TypeAlias = Callable[[str], tuple[str, str | bytes] | str]
 """Says at which node a client is: its name and public key; else in a sentence why at none."""
@@ -50,9 +58,7 @@ class Claimed(Protocol):
         """Return what has come in reply to messages."""
         ...
 
-    def fetch(
-        self, arrived: Arrived, most_bytes: int, wanted: Callable[[], bool]
-    ) -> bytes | Mishap:
+    def fetch(self, arrived: Arrived, most_bytes: int, wanted: Wanted) -> bytes | Mishap:
         """Return what a reply says."""
         ...
 
@@ -119,7 +125,7 @@ class Open:
         assignment: of the client.
         node: name and public key of where it is.
         since: when it was asked; monotonic seconds.
-        cut_off: when its node was found to be away last; monotonic seconds.
+        cut_off: when its node was found to be away last, or its answer lost; monotonic seconds.
         ids: messages in flight.
         activated: when its node had come online last, as the last one was sent, by the SuperLink's
             clock; 0 where none was.

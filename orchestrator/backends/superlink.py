@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,13 +35,16 @@ from flwr.supercore.control import ControlHttpClient
 from clients.flower_heartbeat import Heartbeat
 from clients.flower_runtime import (
     Endpoint,
+    Lost,
     Refused,
     Runtime,
     RuntimeGone,
     TaskLost,
     Unreadable,
     Versions,
+    Wanted,
     instruction,
+    patiently,
 )
 from orchestrator.backends.thin_app import thin_app
 
@@ -53,6 +56,7 @@ __all__ = [
     "Claim",
     "Endpoint",
     "KeySpent",
+    "Lost",
     "Mishap",
     "Node",
     "Refused",
@@ -61,6 +65,7 @@ __all__ = [
     "Task",
     "TaskLost",
     "Unreadable",
+    "Wanted",
     "canonical_key",
     "refresh_key",
 ]
@@ -347,16 +352,17 @@ class Claim:
         return [Arrived(about.reply_to_message_id, tree) for about, tree in found]
 
     def fetch(
-        self, arrived: Arrived, most_bytes: int, wanted: Callable[[], bool] = lambda: True
+        self, arrived: Arrived, most_bytes: int, wanted: Wanted = patiently
     ) -> bytes | Mishap:
         """Return what a reply says, once it is here.
 
         Args:
             arrived: the reply.
             most_bytes: that it may have.
-            wanted: whether it is still.
+            wanted: whether its next part is still, after so many seconds.
 
         Raises:
+            Lost: if it does not arrive.
             Unreadable, BadReply: if it is no reply.
             TaskLost: if the run is over.
             RuntimeGone: if the SuperLink does not answer.

@@ -7,8 +7,12 @@ import sys
 from importlib import import_module
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
+    push_object_contents_from_iterable,
+)
 
-from clients.flower_supernode import Pauses
+from clients.flower_supernode import Pauses, push_parts
 
 LOOP = "flwr.supernode.start_client_internal"
 
@@ -67,15 +71,38 @@ def test_an_order_has_looks_begin_anew_and_its_answer_is_found_at_once(clock):
     assert clock.slept == [0.05] * 1000 + [0.2]
 
 
+def test_a_part_that_was_there_already_does_not_end_the_rest():
+    taken = []
+
+    def push(name, content):
+        if name == "b":
+            raise ObjectPushError(name, 1, "session")
+        taken.append((name, content))
+
+    parts = [(name, name.encode()) for name in "abc"]
+    push_parts(iter(parts), push_object_fn=push, push_all=push_object_contents_from_iterable)
+
+    assert sorted(taken) == [("a", b"a"), ("c", b"c")]
+
+
+def test_what_else_goes_wrong_with_a_part_does(clock):
+    def push(name, content):
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        push_parts([("a", b"")], push, push_object_contents_from_iterable)
+
+
 def test_it_is_what_the_supernode_s_loop_uses():
     code = (
         f"from clients import flower_supernode; import {LOOP} as loop\n"
         "flower_supernode.quicken()\n"
-        "print(type(loop.time).__name__, loop.pull_objects.keywords)\n"
+        "print(type(loop.time).__name__, loop.pull_objects.keywords,\n"
+        "      loop.push_object_contents_from_iterable.func.__name__)\n"
         "from flwr.supercore import heartbeat; from flwr.supernode import fleet_http_connection\n"
         "print(heartbeat.HEARTBEAT_DEFAULT_INTERVAL,\n"
         "      fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     waits = {"initial_backoff": 0.1, "backoff_cap": 1.0}
-    assert done.stdout == f"Pauses {waits}\n15 15\n"
+    assert done.stdout == f"Pauses {waits} push_parts\n15 15\n"

@@ -10,7 +10,7 @@ import torch
 
 from clients.assignment import DataSpec
 from clients.evaluate import Evaluation
-from clients.flower_runtime import Endpoint, RuntimeGone, TaskLost, Unreadable
+from clients.flower_runtime import Endpoint, Lost, RuntimeGone, TaskLost, Unreadable
 from clients.orders import Refusal, Reply, Terms, pack_reply, unpack_order
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.sites import Calling, SitesBackend
@@ -423,13 +423,51 @@ def test_a_reply_that_does_not_arrive_whole_is_a_failure(link, backend, asked):
     assert failure.reason == "the reply of node north is no use: a part of it did not arrive"
 
 
+def test_an_answer_of_which_a_part_does_not_come_is_asked_for_once_more(
+    link, backend, asked, monkeypatch
+):
+    stalled_s = []
+
+    def stall(wanted):
+        stalled_s.append(next(s for s in range(1000) if not wanted(float(s))))
+        raise Lost("a part of it did not arrive")
+
+    answers = iter([stall, Lost("a part of it is there no more")])
+    link.answer = lambda assignment: next(answers, None) or echo(assignment)
+
+    [update] = run(backend(), asked[:1]).values()
+
+    assert isinstance(update, Update)
+    assert [assignment.client for _, _, assignment in link.pushed] == ["a"] * 3
+    assert stalled_s == [30]  # less than Flower's own 180
+
+
+def test_whose_answer_was_lost_is_not_asked_before_it_is_there_again(link, backend, asked):
+    def lose(assignment):
+        link.online["north"] = None
+        return Lost("a part of it did not arrive")
+
+    link.answer = lose
+    results, began = start(backend(), asked[:1])
+    until(results, lambda: began and link.online["north"] is None)
+    waited = [result for result in islice(results, 5) if result is not None]
+    link.answer = echo
+    link.online["north"] = 2.0
+    found = until(results, lambda: len(link.pushed) == 2)
+    found += [result for result in results if result is not None]
+
+    assert not waited
+    assert [type(result) for result in found] == [Update]
+    assert len(link.pushed) == 2
+
+
 def test_replies_that_arrive_slowly_keep_nobody_else_waiting(link, backend, asked, monkeypatch):
     slow = [f"slow-{n}" for n in range(8)]
     for name in slow:
         monkeypatch.setitem(AT, name, "south")
 
     def drip(wanted):
-        while wanted():
+        while wanted(0.0):
             threading.Event().wait(0.01)
         raise Unreadable("a part of it did not arrive")
 

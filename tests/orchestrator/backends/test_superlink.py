@@ -8,8 +8,10 @@ import subprocess
 import threading
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from clients.flower_program import path_of
@@ -20,6 +22,7 @@ from orchestrator import nodes
 from orchestrator.backends.superlink import (
     Endpoint,
     KeySpent,
+    Lost,
     Mishap,
     Refused,
     RuntimeGone,
@@ -44,6 +47,55 @@ def free_port():
         return probe.getsockname()[1]
 
 
+class Way(ThreadingHTTPServer):
+    """What lies between a SuperNode and its SuperLink, where connections can break.
+
+    Attributes:
+        cuts: of the next request to each of these, the answer does not arrive; the connection
+            breaks when the event is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, superlink):
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.to = httpx.Client(base_url=f"http://{superlink}", timeout=60)
+        self.cuts = {}
+        self.address = f"127.0.0.1:{self.server_address[1]}"
+        self.thread = threading.Thread(target=self.serve_forever)
+        self.thread.start()
+
+    def close(self):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+        self.to.close()
+
+
+class Passing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+        try:
+            found = self.server.to.post(self.path, content=content, headers=kept)
+        except httpx.TransportError:  # it is not there yet
+            self.close_connection = True
+            return
+        if (broken := self.server.cuts.pop(self.path, None)) is not None:
+            self.close_connection = broken.wait()
+            return
+        self.send_response(found.status_code)
+        self.send_header("Content-Type", found.headers.get("content-type", ""))
+        self.send_header("Content-Length", str(len(found.content)))
+        self.end_headers()
+        self.wfile.write(found.content)
+
+    def log_message(self, *what):
+        pass
+
+
 class Flower:
     """A SuperLink and a SuperNode without TLS, and a site that answers."""
 
@@ -59,9 +111,10 @@ class Flower:
         database = ["--database", str(folder / "state.db")]
         link = [*listen, "--port", str(ports[0]), secret, str(folder / "link"), *database]
         node = [*listen, "--port", str(ports[1]), secret, str(folder / "node")]
+        self.way = Way(self.address)
         self.processes = [
             self.start([str(path_of("flower-superlink")), *link]),
-            self.start([*running._program(), *node, "--superlink", self.address]),
+            self.start([*running._program(), *node, "--superlink", self.way.address]),
         ]
         self.orders = []
         self.may_answer = threading.Event()
@@ -109,6 +162,7 @@ class Flower:
         for process in reversed(self.processes):
             process.terminate()
             process.wait()
+        self.way.close()
         self.link.close()
 
 
@@ -144,6 +198,30 @@ def test_an_order_arrives_whole_and_so_does_its_reply(flower, claim):
 
     assert collect(claim, message) == [b"answer to first"]
     assert flower.orders[-1] == Order(b"first", parts)
+
+
+def test_an_answer_is_sent_on_where_the_word_that_a_part_arrived_was_lost(flower, claim):
+    flower.way.cuts["/v1/fleet/push-object"] = broken = threading.Event()
+    broken.set()
+
+    message = flower.push(claim, b"broken off")
+
+    assert collect(claim, message) == [b"answer to broken off"]
+    assert not flower.way.cuts
+
+
+def test_an_answer_that_is_lost_in_the_superlink_comes_when_it_is_asked_for_again(flower, claim):
+    flower.way.cuts["/v1/fleet/push-messages"] = broken = threading.Event()
+    first = flower.push(claim, b"lost")
+    while not (told := claim.replies([first])):
+        time.sleep(0.05)
+    broken.set()
+
+    with pytest.raises(Lost):
+        claim.fetch(told[0], 10**8, lambda waited_s: waited_s < 5)
+
+    assert not flower.way.cuts
+    assert collect(claim, flower.push(claim, b"lost")) == [b"answer to lost"]
 
 
 def test_half_a_minute_shows_that_a_node_is_gone(flower):
