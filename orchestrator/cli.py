@@ -12,7 +12,14 @@ import typer
 
 from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
-from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback, show_preview
+from orchestrator.cli_deploy import (
+    followers_app,
+    gate_app,
+    promote,
+    rollback,
+    show_preview,
+    show_stages,
+)
 from orchestrator.cli_eval import evaluate
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_exposure import doctor, proxy
@@ -217,32 +224,32 @@ def merge(  # noqa: PLR0913  (one option each)
     from orchestrator.merge_file import read_merge, searched
     from orchestrator.staged_merging import merge_in_stages
 
+    if recipe is not None and (refs or into or search):
+        raise typer.BadParameter("--recipe says what is merged into what; give nothing else")
+    if recipe is None and not into:
+        raise typer.BadParameter("--into NAME is missing: the name that the result gets")
     workspace = workspace_here()
-    if recipe is not None:
-        if refs or into or preview or search:
-            raise typer.BadParameter("--recipe says what is merged into what; give nothing else")
-        version = merge_in_stages(workspace, read_merge(recipe))[-1].version
-    else:
-        if not into:
-            raise typer.BadParameter("--into NAME is missing: the name that the result gets")
-        options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
-        chosen = numbers(weights) if weights else None
-        allow = service.Allow(union, convert)
-        what = PluginChoice(method, options)
-        if search and preview:
-            raise typer.BadParameter("--preview shows no search, which takes many merges; give one")
-        if search:
-            looked = {"data": search, "public": public, "trials": trials}
-            named = {"name": method, **options}
-            allowed = {"union": union, "convert": convert}
-            file = searched(refs or [], chosen, into, method=named, search=looked, **allowed)
-            version = merge_in_stages(workspace, file)[-1].version
-        elif preview:
-            made = draft(workspace, refs or [], what, chosen, allow)
-            show_preview(workspace, made, into, as_json)
-            return
+    options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
+    chosen = numbers(weights) if weights else None
+    file = None if recipe is None else read_merge(recipe)
+    if search:
+        looked = {"data": search, "public": public, "trials": trials}
+        named = {"name": method, **options}
+        allowed = {"union": union, "convert": convert}
+        file = searched(refs or [], chosen, into, method=named, search=looked, **allowed)
+    what, allow = PluginChoice(method, options), service.Allow(union, convert)
+    if preview:
+        if file is not None:
+            show_stages(workspace, file, as_json)
         else:
-            version = service.merge(workspace, refs or [], what, into, chosen, allow)
+            show_preview(
+                workspace, draft(workspace, refs or [], what, chosen, allow), into, as_json
+            )
+        return
+    if file is not None:
+        version = merge_in_stages(workspace, file)[-1].version
+    else:
+        version = service.merge(workspace, refs or [], what, into, chosen, allow)
     found = workspace.store.version(version)
     if as_json:
         print_json(views.version_json(found))

@@ -14,7 +14,10 @@ from storage.gates import GateRow
 
 if TYPE_CHECKING:
     from orchestrator.gating import Decision
+    from orchestrator.merge_file import Stage
     from orchestrator.previewing import Preview
+
+_SEARCHED = ("loss_before", "loss_after", "trials")
 
 
 def gate_json(row: GateRow) -> dict[str, Any]:
@@ -71,6 +74,17 @@ def layers_table(found: Preview) -> Table:
         table.add_row(escape(one.layer), str(len(one.adapters)), *told)
     table.add_row("all", str(len(found.parents)), *[""] * 4, f"{found.energy:.1%}", style="bold")
     return table
+
+
+def stage_line(stage: Stage, found: Preview) -> str:
+    """Return a line on what a stage merges, and on its search for weights, where it has one."""
+    of = zip(stage.of, found.parents, found.weights, strict=True)
+    parts = [f"{weight:.4g} {part.ref} ({id_[:12]})" for part, id_, weight in of]
+    line = f"stage {stage.name}: {found.method.name} of {', '.join(parts)}"
+    if stage.search is None:
+        return line
+    before, after, trials = (found.metrics[f"search_{k}"] for k in _SEARCHED)
+    return f"{line}; loss {before:.4g}, and {after:.4g} after {trials:.0f} merges"
 
 
 def scores_table(found: Preview) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clients.assignment import PluginChoice
@@ -11,8 +11,11 @@ from orchestrator.backends.base import Backend
 from orchestrator.gate_file import GateFile, parse_gate
 from orchestrator.gate_suite import Scored, scored, scored_draft
 from orchestrator.merge_draft import Draft
+from orchestrator.merge_file import MergeFile
+from orchestrator.staged_merging import merge_in_stages
 from orchestrator.workspace import Workspace
 from storage.gates import Gates
+from storage.unwritten import UnwrittenStore
 from strategies.disagreement import LayerConflict, conflicts
 from strategies.energy import captured_energy
 
@@ -32,6 +35,7 @@ class Preview:
         layer_energy: of each layer.
         scores: of each parent on the suite of the name, and of the merge, last; empty where the
             name has none.
+        metrics: what the merge measured of itself, such as what a search for weights began with.
     """
 
     parents: tuple[str, ...]
@@ -41,6 +45,7 @@ class Preview:
     energy: float
     layer_energy: Mapping[str, float]
     scores: tuple[Scored, ...]
+    metrics: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return the preview as JSON."""
@@ -54,6 +59,7 @@ class Preview:
             ],
             "captured_energy": self.energy,
             "scores": [one.to_json() for one in self.scores],
+            "metrics": dict(self.metrics),
         }
 
 
@@ -96,7 +102,29 @@ def preview(
             if key.startswith(_OF_A_LAYER)
         },
         scores=tuple(scores),
+        metrics=made.metrics,
     )
+
+
+def preview_in_stages(
+    workspace: Workspace, file: MergeFile, backend: Backend | None = None
+) -> dict[str, Preview]:
+    """Return what each stage of a merge's file would be, by name, in order; as :func:`preview`.
+
+    A stage that merges another has it as it would be. Weights are looked for as they would be.
+
+    Args:
+        workspace: where.
+        file: the stages, and the name whose evaluation suite is asked of each.
+        backend: where to evaluate; by default in this process.
+
+    Raises:
+        BadConfig, StageFailed: as :func:`orchestrator.staged_merging.merge_in_stages`.
+        PrivateData, DataNotFound: as :func:`preview`.
+    """
+    unwritten = replace(workspace, store=UnwrittenStore(workspace.engine, workspace.blobs))
+    made = merge_in_stages(unwritten, file)
+    return {one.stage: preview(unwritten, one.made, file.into, backend) for one in made}
 
 
 def suite_of(workspace: Workspace, name: str) -> GateFile | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 from clients.assignment import DataSpec, PluginChoice
 from orchestrator import service
@@ -42,6 +43,38 @@ def test_a_preview_is_what_the_merge_is_then(workspace, trained, notes, read):
     assert found["captured_energy"] == pytest.approx(1)
     assert all(0 < layer["disagreement"] < 1 for layer in found["layers"])
     assert all(layer["captured_energy"] == pytest.approx(1) for layer in found["layers"])
+
+
+def test_stages_are_seen_as_they_will_be_and_nothing_is_committed(
+    workspace, trained, notes, read, ok, tmp_path
+):
+    held = notes("held", labels=LABELS_OF["classification"])
+    set_gate(workspace, "bot", parse_gate({"suite": {"mail": held}, "aliases": {"*": {}}}), "ada")
+    stages = [
+        {"name": "both", "of": list(trained), "method": "cat"},
+        {
+            "name": "less",
+            "of": [{"ref": "both", "weight": 0.5}, trained[0]],
+            "method": {"name": "svd", "rank": 1},
+        },
+    ]
+    file = tmp_path / "merge.yaml"
+    file.write_text(yaml.safe_dump({"into": "bot", "stages": stages}))
+    before = [version.id for version in workspace.store.versions()]
+
+    told = ok("merge", "--recipe", file, "--preview")
+    first, last = read("merge", "--recipe", file, "--preview")
+
+    assert [version.id for version in workspace.store.versions()] == before
+    assert "stage less: svd of 0.5 both (" in " ".join(told.split())
+    merged = workspace.store.version(read("merge", "--recipe", file)["id"])
+    assert {p.id for p in merged.parents} == set(last["parents"])
+    assert first["captured_energy"] == pytest.approx(1)
+    assert 0 < last["captured_energy"] < 1
+    for seen, ref in ((first, last["parents"][0]), (last, merged.id)):
+        scored = service.evaluate(workspace, ref, DataSpec(held))
+        mine = seen["scores"][-1]["scores"]["mail"]["loss"]
+        assert mine == pytest.approx(scored.metrics["loss"], rel=1e-5)
 
 
 def test_a_preview_says_what_a_rank_loses_and_needs_no_suite(weft, workspace, grow):
