@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from orchestrator.terminal import JsonFlag, err, out, print_json, workspace_here
 
 if TYPE_CHECKING:
-    from orchestrator.deploying import Intent
+    from rich.console import Console
+
+    from orchestrator.coordinator import Driving
+    from orchestrator.federation import Observe
     from orchestrator.gating import Decision
     from orchestrator.merge_draft import Draft
     from orchestrator.merge_file import MergeFile
     from orchestrator.previewing import Preview
+    from orchestrator.remedy_runs import Replay
     from orchestrator.workspace import Workspace
     from storage.aliases import AliasMove
 
@@ -48,24 +55,33 @@ def promote(  # noqa: PLR0913  (one option each)
     ] = False,
     reason: Annotated[str, typer.Option("--reason", help="Why it is forced.")] = "",
     remedy: Annotated[
-        bool, typer.Option("--remedy", help="If the gate fails, try merges with what is there.")
+        bool, typer.Option("--remedy", help="If the gate fails, try merges, then replay.")
     ] = False,
+    by: Annotated[
+        Literal["merge", "replay"] | None, typer.Option("--by", help="Of --remedy, this alone.")
+    ] = None,
     wait: Wait = "30s",
     as_json: JsonFlag = False,
 ) -> None:
     """Point NAME@ALIAS at a version that its gate lets pass."""
-    from orchestrator import deploying
+    from functools import partial
+
+    from orchestrator import deploying, signing
 
     seconds = _seconds(wait)
     if reason and not force:
         raise deploying.BadIntent("--reason is for --force; give both, or say --why")
     if remedy and force:
         raise deploying.BadIntent("--remedy tries to pass the gate, --force does not; give one")
+    if by and not remedy:
+        raise deploying.BadIntent(f"--by {by} chooses among remedies; give --remedy too")
     workspace = workspace_here()
     owner = name or deploying.name_of(workspace, ref)
     intent = deploying.Intent(why, seen, reason if force else None, sign)
     try:
-        move = _promoted(workspace, (owner, to), ref, intent, remedy)
+        how = _remedied(by, as_json) if remedy else deploying.promote_as
+        promoted = partial(how, workspace, (owner, to), ref, intent)
+        move = signing.signed(workspace, f"{owner}@{to}", sign, promoted)
     except deploying.GateFailed as failed:
         _refused(failed, as_json)
         raise typer.Exit(NOT_PASSED) from None
@@ -76,18 +92,31 @@ def promote(  # noqa: PLR0913  (one option each)
     _await(workspace, (owner, to), move, seconds, as_json)
 
 
-def _promoted(
-    workspace: Any, pointer: tuple[str, str], ref: str, intent: Intent, remedy: bool
-) -> AliasMove:
+def _remedied(by: Literal["merge", "replay"] | None, as_json: bool) -> Callable[..., AliasMove]:
+    """Return what promotes a version or its best remedy; a run that remedies is shown."""
     from functools import partial
 
-    from orchestrator import deploying, signing
+    from orchestrator.remedies import promote_or_remedy
 
-    how = deploying.promote_as
-    if remedy:
-        from orchestrator.remedies import promote_or_remedy as how
-    move = partial(how, workspace, pointer, ref, intent)
-    return signing.signed(workspace, "@".join(pointer), intent.sign, move)
+    running = partial(_running, err if as_json else out)
+    return partial(promote_or_remedy, kinds=(by,) if by else ("merge", "replay"), running=running)
+
+
+@contextmanager
+def _running(console: Console, replay: Replay) -> Iterator[tuple[Observe, Driving]]:
+    """Say what a run will be, show how it goes on, and let it be stopped."""
+    from orchestrator.cli_runs import stopped_by_signals
+    from orchestrator.coordinator import Driving, Stopped
+    from orchestrator.progress import RunProgress
+
+    console.print(f"trying {replay}", highlight=False, markup=False)
+    stop, progress = threading.Event(), RunProgress(console)
+    with stopped_by_signals(stop), progress:
+        try:
+            yield progress, Driving(stop=stop)
+        except Stopped:
+            err.print("stopped; go on with the same command", style="dim")
+            raise typer.Exit(130) from None
 
 
 def rollback(  # noqa: PLR0913  (one option each)

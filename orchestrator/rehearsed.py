@@ -9,8 +9,9 @@ it kept in the last in which it did; of a merge it is what lies the fewest versi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from clients.assignment import Past
@@ -57,20 +58,25 @@ def rehearsed_people(plan: Plan, store: AdapterStore) -> set[str]:
     return {leaf["population"] for leaf in own if not leaf["public"]}
 
 
-def _leaves(lineage: Lineage) -> dict[str, list[Mapping[str, Any]]]:
-    """Return by client the leaves of rounds in which it kept examples, the nearest first."""
+def levels(lineage: Lineage) -> Iterator[list[str]]:
+    """Yield the versions whose tasks the last one has learned, itself first, the nearest first."""
     parents = defaultdict(set)
     for edge in lineage.edges:
         if edge.kind in _BEHIND:
             parents[edge.child].add(edge.parent)
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     level, seen = [lineage.root], {lineage.root}
     while level:
-        for version in level:
-            for leaf in _kept_in(lineage.nodes[version].recipe):
-                found[leaf["client"]].append(leaf)
+        yield level
         level = sorted({p for version in level for p in parents[version]} - seen)
         seen |= set(level)
+
+
+def _leaves(lineage: Lineage) -> dict[str, list[Mapping[str, Any]]]:
+    """Return by client the leaves of rounds in which it kept examples, the nearest first."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for version in chain.from_iterable(levels(lineage)):
+        for leaf in _kept_in(lineage.nodes[version].recipe):
+            found[leaf["client"]].append(leaf)
     return found
 
 

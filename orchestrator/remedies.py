@@ -1,26 +1,33 @@
-"""What weft does about a version that a gate does not let pass: merges with the one there is.
+"""What weft does about a version that a gate does not let pass: merges first, then replay.
 
-Each merge that is there is tried, as the mean of the two and with the newer one counting less; each
-is scored on the suite before anything is committed, and the best that passes everything is
-committed, named and promoted. Training again with rehearsal is no part of it: that takes a run.
+Each merge with the version there is now is tried, as the mean of the two and with the newer one
+counting less; each is scored on the suite before anything is committed, and the best that passes
+everything is committed, named and promoted. Where none does, the version is trained on for a little
+with past tasks beside its last one (:mod:`orchestrator.remedy_runs`), and what comes of that is
+named and promoted if it passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from clients.assignment import PluginChoice
 from orchestrator import gate_checks, gating
+from orchestrator.coordinator import Driving, RunBusy
 from orchestrator.deploying import GateFailed, Intent, promote_as
+from orchestrator.federation import Cancelled, Observe, Paused, RoundFailed
 from orchestrator.gate_checks import Check
 from orchestrator.gate_file import LOWER_IS_BETTER, Asked, GateFile
 from orchestrator.gate_setting import gate_for
 from orchestrator.gate_suite import Scored, scored, scored_draft
+from orchestrator.gating import Decision
 from orchestrator.merge_draft import Draft, draft
 from orchestrator.merging import BadMerge, NotAModel
 from orchestrator.previewing import suite_of
+from orchestrator.remedy_runs import NoReplay, Replay, plan_replay, run_replay
 from orchestrator.workspace import Workspace
 from storage.aliases import AliasMove
 from strategies.merges import MERGES
@@ -28,36 +35,60 @@ from strategies.plugins import BadOptions
 from strategies.tensors import NotLowRank
 from strategies.terms import BadMerge as CannotMerge
 
+Kind: TypeAlias = Literal["merge", "replay"]
+
 _SHARES = (0.5, 0.25)
 """How much of what the newer version learned counts, between the two."""
 
 _IMPOSSIBLE = (BadMerge, BadOptions, CannotMerge, NotAModel, NotLowRank)
+_LEARNED = ("metrics", "tasks")
+"""The checks of what a version learned, which more training can mend."""
+
+
+Running: TypeAlias = Callable[[Replay], AbstractContextManager[tuple[Observe, Driving]]]
+"""Entered around a run that is about to begin; gives who is told of its events, and how it is
+driven."""
+
+
+def _unseen(replay: Replay) -> AbstractContextManager[tuple[Observe, Driving]]:
+    return nullcontext((lambda kind, facts: None, Driving()))
 
 
 @dataclass(frozen=True, slots=True)
 class _Remedy:
-    """One merge that was tried.
+    """One remedy that was tried.
 
     Attributes:
         what: it is, such as ``merge by svd, 0.5 of it``.
         said: what came of it.
         made: the merge, where the suite lets it pass; else None.
         quality: how good it is on the suite; higher is better.
+        version: id of the version, where one was made of it.
+        passes: whether that passes all.
     """
 
     what: str
     said: str
     made: Draft | None = None
     quality: float = 0.0
+    version: str | None = None
+    passes: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return {"what": self.what, "said": self.said, "passed": self.made is not None}
+        passed = self.passes or self.made is not None
+        found = {"what": self.what, "said": self.said, "passed": passed}
+        return found if self.version is None else {**found, "version": self.version}
 
 
 def promote_or_remedy(
-    workspace: Workspace, pointer: tuple[str, str], ref: str, intent: Intent
+    workspace: Workspace,
+    pointer: tuple[str, str],
+    ref: str,
+    intent: Intent,
+    kinds: Sequence[Kind] = ("merge", "replay"),
+    running: Running = _unseen,
 ) -> AliasMove:
-    """Point an alias at a version, or if its gate fails at the best remedy that passes.
+    """Point an alias at a version, or if its gate fails at the first remedy that passes.
 
     What was tried is kept with the move.
 
@@ -66,28 +97,76 @@ def promote_or_remedy(
         pointer: the name and the alias.
         ref: one of the name's versions.
         intent: why, and how; not forced.
+        kinds: which remedies are tried, in this order.
+        running: who watches the run that replays.
 
     Raises:
         GateFailed: if no remedy passes either; it says what was tried, and nothing was moved.
+        Stopped: if the process was asked to stop; the same again goes on where it was.
         UnknownVersion, YankedVersion, AliasMoved: as :func:`orchestrator.deploying.promote`.
     """
     version = workspace.store.usable(pointer[0], ref)  # a merge would pass on what was yanked
     decision = gating.check(workspace, pointer, version, intent.sign)
-    there = None if decision is None else decision.against
-    if decision is None or decision.passed or there is None:
+    if decision is None or decision.passed:
         return promote_as(workspace, pointer, ref, intent)
-    found = list(_tried(workspace, pointer, (version, there)))
+    found: list[_Remedy] = []
+    for kind in kinds:
+        if kind == "merge":
+            found += _by_merge(workspace, pointer, decision, intent.sign)
+        else:
+            found.append(_by_replay(workspace, pointer, decision, intent.sign, running))
+        passed = next((one.version for one in found if one.passes), None)
+        if passed is not None:
+            workspace.store.name(pointer[0], passed)
+            tried = tuple(one.to_json() for one in found)
+            seen = replace(intent, seen=intent.seen or decision.against, tried=tried)
+            return promote_as(workspace, pointer, passed, seen)
+    raise GateFailed(decision, [one.to_json() for one in found])
+
+
+def _by_merge(
+    workspace: Workspace, pointer: tuple[str, str], decision: Decision, sign: str | None
+) -> list[_Remedy]:
+    """Return what came of all merges; the best that passes everything is a version."""
+    if decision.against is None:
+        return [_Remedy("merge", "cannot be: the alias points at no version yet")]
+    found = list(_tried(workspace, pointer, (decision.version, decision.against)))
     for one in sorted((r for r in found if r.made), key=lambda r: -r.quality):
         assert one.made is not None  # it was just filtered
         committed = one.made.commit(workspace)
-        again = gating.check(workspace, pointer, committed, intent.sign)
+        again = gating.check(workspace, pointer, committed, sign)
+        place = found.index(one)
         if again is None or again.passed:
-            workspace.store.name(pointer[0], committed)
-            tried = tuple(r.to_json() for r in found)
-            seen = replace(intent, seen=intent.seen or there, tried=tried)
-            return promote_as(workspace, pointer, committed, seen)
-        found[found.index(one)] = replace(one, said=_failures(again.failed), made=None)
-    raise GateFailed(decision, [r.to_json() for r in found])
+            found[place] = replace(one, version=committed, passes=True)
+            break
+        found[place] = replace(one, said=_failures(again.failed), made=None, version=committed)
+    return found
+
+
+def _by_replay(
+    workspace: Workspace,
+    pointer: tuple[str, str],
+    decision: Decision,
+    sign: str | None,
+    running: Running,
+) -> _Remedy:
+    """Return what came of training on with past tasks, if that can help and may be."""
+    beyond = sorted({one.check for one in decision.failed if one.check not in _LEARNED})
+    if beyond:
+        return _Remedy("replay", f"cannot help: training mends no {' and no '.join(beyond)}")
+    try:
+        replay = plan_replay(workspace, decision.version, pointer[0])
+    except NoReplay as error:
+        return _Remedy("replay", f"cannot be: {error}")
+    try:
+        with running(replay) as (observe, driving):
+            made = run_replay(workspace, replay, observe, driving)
+    except (RoundFailed, Paused, Cancelled, RunBusy) as error:
+        return _Remedy(str(replay), f"was not done: {error}")
+    again = gating.check(workspace, pointer, made, sign)
+    if again is None or again.passed:
+        return _Remedy(str(replay), "passes", version=made, passes=True)
+    return _Remedy(str(replay), _failures(again.failed), version=made)
 
 
 def _tried(

@@ -126,10 +126,15 @@ def clone(workspace: Workspace, ref: str, overrides: Iterable[str] = ()) -> RunC
         UnknownRun: if there is no such run.
         BadConfig: if the changes make no sense.
     """
-    document = dict(workspace.ledger.run(ref).config)
+    return parse_config(document_of(workspace.ledger.run(ref)), overrides)
+
+
+def document_of(record: RunRecord) -> dict[str, Any]:
+    """Return a run's config as a file would have it."""
+    document = dict(record.config)
     for kind in ("adapter", "strategy", "optimizer"):  # {name, options} on record, flat in a file
         document[kind] = {"name": document[kind]["name"], **document[kind]["options"]}
-    return parse_config(document, overrides)
+    return document
 
 
 def _steer(

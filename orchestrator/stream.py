@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clients import data
 from clients.assignment import DataSpec, PluginChoice
 from clients.regularizers import REGULARIZERS
 from orchestrator.config import BadConfig, Choice, RunConfig, parse_config, with_values
+from orchestrator.joint import joined
 from orchestrator.policy import ANSWERS, LOWER_IS_BETTER
 from orchestrator.stream_file import (
     Method,
@@ -327,7 +327,7 @@ def _joint(file: StreamFile, base: Mapping[str, Any], labels: tuple[str, ...]) -
     document = {
         **parts[0],
         "name": f"{file.name}.{name}",
-        "clients": _joined(clients),
+        "clients": joined(clients),
         "rounds": rounds,
     }
     if labels:
@@ -336,28 +336,6 @@ def _joint(file: StreamFile, base: Mapping[str, Any], labels: tuple[str, ...]) -
     if all(task.labels for task in file.tasks) and own < set(labels):
         document["task_labels"] = [label for label in labels if label in own]
     return Stage(name, len(file.tasks), None, document)
-
-
-def _joined(clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the clients of several tasks as those of one.
-
-    Raises:
-        BadConfig: if they are of different kinds.
-    """
-    if all(one == clients[0] for one in clients):
-        return dict(clients[0])
-    if all(set(one) == {"names"} for one in clients):
-        return {"names": list(dict.fromkeys(name for one in clients for name in one["names"]))}
-    simulated = [one["simulate"] for one in clients if set(one) == {"simulate"}]
-    if len(simulated) == len(clients) and all("data" in one for one in simulated):
-        rest = [{k: v for k, v in one.items() if k != "data"} for one in simulated]
-        if all(one == rest[0] for one in rest):
-            uris = dict.fromkeys(data.absolute(str(one["data"])) for one in simulated)
-            return {"simulate": {**rest[0], "data": data.several(list(uris))}}
-    raise BadConfig(
-        "method: joint training needs the clients of all tasks as one: all by names, or all "
-        "simulated alike, with data alone different"
-    )
 
 
 def _checked(stage: Stage, where: str) -> RunConfig:

@@ -86,8 +86,10 @@ def test_where_no_merge_passes_nothing_is_left(workspace, bot, gate, weft):
     found = json.loads(told)
 
     assert (code, found["moved"], found["version"]) == (1, False, bot[1])
-    assert len(found["tried"]) == 2 * len(MERGED)
-    assert all(one["said"].startswith("fails: metrics: mail loss is") for one in found["tried"])
+    *merged, replayed = found["tried"]
+    assert len(merged) == 2 * len(MERGED)
+    assert all(one["said"].startswith("fails: metrics: mail loss is") for one in merged)
+    assert replayed["said"].startswith("cannot be: no run here made the version")
     assert len(workspace.store.versions()) == before
     assert workspace.store.pointing(*BOT) == bot[0]
 
@@ -95,7 +97,7 @@ def test_where_no_merge_passes_nothing_is_left(workspace, bot, gate, weft):
 def test_a_merge_that_passes_the_suite_must_pass_the_rest_too(workspace, bot, gate):
     gate(at_most=100.0, size={"max_rank": 1})
     with pytest.raises(deploying.GateFailed) as refused:
-        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent(), ("merge",))
     assert all("must be at most 1" in one["said"] for one in refused.value.tried)
     assert workspace.store.pointing(*BOT) == bot[0]
 
@@ -110,7 +112,7 @@ def test_a_merge_that_cannot_be_is_said_to_be_none(workspace, bot, gate, monkeyp
     monkeypatch.setattr(remedies.MERGES, "names", lambda: ("layer-wise",))
     gate(at_most=0.0)
     with pytest.raises(deploying.GateFailed) as refused:
-        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent(), ("merge",))
     (tried,) = refused.value.tried
     assert tried["said"].startswith("cannot be: ")
 
@@ -124,7 +126,7 @@ def test_what_was_taken_out_of_use_is_merged_into_nothing(workspace, bot, gate):
     service.yank(workspace, bot[1], "", undo=True)
     service.yank(workspace, bot[0], "it swears")
     with pytest.raises(deploying.GateFailed) as refused:
-        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent())
+        promote_or_remedy(workspace, BOT, "bot:v2", deploying.Intent(), ("merge",))
     assert [one["said"] for one in refused.value.tried] == [
         "cannot be: the version there is now is yanked (it swears)"
     ]
