@@ -247,6 +247,7 @@ def test_a_worker_that_is_told_to_give_up_keeps_its_process_and_its_model(alone,
     assert pid_of(backend, ask("a")) == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_heed_is_killed_and_nobody_is_charged(alone, ask):
     backend = alone(grace_s=0.2)
     before = pid_of(backend, ask("a"))
@@ -271,6 +272,7 @@ def test_a_reply_that_was_ready_is_drained_and_its_worker_kept(alone, ask):
     assert pid_of(backend, ask("a")) == before
 
 
+@pytest.mark.slow
 def test_a_silent_worker_is_taken_to_hang_and_its_client_served_elsewhere(alone, ask):
     backend = alone(heartbeat_s=1.5)
 
@@ -293,6 +295,7 @@ def test_progress_is_heard_of_while_an_assignment_runs(alone, ask):
     assert heard == sorted(heard)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_memory_grows_is_replaced_between_assignments(alone, ask):
     limit = 700  # a worker that has imported what it needs has some 250, and each adds 64
     backend = alone(recycle_above_mb=limit)
@@ -327,6 +330,7 @@ def test_two_runs_at_once_share_the_workers(actors, ask):
     }
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_end_the_run_with_the_reason(monkeypatch, ask):
     def broken(threads, perform):
         raise RuntimeError("no library here")
