@@ -1,15 +1,16 @@
-"""What weft's Ray backend adds to a bare Ray actor call, and what Flower's engine does.
+"""What weft's backends add to the work: Ray's beside a bare call and Flower's engine; real sites'.
 
-    python benchmarks/overhead.py [--quick] [--json] [--peer] [--clients 100] …
+    python benchmarks/overhead.py [--quick] [--json] [--only ray|sites] [--peer] [--clients 100] …
 
-A round in which no client trains. All sides send one broadcast to every client of a round and take
+*Ray*: a round in which no client trains. All sides send one broadcast to every client and take
 back an update of the same size, over as many worker processes; the work is to send back what came.
 
 *bare* is what a user of Ray would write, in the same Ray as weft's: the broadcast put into the
 object store once, numpy arrays in and out, and ``ray.util.ActorPool``, which like weft gives an
 actor its next call when it has answered. *weft* is a whole :meth:`RayBackend.run`: assignments out,
 each result back as an Update of torch tensors in memory of their own, with a deadline, a second try
-elsewhere, and word of who has started. *flower* is what ``FedAvg.start`` does in a round before it
+elsewhere, and word of who has started. *inline* is the same in this process, which sends nothing.
+*flower* is what ``FedAvg.start`` does in a round before it
 aggregates: messages made, sent, and all replies received, under ``run_simulation`` in an
 environment and a Ray of its own (see ``_flower.py``).
 
@@ -21,6 +22,10 @@ not in it.
 ``eager`` is one more, harsher peer without a goal: every call is submitted before the first result
 is read. A scheduler of clients of unequal length cannot do that: what waits in the queue of a slow
 one cannot go to an actor that is free.
+
+*Sites*: rounds over a real SuperLink and real sites, see ``_sites.py``. *message* is from a round's
+orders until an update is accepted, less what the site worked at it; *round* until its version is
+committed; *loads* how often a site's process loaded the base model.
 """
 
 from __future__ import annotations
@@ -40,11 +45,14 @@ from _figures import Figure, show
 from _flower import Engine, add_option, wanted
 from _flower import name as flower
 from _memory import watched
+from _sites import Size
+from _sites import measure as measure_sites
 from ray.util import ActorPool
 
 from clients.assignment import Assignment, DataSpec, ModelSpec, PluginChoice
 from clients.pace import Stepped
-from orchestrator.backends.base import complete
+from orchestrator.backends.base import Backend, complete
+from orchestrator.backends.inline import InlineBackend
 from orchestrator.backends.ray import RayBackend
 from strategies.base import Broadcast, Update
 
@@ -117,7 +125,7 @@ def timed(work: Callable[[], None]) -> Round:
     return run
 
 
-def weft_round(backend: RayBackend, megabytes: float, num_clients: int) -> Round:
+def weft_round(backend: Backend, megabytes: float, num_clients: int) -> Round:
     """Return a round of weft."""
     asked = assignments(payload(megabytes), num_clients)
 
@@ -195,6 +203,7 @@ class Sides:
         """Return each side's round by its name; Flower's driver holds all replies at once."""
         found = {
             "weft": weft_round(self.backend, megabytes, self.num_clients),
+            "inline": weft_round(InlineBackend(echo), megabytes, self.num_clients),
             "bare": pool_round(self.actors, megabytes, self.num_clients),
             "eager": eager_round(self.actors, megabytes, self.num_clients),
         }
@@ -208,7 +217,13 @@ class Sides:
         times = dict(zip(sides, interleaved(list(sides.values()), rounds), strict=True))
         each = {k: [1e3 * s / self.num_clients for s in v] for k, v in times.items()}
         middle = {side: statistics.median(values) for side, values in each.items()}
-        peers = {"weft": "", "bare": POOL, "eager": "ray calls at once", "flower": flower()}
+        peers = {
+            "weft": "",
+            "inline": "",
+            "bare": POOL,
+            "eager": "ray calls at once",
+            "flower": flower(),
+        }
         where = f"{megabytes:g} MB, {self.num_clients} clients, {len(self.actors)} workers"
         name = f"overhead.{self.num_clients}-clients.{megabytes:g}MB"
 
@@ -291,7 +306,8 @@ def measure(
 def main() -> None:
     """Measure, and print a table or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="20 and 60 clients, 5 rounds")
+    parser.add_argument("--quick", action="store_true", help="20 and 60 clients, 5 rounds; 1 site")
+    parser.add_argument("--only", choices=["ray", "sites"], help="one part; by default both")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
         "--clients", type=int, action="append", help="a round (default: 100 and 1,000)"
@@ -300,14 +316,20 @@ def main() -> None:
         "--megabytes", type=float, action="append", help="of an update (default: 0, 1 and 10)"
     )
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sites", type=int, action="append", help="(default: 1 and 3)")
     parser.add_argument("--rounds", type=int, help="that are measured (default: 9)")
     add_option(parser)
     arguments = parser.parse_args()
     counts = arguments.clients or ([20, 60] if arguments.quick else [100, 1000])
     rounds = arguments.rounds or (5 if arguments.quick else 9)
     payloads = arguments.megabytes or [0, 1, 10]
-    peer = wanted(arguments)
-    figures = measure(arguments.workers, sorted(counts), payloads, rounds, peer)
+    figures: list[Figure] = []
+    if arguments.only != "sites":
+        peer = wanted(arguments)
+        figures += measure(arguments.workers, sorted(counts), payloads, rounds, peer)
+    if arguments.only != "ray":
+        for sites in arguments.sites or ([1] if arguments.quick else [1, 3]):
+            figures += measure_sites(Size(sites, rounds))
     show("overhead", figures, arguments.json)
 
 
