@@ -12,18 +12,12 @@ import typer
 
 from clients.assignment import Task
 from orchestrator.cli_clients import clients_app
-from orchestrator.cli_deploy import (
-    followers_app,
-    gate_app,
-    promote,
-    rollback,
-    show_preview,
-    show_stages,
-)
+from orchestrator.cli_deploy import followers_app, gate_app, promote, rollback
 from orchestrator.cli_eval import evaluate
 from orchestrator.cli_exchange import export, import_, keys_app, sign, verify
 from orchestrator.cli_exposure import doctor, proxy
 from orchestrator.cli_lineage import diff, lineage
+from orchestrator.cli_merge import merge
 from orchestrator.cli_node import node_app
 from orchestrator.cli_privacy import privacy_app
 from orchestrator.cli_refs import alias_app, names, versions, yank
@@ -40,12 +34,10 @@ from orchestrator.terminal import (
     JsonFlag,
     Set,
     err,
-    numbers,
     out,
     pairs,
     print_json,
     workspace_here,
-    yaml_value,
 )
 
 _EXPECTED = (LookupError, ValueError, OSError, RuntimeError, ImportError)
@@ -72,6 +64,7 @@ app.command()(lineage)
 app.command()(diff)
 app.command()(names)
 app.command()(versions)
+app.command()(merge)
 app.command()(promote)
 app.command()(rollback)
 app.command()(yank)
@@ -187,77 +180,6 @@ def show(ref: str, as_json: JsonFlag = False) -> None:
     else:
         ancestry = provenance.lineage(workspace, version.id)
         out.print(report.version_table(version, ancestry.epsilons))
-
-
-@app.command()
-def merge(  # noqa: PLR0913  (one option each)
-    refs: Annotated[list[str] | None, typer.Argument(help="At least two versions.")] = None,
-    into: Annotated[str, typer.Option("--into", help="The name that the result gets.")] = "",
-    method: Annotated[str, typer.Option("--method", "-m")] = "cat",
-    weights: Annotated[str, typer.Option(help="One per version: 1,0.5; default 1 each.")] = "",
-    option: Annotated[list[str], typer.Option("--option", help="Of the method: key=value.")] = [],  # noqa: B006
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="A file of stages, in place of all else.")
-    ] = None,
-    union: Annotated[
-        bool, typer.Option("--union", help="Merge versions that change different layers.")
-    ] = False,
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Merge what is no LoRA as the nearest LoRA.")
-    ] = False,
-    search: Annotated[
-        str, typer.Option("--search", metavar="DATA", help="Look for the best weights on these.")
-    ] = "",
-    trials: Annotated[int, typer.Option(min=3, help="Merges that a search scores.")] = 30,
-    public: Annotated[
-        bool, typer.Option("--public", help="Everyone may see the data of --search.")
-    ] = False,
-    preview: Annotated[
-        bool, typer.Option("--preview", help="Show what it would be; commit nothing.")
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Merge versions into a new one."""
-    from clients.assignment import PluginChoice
-    from orchestrator import service, views
-    from orchestrator.merge_draft import draft
-    from orchestrator.merge_file import read_merge, searched
-    from orchestrator.staged_merging import merge_in_stages
-
-    if recipe is not None and (refs or into or search):
-        raise typer.BadParameter("--recipe says what is merged into what; give nothing else")
-    if recipe is None and not into:
-        raise typer.BadParameter("--into NAME is missing: the name that the result gets")
-    workspace = workspace_here()
-    options = {k: yaml_value(v, "--option") for k, v in pairs(option, "--option").items()}
-    chosen = numbers(weights) if weights else None
-    file = None if recipe is None else read_merge(recipe)
-    if search:
-        looked = {"data": search, "public": public, "trials": trials}
-        named = {"name": method, **options}
-        allowed = {"union": union, "convert": convert}
-        file = searched(refs or [], chosen, into, method=named, search=looked, **allowed)
-    what, allow = PluginChoice(method, options), service.Allow(union, convert)
-    if preview:
-        if file is not None:
-            show_stages(workspace, file, as_json)
-        else:
-            show_preview(
-                workspace, draft(workspace, refs or [], what, chosen, allow), into, as_json
-            )
-        return
-    if file is not None:
-        version = merge_in_stages(workspace, file)[-1].version
-    else:
-        version = service.merge(workspace, refs or [], what, into, chosen, allow)
-    found = workspace.store.version(version)
-    if as_json:
-        print_json(views.version_json(found))
-        return
-    out.print(f"{found.names[-1]}  {version}", highlight=False)
-    for what_is, share in sorted(found.metrics.items()):
-        if "/" not in what_is or what_is.startswith("converted"):
-            out.print(f"{what_is:<24}{share:.4f}", highlight=False)
 
 
 # --- look -------------------------------------------------------------------------------------

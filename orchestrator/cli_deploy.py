@@ -18,11 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.coordinator import Driving
     from orchestrator.federation import Observe
     from orchestrator.gating import Decision
-    from orchestrator.merge_draft import Draft
-    from orchestrator.merge_file import MergeFile
-    from orchestrator.previewing import Preview
     from orchestrator.remedy_runs import Replay
-    from orchestrator.workspace import Workspace
     from storage.aliases import AliasMove
 
 gate_app = typer.Typer(help="What is asked of a version.", no_args_is_help=True)
@@ -204,47 +200,6 @@ def _print_checks(decision: Decision) -> None:
     from orchestrator.gate_report import checks_table
 
     out.print(checks_table(decision))
-
-
-def show_preview(workspace: Workspace, made: Draft, into: str, as_json: bool) -> None:
-    """Print what a merge would be: conflicts, energy, and scores on the suite of ``into``."""
-    from orchestrator.previewing import preview
-
-    found = preview(workspace, made, into)
-    if as_json:
-        print_json(found.to_json())
-        return
-    _print_preview(found, into)
-    out.print("nothing was committed", highlight=False)
-
-
-def show_stages(workspace: Workspace, file: MergeFile, as_json: bool) -> None:
-    """Print what each stage of a merge would be, as :func:`show_preview` does of one."""
-    from orchestrator.gate_report import stage_line
-    from orchestrator.previewing import preview_in_stages
-
-    found = preview_in_stages(workspace, file)
-    if as_json:
-        print_json([{"stage": stage, **one.to_json()} for stage, one in found.items()])
-        return
-    for stage in file.stages:
-        out.print(stage_line(stage, found[stage.name]), highlight=False, markup=False)
-        _print_preview(found[stage.name], file.into)
-    out.print("nothing was committed", highlight=False)
-
-
-def _print_preview(found: Preview, into: str) -> None:
-    from orchestrator.gate_report import layers_table, scores_table
-
-    out.print(layers_table(found))
-    if found.scores:
-        out.print(scores_table(found))
-        return
-    err.print(
-        f"{into} has no evaluation suite; give it one with: weft gate set {into} FILE",
-        highlight=False,
-        markup=False,
-    )
 
 
 # --- gates ------------------------------------------------------------------------------------

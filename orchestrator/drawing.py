@@ -206,6 +206,7 @@ def _version_parts(version: Version) -> list[str]:
         "final": f"round {recipe.get('round')} with the memory of its task",
         "merge": f"merge by {recipe.get('merge', {}).get('name')}",
         "offset": f"offset of {_method(recipe)}",
+        "basis": f"basis by {recipe.get('merge', {}).get('name')}",
         "import": f"import of {_method(recipe)}",
     }.get(recipe["kind"], recipe["kind"])
     return [f"{version.id[:12]} {names}".strip(), what]

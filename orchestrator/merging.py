@@ -92,11 +92,12 @@ def refuse_offset(version: Version) -> None:
     Raises:
         NotAModel: if it is.
     """
-    if version.recipe["kind"] == "offset":
-        raise NotAModel(
-            f"{version.id[:12]} is the offset that other versions took out of the base model, and "
-            "no adapter by itself; name one of those"
-        )
+    what = {
+        "offset": "the offset that other versions took out of the base model",
+        "basis": "the basis that other versions are written in",
+    }.get(version.recipe["kind"])
+    if what is not None:
+        raise NotAModel(f"{version.id[:12]} is {what}, and no adapter by itself; name one of those")
 
 
 def refuse_kept(version: Version) -> None:

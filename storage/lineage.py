@@ -38,6 +38,7 @@ PARENT_KINDS = (
     "recycle",
     "import",
     "unlearn",
+    "basis",
 )
 
 
@@ -263,8 +264,8 @@ def load_versions(connection: Connection, ids: Sequence[str]) -> dict[str, Versi
     return by_id
 
 
-def load_content(connection: Connection, id_: str) -> Content:
-    """Return the digests of the version called ``id_``, checked as all of its content is.
+def load_content(connection: Connection, id_: str) -> tuple[Content, list[Parent]]:
+    """Return the digests and parents of the version called ``id_``, checked as all its content is.
 
     Two queries: what a version is called, and what was measured of it, is not read.
 
@@ -278,9 +279,10 @@ def load_content(connection: Connection, id_: str) -> Content:
     edges = select(versions.c.id, parents.c.kind).join(
         parents, versions.c.number == parents.c.parent
     )
-    came_from = connection.execute(edges.where(parents.c.child == row.number)).all()
-    _check(id_, content, sorted(Parent(*edge) for edge in came_from), row.recipe)
-    return content
+    rows = connection.execute(edges.where(parents.c.child == row.number)).all()
+    came_from = sorted(Parent(*edge) for edge in rows)
+    _check(id_, content, came_from, row.recipe)
+    return content, came_from
 
 
 def parents_of(connection: Connection, numbers: Sequence[int]) -> dict[int, list[Parent]]:

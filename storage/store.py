@@ -208,25 +208,37 @@ class AdapterStore(Aliases):
             return load_versions(connection, [found])[found]
 
     def tensors(self, ref: str) -> dict[str, Tensor]:
-        """Return the adapter's tensors.
+        """Return the adapter's tensors, with those of its basis that it has not itself.
+
+        A basis is a parent of that kind: versions that share it have it stored once.
 
         Raises:
             UnknownVersion, AmbiguousRef, VersionCorrupt: as :meth:`version`.
             BlobMissing, BlobCorrupt: if they are not on the disk as they were committed.
         """
-        return self._blobs.get(self._content(ref).tensors)
+        content, came_from = self._content(ref)
+        return self._with_bases(self._blobs.get(content.tensors), came_from)
+
+    def _with_bases(
+        self, own: Mapping[str, Tensor], came_from: Sequence[Parent]
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for parent in came_from:
+            if parent.kind == "basis":
+                found |= self.tensors(parent.id)
+        return {**found, **own}
 
     def auxiliary(self, ref: str) -> dict[str, Tensor]:
         """Return the rest of the strategy's state; empty if none. Raises as :meth:`tensors`."""
-        digest = self._content(ref).auxiliary
+        digest = self._content(ref)[0].auxiliary
         return self._blobs.get(digest) if digest else {}
 
     def memory(self, ref: str) -> dict[str, Tensor]:
         """Return the regularisers' memory; empty if none. Raises as :meth:`tensors`."""
-        digest = self._content(ref).memory
+        digest = self._content(ref)[0].memory
         return self._blobs.get(digest) if digest else {}
 
-    def _content(self, ref: str) -> Content:
+    def _content(self, ref: str) -> tuple[Content, list[Parent]]:
         with self._engine.connect() as connection:
             return load_content(connection, resolve(connection, ref))
 

@@ -86,7 +86,10 @@ class UnwrittenStore(AdapterStore):
 
     def tensors(self, ref: str) -> dict[str, Tensor]:
         """Return a version's tensors, held or there; as :meth:`AdapterStore.tensors`."""
-        return dict(self._held[ref].tensors) if ref in self._held else super().tensors(ref)
+        if ref not in self._held:
+            return super().tensors(ref)
+        held = self._held[ref]
+        return self._with_bases(held.tensors, held.version.parents)
 
     def auxiliary(self, ref: str) -> dict[str, Tensor]:
         """Return the rest of the strategy's state; as :meth:`tensors`."""

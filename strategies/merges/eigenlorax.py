@@ -1,8 +1,8 @@
 """EigenLoRAx: the adapters' principal directions are one basis, in which their changes are summed.
 
 Source: arXiv 2502.04700. What the basis is, and what of the authors' code is left out, is told in
-:mod:`strategies.subspaces`; :mod:`strategies.shared` keeps one basis and a core for each of many
-tasks, of which this is the sum.
+:mod:`strategies.subspaces`; :mod:`strategies.shared` has one basis and a core for each of many
+tasks, of which this is the sum, and ``weft merge --apart`` stores them so.
 """
 
 from __future__ import annotations

@@ -46,3 +46,17 @@ def test_what_is_there_is_read_and_measured_and_no_name_is_given(engine, blobs):
     assert torch.equal(store.tensors(there[:8])["a"], torch.ones(2))
     assert written.version(there).metrics == {"loss": 1.0}
     assert written.names() == []
+
+
+def test_what_a_basis_has_is_loaded_with_what_lies_in_it(engine, blobs):
+    written = AdapterStore(engine, blobs)
+    basis = written.commit(
+        {"a": torch.ones(2), "b": torch.ones(3)}, parents={}, recipe={"kind": "basis"}
+    )
+    given = {"parents": {basis: "basis"}, "recipe": {"kind": "merge"}}
+    for store in (UnwrittenStore(engine, blobs), written):
+        core = store.commit({"b": torch.zeros(3), "c": torch.ones(1)}, **given)
+        found = store.tensors(core)
+        assert list(found) == ["a", "b", "c"]
+        assert torch.equal(found["a"], torch.ones(2))
+        assert torch.equal(found["b"], torch.zeros(3))
