@@ -16,6 +16,7 @@ from clients.assignment import ModelSpec, PluginChoice, Task
 from clients.optimizers import OPTIMIZERS
 from clients.regularizers import REGULARIZERS
 from clients.tags import is_bio, scheme_problem
+from clients.yaml_files import BadFile, mapping_in
 from orchestrator.faults import Faults, from_list
 from orchestrator.faults import problems as fault_problems
 from orchestrator.loggers import LOGGERS
@@ -342,18 +343,10 @@ def read_document(path: str | Path, hint: str = "weft init writes one") -> dict[
     Raises:
         BadConfig: if there is none.
     """
-    file = Path(path)
     try:
-        document = yaml.safe_load(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadConfig(f"there is no file {file}; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{file} cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise BadConfig(f"{file} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise BadConfig(f"{file} must hold a mapping of options, such as 'name: task-1'")
-    return document
+        return mapping_in(Path(path), hint, "name: task-1")
+    except BadFile as error:
+        raise BadConfig(str(error)) from None
 
 
 def parse_config(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

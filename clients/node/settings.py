@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from clients.sources import BadDataURI, is_public, parse_uri, parts_of, several
+from clients.yaml_files import BadFile, mapping_in
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 _ADDRESS = r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9][A-Za-z0-9.-]*):[0-9]{1,5}$"
@@ -201,7 +201,11 @@ def load_settings(path: str | Path) -> Settings:
             the private key.
     """
     file = Path(path).expanduser().absolute()
-    settings = parse_settings(_document(file), file)
+    try:
+        document = mapping_in(file, "weft node init writes one", "name: clinic-north")
+    except BadFile as error:
+        raise BadSettings(str(error)) from None
+    settings = parse_settings(document, file)
     refuse_shown_key(settings.key, f"{file}: key")
     return settings
 
@@ -247,20 +251,6 @@ def refuse_shown_key(key: Path, where: str) -> None:
             f"{where}: others may read {key} (mode {status.st_mode & 0o777:04o}); run: "
             f"chmod 600 {key}"
         )
-
-
-def _document(file: Path) -> Mapping[str, Any]:
-    try:
-        document = yaml.safe_load(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise BadSettings(f"there is no file {file}; weft node init writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadSettings(f"{file} cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise BadSettings(f"{file} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise BadSettings(f"{file} must hold a mapping of options, such as 'name: clinic-north'")
-    return document
 
 
 def _anchored(settings: Settings, folder: Path) -> Settings:
