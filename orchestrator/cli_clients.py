@@ -23,7 +23,7 @@ def clients_add(  # noqa: PLR0913  (one option each)
     name: Annotated[str | None, typer.Argument(help="Of the client; with --from, none.")] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="jsonl:/path, csv:, hf:, …; site:NAME at a site."),
+        typer.Option("--data", help="jsonl:/path, csv:, parquet:, hf:, builtin:."),
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget, for good.")] = None,
     delta: Annotated[float | None, typer.Option(help="δ of the budget.")] = None,

@@ -96,13 +96,13 @@ def register_client(workspace: Workspace, record: ClientRecord, check: bool = Tr
     Args:
         workspace: where.
         record: the client.
-        check: whether to look at its data set, if that is here: never at a site's own.
+        check: whether to look at its data set.
 
     Raises:
         ClientExists: if the name is taken.
         ClientWithdrew: if a client of this name withdrew.
         DataNotFound: if its data set is not there.
-        BadConfig: if its data set holds no readable record.
+        BadConfig: if its data set holds no readable record, or is a site's to offer.
     """
     record = _checked(record, check, workspace.ledger.withdrawals.all())
     workspace.ledger.add_client(record)
@@ -218,12 +218,11 @@ def _checked(
     if record.holdout is not None:
         record = replace(record, holdout=str(Holdout.of(record.holdout).anchored()))
     if is_elsewhere(record.data):
-        if record.num_examples is None:
-            raise BadConfig(
-                f"{record.data} lies at its site and is never looked at from here; give its "
-                "declared size with --examples N"
-            )
-        return record
+        raise BadConfig(
+            f"{record.data} is what a site's node offers, and no node would answer for "
+            f"{record.name}: name data that are here, or let the node in with the file that its "
+            "owner makes (weft node join): weft clients add --join FILE"
+        )
     if check:
         report = checked(DataSpec(record.data, dict(record.fields)), None, None)
         if report.total == report.num_bad:

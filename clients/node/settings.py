@@ -100,7 +100,8 @@ class Policy(_Section):
             which sees each update before it does; and whether noise that clients make in shares
             counts as the whole that it is in their sum, though it sees each update by itself.
         min_noise_multiplier: of the noise that this node itself adds, > 0; None for any.
-        max_epsilon_per_run: that one run may spend of a population, > 0; None for any.
+        max_epsilon_per_run: that one run may spend of a population, > 0; None for any. Whoever
+            begins runs can begin another: what bounds all of them is the data set's epsilon.
         insecure_seed: whether runs may make the noise from a seed that everybody knows: tests.
         max_steps: of an assignment.
         max_epochs: of an assignment that says no steps.

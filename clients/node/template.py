@@ -134,7 +134,7 @@ policy:
 #  adapters: null                # or the only ones: [lora, dora]
 #  strategies: null              # or the only ones: [fedsvd, ffa-lora]
 #  min_noise_multiplier: null    # of this node's own noise
-#  max_epsilon_per_run: null     # of one population
+#  max_epsilon_per_run: null     # of one population; whoever begins runs can begin another
 #  insecure_seed: false          # true: noise that everybody can compute; for tests
 #  max_steps: 10000
 #  max_epochs: 10.0

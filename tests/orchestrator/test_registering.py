@@ -37,15 +37,12 @@ def test_a_client_elsewhere_is_registered_without_a_look(workspace):
         service.register_client(workspace, record, check=False)
 
 
-def test_a_client_of_a_site_is_never_looked_at(workspace):
-    record = ClientRecord("a", "site:notes", "a", num_examples=500)
+@pytest.mark.parametrize("examples", [None, 500])
+def test_what_a_node_offers_is_no_client_without_the_node(workspace, examples):
+    record = ClientRecord("a", "site:notes", "a", num_examples=examples)
 
-    assert service.register_client(workspace, record) == record
-
-
-def test_a_client_of_a_site_declares_its_size(workspace):
-    with pytest.raises(BadConfig, match=r"site:notes lies at its site .* give its .* --examples N"):
-        service.register_client(workspace, ClientRecord("a", "site:notes", "a"), check=False)
+    with pytest.raises(BadConfig, match=r"site:notes is .* would answer for a: .* --join FILE"):
+        service.register_client(workspace, record, check=False)
     assert workspace.ledger.clients() == []
 
 
