@@ -26,7 +26,7 @@ from clients.assignment import Assignment
 from clients.orders import BadReply, Packer, pack_order
 from clients.pace import pause_after
 from orchestrator.backends.base import TICK_S, Result, Started, Stepped, unheard
-from orchestrator.backends.sites_answers import CUT_OFF, GONE, failed, mishap, result_of
+from orchestrator.backends.sites_answers import CUT_OFF, GONE, failed, mishap, most_bytes, result_of
 from orchestrator.backends.sites_line import Calling, Claimed, Line, Link, Open
 from orchestrator.backends.sites_state import Sent, SitesState
 from orchestrator.backends.superlink import (
@@ -267,11 +267,16 @@ class _Run:
                 continue
             one.ids.discard(reply.to)  # it is told of once
             one.sending = True  # there is nothing to send again while it is fetched
-            fetch = self._in.submit(claim.fetch, reply, self.calling.most_bytes, self._wanted)
+            wanted = partial(self._wanted, self._until(one))
+            fetch = self._in.submit(claim.fetch, reply, most_bytes(one.assignment), wanted)
             self._jobs[fetch] = partial(self._fetched, claim, one)
 
-    def _wanted(self, waited_s: float) -> bool:
-        return not self._closed and waited_s < _STALLED_S
+    def _until(self, one: Open) -> float:
+        """Return until when anybody waits for a reply, however slowly it arrives."""
+        return one.since + self.calling.patience_s
+
+    def _wanted(self, until: float, waited_s: float) -> bool:
+        return not self._closed and waited_s < _STALLED_S and time.monotonic() < until
 
     def _fetched(self, claim: Claimed, one: Open, job: Future[bytes | Mishap]) -> None:
         one.sending = False
@@ -280,6 +285,10 @@ class _Run:
             found = self._settle(job, claim)
         except Lost:  # it keeps what it answered, and sends the same bytes
             one.cut_off, one.restored = time.monotonic(), False
+            if one.cut_off >= self._until(one):
+                self._done(
+                    one, failed(assignment, f"the reply of node {name} did not arrive in time")
+                )
             return
         except (Unreadable, BadReply, Refused) as error:
             self._done(one, failed(assignment, f"the reply of node {name} is no use: {error}"))

@@ -27,9 +27,6 @@ NodeOf: TypeAlias = Callable[[str], tuple[str, str | bytes] | str]
 Learn: TypeAlias = Callable[[str, Mapping[str, Any]], None]
 """Told of what a node says of itself in a reply."""
 
-MOST_BYTES = 4 * 2**30
-"""That a reply may have."""
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -106,7 +103,6 @@ class Calling:
         node_of: says at which node a client is.
         learn: told of what nodes say of themselves.
         away_s: seconds after which a node that is not there, or a SuperLink, has failed.
-        most_bytes: that a reply may have.
     """
 
     terms: Terms
@@ -114,7 +110,6 @@ class Calling:
     node_of: NodeOf
     learn: Learn = nothing
     away_s: float = 90.0
-    most_bytes: int = MOST_BYTES
 
 
 @dataclass(slots=True)

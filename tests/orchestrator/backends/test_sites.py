@@ -14,6 +14,7 @@ from clients.flower_runtime import Endpoint, Lost, RuntimeGone, TaskLost, Unread
 from clients.orders import Refusal, Reply, Terms, pack_reply, unpack_order
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.sites import Calling, SitesBackend
+from orchestrator.backends.sites_answers import MOST_BYTES, most_bytes
 from orchestrator.backends.superlink import Arrived, Mishap, Node, Refused, Task
 from orchestrator.plan import RoundInputs, plan_round
 from strategies.base import Broadcast, Update
@@ -121,6 +122,8 @@ class Claimed:
             raise arrived.tree
         if callable(arrived.tree):
             return arrived.tree(wanted)
+        if isinstance(arrived.tree, bytes) and len(arrived.tree) > most_bytes:
+            raise Unreadable(f"it is larger than {most_bytes} bytes")
         return arrived.tree
 
     def finish(self, problem=""):
@@ -157,7 +160,7 @@ def backend(link, tmp_path):
         return (AT[client], KEYS[AT[client]]) if client in AT else f"{client} is at no node"
 
     def make(**options):
-        calling = Calling(TERMS, 60.0, node_of, **options)
+        calling = Calling(TERMS, **{"patience_s": 60.0, "node_of": node_of, **options})
         return SitesBackend(link, calling, tmp_path / "run" / "sites.json")
 
     return make
@@ -480,6 +483,45 @@ def test_replies_that_arrive_slowly_keep_nobody_else_waiting(link, backend, aske
     results.close()
 
     assert [result.client for result in found] == ["a"]
+
+
+def test_a_reply_that_trickles_in_is_waited_for_until_the_round_s_deadline(link, backend, asked):
+    def drip(wanted):
+        while wanted(0.0):
+            threading.Event().wait(0.01)
+        raise Lost("a part of it did not arrive")
+
+    link.answer = lambda assignment: drip
+
+    [failure] = run(backend(patience_s=0.5), asked[:1]).values()
+
+    assert failure.reason == "the reply of node north did not arrive in time"
+    assert len(link.pushed) == 1
+
+
+def test_a_reply_may_be_several_times_as_large_as_what_was_asked_for(asked):
+    asked = replace(asked[0], held={})
+    sent = asked.broadcast.tensors
+    [name, *others] = sorted(name for name in sent if not name.endswith(".scaling"))
+    large = {name: torch.zeros(1000, 1000)}
+    one = replace(asked, broadcast=replace(asked.broadcast, tensors=sent | large))
+    scores, reads = replace(one, action="evaluate"), replace(one, action="prepare")
+    frozen = replace(one, broadcast=replace(one.broadcast, trainable=others[0]))
+    left = {n: tensor for n, tensor in sent.items() if n != name}
+    held = replace(asked.broadcast, tensors=left)
+
+    assert 2 * 4 * 10**6 < most_bytes(one) < 10**8
+    assert most_bytes(scores) == most_bytes(reads) < most_bytes(frozen) < most_bytes(one) - 10**7
+    assert most_bytes(replace(asked, broadcast=held, held={f"tensors/{name}": "0"})) == MOST_BYTES
+    assert most_bytes(replace(asked, held={f"mask/{name}": "0"})) < most_bytes(one)
+
+
+def test_what_is_larger_than_a_reply_may_be_is_not_fetched(link, backend, asked):
+    link.answer = lambda assignment: bytes(2**26)
+
+    [failure] = run(backend(), asked[:1]).values()
+
+    assert "the reply of node north is no use: it is larger than" in failure.reason
 
 
 def test_what_a_node_says_of_itself_is_learned_before_its_result_is_used(link, backend, asked):
