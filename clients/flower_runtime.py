@@ -18,6 +18,7 @@ import httpx
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ObjectTree,
@@ -49,7 +50,16 @@ from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from clients.pace import pause_after
 
-__all__ = ["Endpoint", "Lost", "Refused", "Runtime", "RuntimeGone", "TaskLost", "Unreadable"]
+__all__ = [
+    "Endpoint",
+    "Lost",
+    "Refused",
+    "Runtime",
+    "RuntimeGone",
+    "TaskLost",
+    "TooLarge",
+    "Unreadable",
+]
 
 _ARRIVES_WITHIN_S = 200.0
 """Seconds without any object of a message, after which Flower gives up its upload (180)."""
@@ -86,6 +96,10 @@ Wanted: TypeAlias = Callable[[float], bool]
 def patiently(waited_s: float) -> bool:
     """Wait for as long as Flower may be sent a part."""
     return waited_s <= _ARRIVES_WITHIN_S
+
+
+class TooLarge(Unreadable):
+    """A message of more bytes than are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +292,7 @@ class Runtime:
 
         Raises:
             Lost: if it does not arrive.
-            Unreadable: if it is too large, or is no message.
+            Unreadable: if it is too large (TooLarge), or is no message.
         """
         contents: dict[str, bytes] = {}
         room = most_bytes
@@ -290,7 +304,7 @@ class Runtime:
                 contents[one.object_id] = self._get(request, wanted)
                 room -= len(contents[one.object_id])
                 if room < 0:
-                    raise Unreadable(f"it is larger than {most_bytes} bytes")
+                    raise TooLarge(f"it is larger than {most_bytes} bytes")
         confirmed = ConfirmMessageReceivedRequest(
             node=Node(node_id=node), run_id=run, message_object_id=tree.object_id
         )
@@ -340,6 +354,11 @@ def instruction(content: RecordDict, where: Mapping[str, int], ttl: float, group
     )
     metadata.delivered_at = ""
     return make_message(metadata=metadata, content=content)
+
+
+def bare(about: Any) -> Message:
+    """Return a message without its content, as :meth:`Runtime.waiting` told of it."""
+    return make_message(metadata=metadata_from_proto(about), content=RecordDict())
 
 
 def reply(content: RecordDict | Error, to: Message) -> Message:

@@ -20,11 +20,14 @@ from clients.flower import order_of, reply_record
 from clients.flower_heartbeat import Heartbeat
 from clients.flower_runtime import (
     Endpoint,
+    Lost,
     Refused,
     Runtime,
     RuntimeGone,
     TaskLost,
+    TooLarge,
     Unreadable,
+    bare,
     reply,
 )
 from clients.orders import MOST_PART_BYTES, BadOrder, Order
@@ -112,16 +115,30 @@ def _one(task: Runtime, answering: Answering, answer: Answer) -> None:
         if not waiting:
             task.end("the message is there no more")
             return
-        [(_, tree)] = waiting
-        message = task.fetch(tree, node, run, answering.most_bytes)
-        problem, content = _answered(message.content if message.has_content() else None, answer)
+        [(about, tree)] = waiting
+        try:
+            message = task.fetch(tree, node, run, answering.most_bytes)
+        except Lost:
+            raise
+        except Unreadable as error:
+            message, problem = bare(about), _not_taken(error)
+            content: RecordDict | Error = Error(_RAISED, problem)
+        else:
+            problem, content = _answered(message.content if message.has_content() else None, answer)
         task.send(reply(content, message), node, run)
         task.end(problem)
-    except (RuntimeGone, TaskLost, Refused, Unreadable) as error:
+    except (RuntimeGone, TaskLost, Refused, Lost) as error:
         _LOG.warning("a message could not be answered: %s", error)
     finally:
         heartbeat.stop()
         task.close()
+
+
+def _not_taken(error: Unreadable) -> str:
+    limit = ", which is max_order_mb in its node.yaml" if isinstance(error, TooLarge) else ""
+    problem = f"this site does not take the order: {error}{limit}"
+    _LOG.warning("%s", problem)
+    return problem
 
 
 def _answered(content: RecordDict | None, answer: Answer) -> tuple[str, RecordDict | Error]:

@@ -109,7 +109,11 @@ def start(file: NodeFile = Path("node.yaml")) -> None:
         )
         running.start(
             settings,
-            lambda address, secret, answer, end: serve(Answering(address, secret), answer, end),
+            lambda address, secret, answer, end: serve(
+                Answering(address, secret, most_bytes=settings.policy.max_order_mb << 20),
+                answer,
+                end,
+            ),
             stop,
             Resident(settings, stop).answer,
         )

@@ -109,6 +109,7 @@ class Policy(_Section):
         max_microbatch: examples in memory at once.
         max_length: tokens of an example.
         max_threads: that an assignment may compute with.
+        max_order_mb: of an order with all its tensors, in units of 2^20 bytes.
     """
 
     adapters: tuple[Text, ...] | None = None
@@ -124,6 +125,7 @@ class Policy(_Section):
     max_microbatch: int = Field(default=1_024, ge=1)
     max_length: int = Field(default=8_192, ge=1)
     max_threads: int = Field(default=64, ge=1)
+    max_order_mb: int = Field(default=2_048, ge=1)
 
 
 class Settings(_Section):

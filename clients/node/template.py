@@ -142,4 +142,5 @@ policy:
 #  max_microbatch: 1024
 #  max_length: 8192
 #  max_threads: 64
+#  max_order_mb: 2048            # tensors of an order, which are held in memory
 """

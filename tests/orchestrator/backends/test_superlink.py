@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from clients.flower_program import path_of
+from clients.flower_runtime import TooLarge
 from clients.flower_site import Answering, serve
 from clients.node import running
 from clients.orders import Order
@@ -120,7 +121,7 @@ class Flower:
         self.may_answer = threading.Event()
         self.may_answer.set()
         self.stop = threading.Event()
-        answering = Answering(self.node_address, self.node_secret)
+        answering = Answering(self.node_address, self.node_secret, most_bytes=20_000_000)
         self.site = threading.Thread(target=serve, args=(answering, self.answer, self.stop))
         self.site.start()
         self.link = self.connect()
@@ -245,6 +246,27 @@ def test_of_a_bug_at_a_site_only_its_kind_leaves_the_site(flower, claim):
     [found] = collect(claim, flower.push(claim, b"bug"))
 
     assert found == Mishap(2, "ZeroDivisionError at the site (its text stays there)")
+
+
+def test_an_order_that_is_larger_than_a_site_takes_is_answered_with_its_limit(flower, claim):
+    before = len(flower.orders)
+
+    [found] = collect(
+        claim, flower.push(claim, b"large", {"a" * 64: secrets.token_bytes(20_000_000)})
+    )
+
+    assert found.code == 2
+    assert "larger than 20000000 bytes, which is max_order_mb in its node.yaml" in found.reason
+    assert len(flower.orders) == before
+
+
+def test_a_reply_that_is_larger_than_it_may_be_is_not_held(flower, claim):
+    message = flower.push(claim, bytes(3_000_000))
+    while not (arrived := claim.replies([message])):
+        time.sleep(0.05)
+
+    with pytest.raises(TooLarge, match="larger than 2000000 bytes"):
+        claim.fetch(arrived[0], 2_000_000)
 
 
 def test_what_nobody_fetched_in_time_is_not_delivered(flower, claim):
