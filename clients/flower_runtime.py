@@ -9,16 +9,15 @@ is nothing to wait for, so none of them is used: only its requests, and its reco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import httpx
-from flwr.app import Error, Message, Metadata, RecordDict
-from flwr.app.message import make_message, remove_content_from_message
+from flwr.app import Message, Metadata
+from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ObjectTree,
@@ -42,24 +41,15 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
+from clients.flower_messages import TooLarge, Unreadable, inflated
 from clients.pace import pause_after
 
-__all__ = [
-    "Endpoint",
-    "Lost",
-    "Refused",
-    "Runtime",
-    "RuntimeGone",
-    "TaskLost",
-    "TooLarge",
-    "Unreadable",
-]
+__all__ = ["Endpoint", "Lost", "Refused", "Runtime", "RuntimeGone", "TaskLost"]
 
 _ARRIVES_WITHIN_S = 200.0
 """Seconds without any object of a message, after which Flower gives up its upload (180)."""
@@ -81,10 +71,6 @@ class Refused(RuntimeError):
     """A request was understood, and refused."""
 
 
-class Unreadable(ValueError):
-    """A message whose objects cannot be had, or make no message."""
-
-
 class Lost(Unreadable):
     """A message of which a part did not arrive: whoever sent it was cut off."""
 
@@ -96,10 +82,6 @@ Wanted: TypeAlias = Callable[[float], bool]
 def patiently(waited_s: float) -> bool:
     """Wait for as long as Flower may be sent a part."""
     return waited_s <= _ARRIVES_WITHIN_S
-
-
-class TooLarge(Unreadable):
-    """A message of more bytes than are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +292,7 @@ class Runtime:
         )
         with self.endpoint.calls():
             self._client.ConfirmMessageReceived(confirmed)
-        return _inflated(tree.object_id, contents)
+        return inflated(tree.object_id, contents, most_bytes)
 
     def _get(self, request: PullObjectRequest, wanted: Wanted) -> bytes:
         began = time.monotonic()
@@ -327,54 +309,6 @@ class Runtime:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
-
-
-def instruction(content: RecordDict, where: Mapping[str, int], ttl: float, group: str) -> Message:
-    """Return a message to a node that says by itself which run it belongs to.
-
-    Flower's own constructor takes that from the process, which could then drive one run alone.
-
-    Args:
-        content: what it says.
-        where: numbers of the ``run``, the ``task`` that sends it, and the ``node`` that it is for.
-        ttl: seconds until nobody needs it any more, > 0.
-        group: shown in the node's log.
-    """
-    metadata = Metadata(
-        run_id=where["run"],
-        message_id="",
-        src_node_id=1,
-        dst_node_id=where["node"],
-        reply_to_message_id="",
-        group_id=group,
-        created_at=time.time(),
-        ttl=ttl,
-        message_type="train",
-        src_task_id=where["task"],
-    )
-    metadata.delivered_at = ""
-    return make_message(metadata=metadata, content=content)
-
-
-def bare(about: Any) -> Message:
-    """Return a message without its content, as :meth:`Runtime.waiting` told of it."""
-    return make_message(metadata=metadata_from_proto(about), content=RecordDict())
-
-
-def reply(content: RecordDict | Error, to: Message) -> Message:
-    """Return the reply to a message."""
-    return Message(content, reply_to=to)
-
-
-def _inflated(name: str, contents: dict[str, bytes]) -> Message:
-    try:
-        message = inflate_object_from_contents(name, contents)
-    except Exception as error:  # hostile bytes, read by code that is not ours
-        raise Unreadable(f"its bytes are no message ({type(error).__name__})") from error
-    if not isinstance(message, Message):
-        raise Unreadable(f"its bytes are a {type(message).__name__}, not a message")
-    message.metadata.__dict__["_message_id"] = name
-    return message
 
 
 def _reason(response: httpx.Response) -> str:

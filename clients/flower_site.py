@@ -18,18 +18,8 @@ from flwr.app import Error, RecordDict
 
 from clients.flower import order_of, reply_record
 from clients.flower_heartbeat import Heartbeat
-from clients.flower_runtime import (
-    Endpoint,
-    Lost,
-    Refused,
-    Runtime,
-    RuntimeGone,
-    TaskLost,
-    TooLarge,
-    Unreadable,
-    bare,
-    reply,
-)
+from clients.flower_messages import TooLarge, Unreadable, bare, reply
+from clients.flower_runtime import Endpoint, Lost, Refused, Runtime, RuntimeGone, TaskLost
 from clients.orders import MOST_PART_BYTES, BadOrder, Order
 from clients.pace import pause_after
 

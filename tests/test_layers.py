@@ -28,6 +28,7 @@ CONFINED = {
         "orchestrator.flower_app",
         "orchestrator.flower_strategy",
         "clients.flower",
+        "clients.flower_messages",
         "clients.flower_runtime",
         "clients.flower_site",
         "clients.flower_supernode",

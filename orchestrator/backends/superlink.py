@@ -5,7 +5,7 @@ task to whoever knows its secret, which is this process. The run's app is a thin
 modules import the weft that is installed where they run (:mod:`orchestrator.flower_app`).
 
 All that weft uses of Flower beyond its documented interface is here and in
-:mod:`clients.flower_runtime`.
+:mod:`clients.flower_runtime` and :mod:`clients.flower_messages`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.control import ControlHttpClient
 
 from clients.flower_heartbeat import Heartbeat
+from clients.flower_messages import Unreadable, instruction
 from clients.flower_runtime import (
     Endpoint,
     Lost,
@@ -40,10 +41,8 @@ from clients.flower_runtime import (
     Runtime,
     RuntimeGone,
     TaskLost,
-    Unreadable,
     Versions,
     Wanted,
-    instruction,
     patiently,
 )
 from orchestrator.backends.thin_app import thin_app

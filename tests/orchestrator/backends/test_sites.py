@@ -10,7 +10,8 @@ import torch
 
 from clients.assignment import DataSpec
 from clients.evaluate import Evaluation
-from clients.flower_runtime import Endpoint, Lost, RuntimeGone, TaskLost, Unreadable
+from clients.flower_messages import Unreadable
+from clients.flower_runtime import Endpoint, Lost, RuntimeGone, TaskLost
 from clients.orders import Refusal, Reply, Terms, pack_reply, unpack_order
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.sites import Calling, SitesBackend

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from clients.flower_messages import TooLarge
 from clients.flower_program import path_of
-from clients.flower_runtime import TooLarge
 from clients.flower_site import Answering, serve
 from clients.node import running
 from clients.orders import Order
@@ -248,12 +248,13 @@ def test_of_a_bug_at_a_site_only_its_kind_leaves_the_site(flower, claim):
     assert found == Mishap(2, "ZeroDivisionError at the site (its text stays there)")
 
 
-def test_an_order_that_is_larger_than_a_site_takes_is_answered_with_its_limit(flower, claim):
+@pytest.mark.parametrize("content", [secrets.token_bytes, bytes], ids=["random", "of one chunk"])
+def test_an_order_that_is_larger_than_a_site_takes_is_answered_with_its_limit(
+    flower, claim, content
+):
     before = len(flower.orders)
 
-    [found] = collect(
-        claim, flower.push(claim, b"large", {"a" * 64: secrets.token_bytes(20_000_000)})
-    )
+    [found] = collect(claim, flower.push(claim, b"large", {"a" * 64: content(20_000_000)}))
 
     assert found.code == 2
     assert "larger than 20000000 bytes, which is max_order_mb in its node.yaml" in found.reason
