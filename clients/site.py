@@ -98,6 +98,11 @@ class Site:
             elif other.stat().st_size:
                 write_durably(other, b"")
 
+    def answered(self, run: str, client: str, assignment: str) -> bool:
+        """Return whether an assignment digest was answered: what was sent is known or gone."""
+        folder = run_folder(self._folder, run, client)
+        return any((folder / f"{kind}-{assignment}").exists() for kind in ("update", "sums"))
+
     def stored_sums(self, run: str, client: str, assignment: str) -> dict[str, float] | None:
         """Return the noised sums already released for this assignment digest, or None."""
         path = self._run_folder(run, client) / f"sums-{assignment}"

@@ -23,6 +23,7 @@ from strategies.spends import PrivacySpend, of_a_share
 FILE = "ledger.db"
 """Its file in the site's state folder."""
 
+_KEYED = ("*/*/key", "*/*/sums-*")  # what there is of runs with privacy, and of evaluations
 _MOST_TOLD = 1_000  # rows in one reply
 _OF_SHARES = (
     ", or count the noise of a sum whole (trust_coordinator_noise in node.yaml): of noise made in "
@@ -64,6 +65,9 @@ _HIDES: Mapping[Protection, str] = {
 ALL = ""
 """The run of a bound on all runs together."""
 
+_SCORED = """SELECT run, client FROM answers a WHERE action = 'evaluate' AND NOT EXISTS
+    (SELECT 1 FROM runs r WHERE r.run = a.run AND r.client = a.client)
+GROUP BY run, client HAVING max(began) < ?"""
 _COLUMNS = (
     "event, population, client, run, round, assignment, mechanism, unit, adjacency, parameters"
 )
@@ -129,9 +133,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / FILE
-        if not self._path.exists() and any(folder.glob("*/*/key")):
+        if not self._path.exists() and any(any(folder.glob(one)) for one in _KEYED):
             raise LedgerUnavailable(
-                f"{self._path} is gone, and keys of runs with privacy are there: what they spent "
+                f"{self._path} is gone, and what runs with privacy keep is there: what they spent "
                 "is not known any more. Restore it from a backup"
             )
         with self._connected() as connection:
@@ -163,6 +167,25 @@ class Ledger:
                 f"client kept of it is no better hidden; one that {_HIDES[entry.protection]} "
                 "must be another run"
             )
+
+    def entered(self, run: str, client: str) -> bool:
+        """Return whether a run has begun at a client, not just an evaluation.
+
+        Raises:
+            LedgerUnavailable: if it cannot be read.
+        """
+        return bool(self.rows("SELECT 1 FROM runs WHERE run = ? AND client = ?", run, client))
+
+    def scored_before(self, moment: float) -> list[tuple[str, str]]:
+        """Return run and client of evaluations outside of runs that nobody asked for since.
+
+        Args:
+            moment: Unix time, seconds.
+
+        Raises:
+            LedgerUnavailable: if it cannot be read.
+        """
+        return [(row["run"], row["client"]) for row in self.rows(_SCORED, moment)]
 
     def charge(self, charged: Charge, budget: Budget, shares: int = 0) -> None:
         """Put a spend on the ledger, if budgets allow; the same event again costs nothing.
@@ -214,9 +237,7 @@ class Ledger:
         Raises:
             LedgerUnavailable: if it cannot be read.
         """
-        with self._connected() as connection:
-            query = "SELECT 1 FROM spends WHERE event = ?"
-            return connection.execute(query, (event,)).fetchone() is not None
+        return bool(self.rows("SELECT 1 FROM spends WHERE event = ?", event))
 
     def charges(self, population: str) -> list[Charge]:
         """Return what was ever spent of a population, oldest first.

@@ -25,7 +25,7 @@ from clients.charges import charge_of
 from clients.data import leaving_out_what_is_bad
 from clients.downlink import NotHeld, expanded
 from clients.evaluate import Evaluation
-from clients.keys import has_key
+from clients.keys import destroy_key, has_key
 from clients.node.ledger import Entry, Ledger, LedgerUnavailable, MixedProtection
 from clients.node.policy import Allowed, Late, Refused, Versions, allowed, refuse_extremes
 from clients.node.settings import Settings
@@ -55,6 +55,7 @@ class NoiseLost(RuntimeError):
 _LOG = logging.getLogger(__name__)
 _PATH = re.compile(r"(?<![\w./)])~?/[^\s'\"(),;:]+")
 _PLACE = "(a place at the site)"
+_ASKED_FOR_S = 2 * 24 * 3600.0  # seconds; a coordinator waits for scores half as long
 _ANY = PrivacySpend(
     "gaussian", "example", "add-remove", {"noise_multiplier": 1.0, "sample_rate": 1.0, "steps": 1.0}
 )
@@ -175,7 +176,10 @@ class Resident:
         if not whole.private:
             return worker.perform(whole, stepped)
         with leaving_out_what_is_bad():  # whether there is such a record is nobody's business
-            return _without_fingerprint(worker.perform(whole, stepped), whole)
+            found = _without_fingerprint(worker.perform(whole, stepped), whole)
+        if whole.action == "evaluate":
+            self._destroy_keys(whole)
+        return found
 
     def _charge(self, whole: Assignment, may: Allowed) -> None:
         """Put what an assignment costs on the ledger, once for the noise of one key.
@@ -184,16 +188,32 @@ class Resident:
             NoiseLost: if it is paid for, and what it was answered with can be made no more.
         """
         charged, site = charge_of(whole, may.population), Path(whole.site)
+        run, client = whole.run, whole.client
         if _own_key(whole):
-            if self._ledger.has(charged.event) and not has_key(site, whole.run, whole.client):
+            if self._ledger.has(charged.event):
+                kept = Site(site).answered(run, client, charged.assignment)
+                if kept or has_key(site, run, client):
+                    return
                 raise NoiseLost(
-                    f"{whole.client} was asked this before, and the key of its noise is gone from "
+                    f"{client} was asked this before, and the key of its noise is gone from "
                     "the site's state: with another it would tell as much again, uncharged. "
                     "Restore the state from a backup, or ask in another run"
                 )
-            Site(site).run_key(whole.run, whole.client)  # there before the charge is, or neither
+            Site(site).run_key(run, client)  # there before the charge is, or neither
         share = whole.noise_share
         self._ledger.charge(charged, may.budget, share.of if share else 0)
+
+    def _destroy_keys(self, scored: Assignment) -> None:
+        """Destroy the keys of evaluations outside of runs, so that nobody can make their noise.
+
+        That of one that was answered at once, since what it told is kept and told again; one that
+        was not, as nobody can ask for it any more.
+        """
+        site = Path(scored.site)
+        if not self._ledger.entered(scored.run, scored.client):
+            destroy_key(site, scored.run, scored.client)
+        for run, client in self._ledger.scored_before(time.time() - _ASKED_FOR_S):
+            destroy_key(site, run, client)
 
     def _without_places(self, text: str) -> str:
         """Return a message without paths: where things lie at a site is nobody else's business."""

@@ -155,10 +155,11 @@ def test_what_is_told_is_the_whole_row(ledger):
     assert Charge(**row) == charge(run="old")
 
 
-def test_a_ledger_that_is_gone_is_not_begun_anew(folder):
+@pytest.mark.parametrize("kept", ["key", "sums-1234"])
+def test_a_ledger_that_is_gone_is_not_begun_anew(folder, kept):
     Ledger(folder)
     (folder / "site" / "ab").mkdir(parents=True)
-    (folder / "site" / "ab" / "key").touch()
+    (folder / "site" / "ab" / kept).touch()
     (folder / "ledger.db").unlink()
 
     with pytest.raises(LedgerUnavailable, match="Restore it from a backup"):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+import sqlite3
 import threading
 import time
 from dataclasses import replace
@@ -187,6 +188,57 @@ def test_noised_scores_of_what_it_holds_out_are_charged_and_told_again(
     assert charge.parameters == {"noise_multiplier": 2.0, "sample_rate": 1.0, "steps": 1.0}
     whole = order(action="evaluate", privacy=told)
     assert "splits them otherwise" in refusal_of(resident(holdout=0.5), whole).reason
+
+
+def keys_of(tmp_path):
+    return [*tmp_path.glob("state/site/*/key"), *tmp_path.glob("state/site/*/.*")]
+
+
+def test_the_key_of_an_evaluation_is_destroyed_when_its_answer_is_stored(resident, order, tmp_path):
+    told = replace(PRIVATE, sample_rate=1.0, report=Report(loss=5.0))
+    scores = order(action="evaluate", privacy=told, run="eval-1")
+
+    first = reply_of(resident(), scores).result
+
+    assert keys_of(tmp_path) == []
+    assert reply_of(resident(), scores).result == first
+    assert keys_of(tmp_path) == []
+    assert len(charges(tmp_path)) == 1
+
+
+def test_the_key_of_a_run_is_kept_when_the_run_is_evaluated(resident, order, tmp_path):
+    told = replace(PRIVATE, sample_rate=1.0, report=Report(loss=5.0))
+    site = resident()
+    update = reply_of(site, order()).result
+    [key] = keys_of(tmp_path)
+
+    assert isinstance(reply_of(site, order(action="evaluate", privacy=told)).result, Evaluation)
+
+    assert keys_of(tmp_path) == [key]
+    assert pack(reply_of(site, order()).result) == pack(update)
+
+
+def test_the_key_of_an_evaluation_that_failed_is_destroyed_when_nobody_can_ask_for_it(
+    resident, order, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError("no space left")
+
+    told = replace(PRIVATE, sample_rate=1.0, report=Report(loss=5.0))
+    first, later = (order(action="evaluate", privacy=told, run=f"eval-{n}") for n in (1, 2))
+    with monkeypatch.context() as broken:
+        broken.setattr("clients.site.write_durably", full)
+        refusal_of(resident(), first)
+    [key] = keys_of(tmp_path)
+    assert not isinstance(reply_of(resident(), later).result, Refusal)
+    assert keys_of(tmp_path) == [key]  # it may be asked for again
+
+    with sqlite3.connect(tmp_path / "state" / "ledger.db") as ledger:
+        ledger.execute("UPDATE answers SET began = began - 172801")
+    reply_of(resident(), later)
+
+    assert keys_of(tmp_path) == []
+    assert "the key of its noise is gone" in refusal_of(resident(), first).reason
 
 
 def test_only_without_privacy_does_a_reply_say_how_long_it_took(resident, order):
