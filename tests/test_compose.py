@@ -4,6 +4,7 @@
 interpolation, and that everything a service refers to exists.
 """
 
+import itertools
 import json
 import re
 import shutil
@@ -260,6 +261,18 @@ def test_a_forgotten_variable_is_refused_with_its_message(text: str) -> None:
 def test_only_the_proxy_is_published_and_to_this_host_only(services: dict[str, Any]) -> None:
     ports = {name: s["ports"] for name, s in services.items() if "ports" in s}
     assert ports == {"proxy": ["127.0.0.1:443:8443"]}
+
+
+def test_a_coordinator_finds_the_superlink_by_its_name_and_has_its_files(
+    services: dict[str, Any],
+) -> None:
+    """What the SuperLink notes of its address is of its own machine."""
+    coordinator, superlink = services["coordinator"], services["superlink"]
+    host, _, port = coordinator["environment"]["WEFT_SUPERLINK"].partition(":")
+    told = dict(itertools.pairwise(superlink["command"]))
+    assert (host, port) == (told["--name"], told["--port"])
+    assert set(coordinator["networks"]) & set(superlink["networks"])
+    assert mounts(coordinator)["superlink"] == mounts(superlink)["superlink"]
 
 
 def test_a_site_reaches_the_proxy_alone_and_the_proxy_the_superlink_alone(
