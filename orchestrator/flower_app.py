@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -84,19 +85,20 @@ class GridLink:
     endpoint: Endpoint = _GRID
 
     def nodes(self) -> list[Node]:
-        """Return the nodes that are online: a Grid knows no others."""
-        now = time.time()
-        return [
-            Node(
-                id=one.node_id,
-                public_key=canonical_key(one.public_key),
-                name=one.name,
-                status="online",
-                activated=datetime.fromisoformat(one.last_activated_at).timestamp(),
-                last_seen=now,
-            )
-            for one in self.grid.get_nodes()
-        ]
+        """Return the nodes that are online: a Grid knows no others.
+
+        One without a key that can be read is nobody's: the ledger knows nodes by their keys.
+        """
+        now, found = time.time(), []
+        for one in self.grid.get_nodes():
+            try:
+                key = canonical_key(one.public_key)
+            except (ValueError, UnsupportedAlgorithm):
+                continue
+            at = one.last_activated_at
+            activated = datetime.fromisoformat(at).timestamp() if at else 0.0
+            found.append(Node(one.node_id, key, one.name, "online", activated, now))
+        return found
 
     def claim(self) -> GridClaim:
         """Return the run that the Grid is of."""

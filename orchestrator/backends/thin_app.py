@@ -31,8 +31,9 @@ run = ""
 _APP = {
     "pyproject.toml": _PYPROJECT.encode(),
     "weft_app/__init__.py": b'"""Weft as it is installed."""\n',
-    "weft_app/server.py": b"from orchestrator.flower_app import server as app\n",
-    "weft_app/client.py": b"from orchestrator.flower_app import client as app\n",
+    # flwr run looks for an assignment
+    "weft_app/server.py": b"from orchestrator.flower_app import server\n\napp = server\n",
+    "weft_app/client.py": b"from orchestrator.flower_app import client\n\napp = client\n",
 }
 
 

@@ -18,6 +18,7 @@ from clients.flower import order_of, reply_record
 from clients.orders import Reply, Terms, pack_reply, unpack_order
 from orchestrator.backends.base import Failure, complete
 from orchestrator.backends.sites import Calling, SitesBackend
+from orchestrator.backends.superlink import canonical_key
 from orchestrator.backends.thin_app import thin_app
 from orchestrator.flower_app import GridLink
 from orchestrator.plan import RoundInputs, plan_round
@@ -46,7 +47,11 @@ class OneNode(Grid):
 
     def get_nodes(self):
         at = "2026-01-01T00:00:00+00:00"
-        return [SimpleNamespace(node_id=7, public_key=PEM, name="north", last_activated_at=at)]
+        known = {5: b"", 6: b"-----BEGIN PUBLIC KEY-----\nnone", 7: PEM, 8: b"ssh-rsa none"}
+        return [
+            SimpleNamespace(node_id=n, public_key=key, name="", last_activated_at=at * (n % 2))
+            for n, key in known.items()
+        ]
 
     def push_messages(self, messages):
         ids = []
@@ -93,11 +98,17 @@ def test_the_federation_s_orders_go_over_a_grid_and_back(asked, tmp_path):
     assert results["b"].reason == "the worker of node north died while it worked"
 
 
+def test_of_a_grid_s_nodes_only_those_with_a_key_can_be_anybody_s():
+    [node] = GridLink(OneNode()).nodes()
+
+    assert (node.id, node.public_key, node.online) == (7, canonical_key(PEM), True)
+
+
 def test_the_app_s_modules_are_what_is_installed():
     with zipfile.ZipFile(io.BytesIO(thin_app())) as bundle:
         lines = {name: bundle.read(f"weft_app/{name}.py").decode() for name in ("server", "client")}
 
     module = importlib.import_module("orchestrator.flower_app")
     for name, line in lines.items():
-        assert line == f"from orchestrator.flower_app import {name} as app\n"
+        assert line == f"from orchestrator.flower_app import {name}\n\napp = {name}\n"
         assert callable(getattr(module, name))
