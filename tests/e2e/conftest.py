@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,16 @@ class Servers:
             yield port
 
     @contextmanager
-    def superlink_at(self, port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a SuperLink at a port, with the database that is in the folder."""
+    def superlink_at(
+        self, port: int, folder: Path, isolation: str = "process"
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a SuperLink at a port, with the database that is in the folder.
+
+        Args:
+            port: of loopback.
+            folder: for its files.
+            isolation: ``process`` for one that runs no app, ``subprocess`` for one that does.
+        """
         certificate, key = self.authority.issue("localhost", "127.0.0.1")
         secret = folder / "superexec.secret"
         secret.touch(0o600)
@@ -243,8 +252,9 @@ class Servers:
         command = [SCRIPTS / "flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--ssl-ca-certfile", self.authority.certificate, "--ssl-keyfile", key]
         command += ["--ssl-certfile", certificate, "--enable-supernode-auth"]
-        command += ["--isolation", "process", "--superexec-auth-secret-file", secret]
-        command += ["--database", folder / "state.db"]
+        command += ["--isolation", isolation, "--database", folder / "state.db"]
+        if isolation == "process":
+            command += ["--superexec-auth-secret-file", secret]
         environment, log = flower_environment(folder), folder / "superlink.log"
         with self.running(command, port, environment, log) as process:
             yield process
@@ -269,8 +279,8 @@ class Servers:
         with self.running(command, None, flower_environment(folder), log):
             yield log
 
-    def admin(self, superlink: int, folder: Path) -> Callable[..., str]:
-        """Return Flower's command line for a SuperLink's nodes."""
+    def flwr(self, superlink: int, folder: Path) -> Callable[..., str]:
+        """Return Flower's command line, to which a SuperLink is called ``test``."""
         home = folder / "admin"
         home.mkdir()
         (home / "config.toml").write_text(
@@ -281,15 +291,19 @@ class Servers:
 
         def run(*words: str | Path) -> str:
             done = subprocess.run(
-                [SCRIPTS / "flwr", "supernode", *words],
+                [SCRIPTS / "flwr", *words],
                 env={**os.environ, **flower_environment(folder), "FLWR_HOME": str(home)},
                 capture_output=True,
                 text=True,
-                check=True,
             )
+            assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout
 
         return run
+
+    def admin(self, superlink: int, folder: Path) -> Callable[..., str]:
+        """Return Flower's command line for a SuperLink's nodes."""
+        return partial(self.flwr(superlink, folder), "supernode")
 
 
 def free_port() -> int:
@@ -413,10 +427,14 @@ class Federation:
         address: where sites dial.
         port: of the SuperLink itself.
         networks: the sites' cables.
+        isolation: of the SuperLink.
     """
 
-    def __init__(self, servers: Any, networks: Any, folder: Path, model: Path) -> None:
+    def __init__(
+        self, servers: Any, networks: Any, folder: Path, model: Path, isolation: str = "process"
+    ) -> None:
         self.servers, self.networks, self.folder, self.model = servers, networks, folder, model
+        self.isolation = isolation
         self.home = folder / "coordinator"
         self.address = ""
         self.port = 0
@@ -433,7 +451,8 @@ class Federation:
     def begin(self, stack: ExitStack) -> None:
         """Start what the coordinator has, and let three nodes in."""
         self.port = self.servers.free_port()
-        self.superlink = stack.enter_context(self.servers.superlink_at(self.port, self.folder))
+        started = self.servers.superlink_at(self.port, self.folder, self.isolation)
+        self.superlink = stack.enter_context(started)
         self._stack = stack
         authority, secret = self.servers.authority.certificate, self.folder / "superexec.secret"
         self.environment = {
@@ -445,9 +464,7 @@ class Federation:
         proxy = stack.enter_context(self.servers.proxy(self.port, self.folder, names))
         self.address = f"{self.networks.address}:{proxy}"
         for name in SITES:
-            self._where[name] = self.networks.add(name)
-            self.found(name)
-            self.weft("clients", "add", "--join", self.folder / name / "join.json")
+            self.join(name)
         self.step()
 
     def step(self) -> None:
@@ -465,21 +482,40 @@ class Federation:
         """Kill the SuperLink, and start it again with the database that it left."""
         self.superlink.kill()
         self.superlink.wait()
-        again = self.servers.superlink_at(self.port, self.folder)
+        again = self.servers.superlink_at(self.port, self.folder, self.isolation)
         self.superlink = self._stack.enter_context(again)
 
-    def found(self, name: str) -> None:
+    def found(self, name: str, private: bool = False, holdout: float = 0.0) -> None:
         """Make a site: its data, its node, and a policy that lets tests choose its noise."""
+        whose = ("--epsilon", "100", "--delta", "1e-3") if private else ("--public",)
         self.weft(
             *("node", "init", self.folder / name, "--name", name, "--superlink", self.address),
-            *("--root-certificates", self.servers.authority.certificate, "--public"),
+            *("--root-certificates", self.servers.authority.certificate, *whose),
             *("--data", f"notes=jsonl:{self.data(name)}", "--model", self.model),
             *("--label", f"region={name}"),
         )
         file = self.folder / name / "node.yaml"
         settings = yaml.safe_load(file.read_text("utf-8"))
         settings["policy"] = {"insecure_seed": True}
+        settings["data"]["notes"]["holdout"] = holdout
         file.write_text(yaml.safe_dump(settings), "utf-8")
+        join = self.weft("node", "join", file)
+        (self.folder / name / "join.json").write_text(join, "utf-8")
+
+    def join(self, name: str, **kind: Any) -> None:
+        """Make a site with a network of its own, and let it in."""
+        self._where[name] = self.networks.add(name)
+        self.found(name, **kind)
+        self.weft("clients", "add", "--join", self.folder / name / "join.json")
+
+    def until_online(self, *names: str) -> None:
+        """Wait until nodes have dialled in."""
+
+        def there() -> bool:
+            nodes = json.loads(self.weft("superlink", "status", "--json"))["nodes"]
+            return set(names) <= {one["name"] for one in nodes if one["status"] == "online"}
+
+        self.servers.until(there, 900)
 
     def data(self, name: str) -> Path:
         """Write a site's records; returns their file."""
@@ -534,10 +570,21 @@ class Federation:
 
 
 @pytest.fixture(scope="module")
+def isolation() -> str:
+    """How the SuperLink of the federation runs apps: not at all."""
+    return "process"
+
+
+@pytest.fixture(scope="module")
 def federation(
-    servers: Any, networks: Any, tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path
+    servers: Any,
+    networks: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_encoder: Path,
+    isolation: str,
 ) -> Iterator[Federation]:
-    made = Federation(servers, networks, tmp_path_factory.mktemp("sites"), tiny_encoder)
+    folder = tmp_path_factory.mktemp("sites")
+    made = Federation(servers, networks, folder, tiny_encoder, isolation)
     with ExitStack() as stack:
         made.begin(stack)
         yield made
