@@ -4,8 +4,9 @@
                                  [--part accuracy|time|all] [--size 4096]
 
 *Accuracy.* Adapters of all-MiniLM-L6-v2 are trained through weft, one a task, each from the base
-model, and one of all tasks together; runs that a home has are not run again. The tasks are texts of
-``../shared/data``; all versions have one label set, and a head whose rows a merge takes by task.
+model, and one of all tasks together, each with the best of three learning rates on held-out rows;
+runs that a home has are not run again. The tasks are texts of ``../shared/data``; all versions have
+one label set, and a head whose rows a merge takes by task.
 Each method merges them with equal weights, of which the best of 1/T, 1/2 and 1 is chosen on
 held-out rows; the score is the mean over tasks of the accuracy on test rows among the task's own
 labels.
@@ -69,7 +70,8 @@ class Size:
     trials: int
 
 
-FULL, QUICK = Size(150, 1600, 100, 400, 24), Size(4, 64, 16, 32, 4)
+FULL, QUICK = Size(150, 1600, 200, 400, 24), Size(4, 64, 16, 32, 4)
+RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass
@@ -125,22 +127,32 @@ class Bench:
     def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
-    def train(self, name: str) -> str:
-        """Return the version of this name; train it if there is none."""
+    def tuned(self, name: str) -> str:
+        """Return the version of a task, or of all, at the rate that is best on held-out rows."""
+        tasks = self.tasks if name == "joint" else [name]
+        versions = [self._trained(name, rate) for rate in RATES]
+        accuracy = [sum(self.scores(one, "dev", tasks).values()) for one in versions]
+        best = accuracy.index(max(accuracy))
+        print(f"{name}: learning rate {RATES[best]:g}", file=sys.stderr, flush=True)
+        return versions[best]
+
+    def _trained(self, task: str, rate: float) -> str:
+        """Return the version of a task and a rate; train it if there is none."""
+        name = f"{task}-of-{len(self.tasks)}-{rate:g}"
         try:
             return self.workspace.store.version(name).id
         except UnknownVersion:
             pass
         every = [label for task in self.tasks for label in self.labels[task]]
-        steps = self.size.steps * (len(self.tasks) if name == "joint" else 1)
-        data = f"jsonl:{self.folder / f'{name}.train.jsonl'}"
+        steps = self.size.steps * (len(self.tasks) if task == "joint" else 1)
+        data = f"jsonl:{self.folder / f'{task}.train.jsonl'}"
         document = {
             "name": name,
             "model": {"id": "builtin:minilm", "max_length": 64},
             "labels": every,
             "adapter": {"name": "lora", "r": RANK, "alpha": 2 * RANK},
             "strategy": "fedavg",
-            "optimizer": {"name": "adamw", "lr": 2e-3},
+            "optimizer": {"name": "adamw", "lr": rate},
             "clients": {"simulate": {"data": data, "by": "iid", "parts": 1}},
             "rounds": 1,
             "steps": steps,
@@ -150,18 +162,18 @@ class Bench:
         }
         return service.launch(self.workspace, parse_config(document))
 
-    def scores(self, ref: str, split: str) -> dict[str, float]:
-        """Return the accuracy on each task, among its own labels."""
+    def scores(self, ref: str, split: str, tasks: Sequence[str] = ()) -> dict[str, float]:
+        """Return the accuracy on each of some tasks, or of all, among its own labels."""
         found = {}
-        for task in self.tasks:
+        for task in tasks or self.tasks:
             uri = f"jsonl:{self.folder / f'{task}.{split}.jsonl'}"
             data = DataSpec(uri, labels=tuple(self.labels[task]))
             metrics = service.evaluate(self.workspace, ref, data).metrics
             found[task] = metrics.get("task_accuracy", metrics["accuracy"])
         return found
 
-    def merged(self, method: str) -> Row:
-        """Return what a method reaches with the best of a few equal weights."""
+    def merged(self, refs: Sequence[str], method: str) -> Row:
+        """Return what a method makes of versions with the best of a few equal weights."""
         choice = PluginChoice(method, SETTINGS.get(method, {}))
         module = sys.modules[MERGES.get(method).factory.__module__]
         ratios = module.WEIGHTS == "ratios"  # then the size of equal weights says nothing
@@ -169,9 +181,7 @@ class Bench:
         for weight in (1.0,) if ratios else (1 / len(self.tasks), 0.5, 1.0):
             begun = time.perf_counter()
             try:
-                ref = service.merge(
-                    self.workspace, self.tasks, choice, "merged", [weight] * len(self.tasks)
-                )
+                ref = service.merge(self.workspace, refs, choice, "merged", [weight] * len(refs))
             except BadOptions as error:
                 return Row(method, None, note=f"refused: {error}"[:90])
             took = time.perf_counter() - begun
@@ -182,9 +192,9 @@ class Bench:
         assert best is not None
         return Row(method, best[1], self.scores(best[2], "test"), best[3])
 
-    def searched(self) -> Row:
-        """Return what svd reaches with weights that are looked for on held-out rows."""
-        parts = parts_of(self.workspace, self.tasks, Allow())
+    def searched(self, refs: Sequence[str]) -> Row:
+        """Return what svd makes of versions with weights that are looked for on held-out rows."""
+        parts = parts_of(self.workspace, refs, Allow())
         uri = f"jsonl:{self.folder / 'all.dev.jsonl'}"
         texts = [(self.folder / f"{task}.dev.jsonl").read_text("utf-8") for task in self.tasks]
         (self.folder / "all.dev.jsonl").write_text("".join(texts), "utf-8")
@@ -200,10 +210,10 @@ class Bench:
 
 def accuracy(bench: Bench) -> list[Row]:
     """Train what lacks, merge by every method, and return what each reaches."""
-    refs = [bench.train(task) for task in bench.tasks]
+    refs = [bench.tuned(task) for task in bench.tasks]
     single = {}
     for task, ref in zip(bench.tasks, refs, strict=True):
-        single[task] = bench.scores(ref, "test")[task]
+        single |= bench.scores(ref, "test", [task])
     rows: list[Row] = []
 
     def add(row: Row) -> None:
@@ -211,10 +221,10 @@ def accuracy(bench: Bench) -> list[Row]:
         print(f"{row.method}: {row.mean:.3f} {row.note}", file=sys.stderr, flush=True)
 
     add(Row("single-task adapters", None, single))  # the two that no merge competes with
-    add(Row("joint training", None, bench.scores(bench.train("joint"), "test")))
+    add(Row("joint training", None, bench.scores(bench.tuned("joint"), "test")))
     for name in MERGES.names():
-        add(bench.merged(name))
-    add(bench.searched())
+        add(bench.merged(refs, name))
+    add(bench.searched(refs))
     return rows
 
 
