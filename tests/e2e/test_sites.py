@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.backends.ray import RayBackend
 from orchestrator.workspace import open_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -30,24 +31,65 @@ def online(federation: Any) -> Iterator[Callable[..., None]]:
         yield start
 
 
+@pytest.fixture
+def inline(federation: Any, tmp_path: Path) -> Callable[..., str]:
+    """Runs what was run over sites in one process that has all data, and returns the version."""
+
+    def run(names: tuple[str, ...], **changes: Any) -> str:
+        here = tmp_path / "inline"
+        for name in names:
+            federation.weft(
+                *("clients", "add", name, "--data", f"jsonl:{federation.data(name)}"),
+                *("--examples", "24", "--public", "--label", f"region={name}"),
+                home=here,
+            )
+        config = federation.config(**changes | {"name": "inline", "backend": "inline"})
+        federation.weft("run", config, home=here)
+        return str(federation.version("inline", here)["id"])
+
+    return run
+
+
 def test_a_private_run_over_sites_ends_at_the_version_that_it_has_inline(
-    federation: Any, online: Callable[..., None], tmp_path: Path
+    federation: Any, online: Callable[..., None], inline: Callable[..., str]
 ) -> None:
     online(*NAMES)
-    three = {"names": list(NAMES)}
-    federation.weft("run", federation.config(clients=three))
-    over_sites = federation.version("notes")
-    here = tmp_path / "inline"
-    for name in NAMES:
+    changes = {"clients": {"names": list(NAMES)}}
+    federation.weft("run", federation.config(**changes))
+    assert federation.version("notes")["id"] == inline(NAMES, **changes)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_run_of_sites_and_of_ray_workers_ends_at_the_version_that_it_has_inline(
+    federation: Any,
+    online: Callable[..., None],
+    inline: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    online("north", "south")
+    for name in ("ward-1", "ward-2"):
         federation.weft(
             *("clients", "add", name, "--data", f"jsonl:{federation.data(name)}"),
             *("--examples", "24", "--public"),
-            *("--label", f"region={name}"),
-            home=here,
         )
-    alone = federation.config(name="inline", backend="inline", clients=three)
-    federation.weft("run", alone, home=here)
-    assert over_sites["id"] == federation.version("inline", here)["id"]
+    names = ("north", "south", "ward-1", "ward-2")
+    changes = {"clients": {"names": list(names)}, "rounds": 1, "quorum": 4}
+    trained = set()
+    ran = RayBackend.run
+
+    def noted(self: RayBackend, assignments: Any, *told: Any) -> Any:
+        for result in ran(self, assignments, *told):
+            if result is not None:
+                trained.add(result.client)
+            yield result
+
+    monkeypatch.setattr(RayBackend, "run", noted)
+    backend = {"name": "superlink", "local": "ray", "workers": 1}
+    federation.weft("run", federation.config(name="mixed", backend=backend, **changes))
+    assert {"ward-1", "ward-2"} <= trained
+    assert not trained & {"north", "south"}
+    assert federation.version("mixed")["id"] == inline(names, **changes)
 
 
 @pytest.fixture
