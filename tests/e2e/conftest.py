@@ -323,6 +323,7 @@ def listens(port: int) -> bool:
 def flower_environment(folder: Path) -> dict[str, str]:
     """Return what keeps Flower's programs from the network and from each other's homes."""
     return {
+        "PATH": os.pathsep.join([str(SCRIPTS), os.environ["PATH"]]),  # it starts others by name
         "FLWR_HOME": str(folder / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
