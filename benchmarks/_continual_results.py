@@ -14,6 +14,7 @@ from typing import Any
 from _continual_plan import Choice, Method
 from _quality_results import Summary, summary
 
+from clients.files import write_durably
 from orchestrator.stream_report import StreamReport
 from orchestrator.streaming import Step
 from orchestrator.workspace import Workspace
@@ -55,8 +56,7 @@ def load(path: Path) -> Found | None:
     """Return what is known of a stream; None of nothing."""
     if not path.exists():
         return None
-    kept = json.loads(path.read_text("utf-8"))
-    return Found(**{**kept, "general": tuple(kept["general"])})
+    return _found(json.loads(path.read_text("utf-8")))
 
 
 def load_all(path: Path | None) -> dict[str, Found]:
@@ -64,16 +64,18 @@ def load_all(path: Path | None) -> dict[str, Found]:
     if path is None or not path.exists():
         return {}
     kept = json.loads(path.read_text("utf-8"))
-    return {name: Found(**{**one, "general": tuple(one["general"])}) for name, one in kept.items()}
+    return {name: _found(one) for name, one in kept.items()}
+
+
+def _found(kept: Mapping[str, Any]) -> Found:
+    return Found(**{**kept, "general": tuple(kept["general"])})
 
 
 def keep_all(path: Path, found: Mapping[str, Found]) -> None:
     """Write down what is known of many streams, a line each; the file is replaced."""
     lines = (f"{json.dumps(name)}: {json.dumps(asdict(found[name]))}" for name in sorted(found))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    beside.replace(path)
+    write_durably(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def keep(path: Path, found: Found) -> None:

@@ -15,6 +15,8 @@ from _quality_plan import Plan
 from _quality_report import Measured
 from _quality_results import Result, Score, Tuned
 
+from clients.files import write_durably
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -90,6 +92,4 @@ def save(path: Path, found: Measured) -> None:
     head = f'{{\n"setting": {json.dumps(found.setting)},\n'
     text = f'{head}"tuned": {{\n{rates}\n}},\n"results": [\n{lines}\n]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    write_durably(path, text.encode())

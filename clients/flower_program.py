@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 SWITCHES = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -58,16 +60,18 @@ def end(child: subprocess.Popen[Any], grace_s: float) -> None:
         child.wait()
 
 
-def hold(file: Path) -> IO[str]:
-    """Return a file that is locked for this process until it is closed.
+@contextmanager
+def held(file: Path, taken: Exception) -> Iterator[None]:
+    """Hold a file for this process, in a folder for its user alone, which is made.
 
-    Raises:
-        BlockingIOError: if another process holds it.
+    Args:
+        file: that nobody else may hold meanwhile.
+        taken: raised if another process does.
     """
-    held = file.open("w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        held.close()
-        raise
-    return held
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        yield

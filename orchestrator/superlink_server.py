@@ -18,8 +18,8 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -259,22 +259,16 @@ class SuperLinkServer:
             flower_program.end(self._child, _GRACE_S)
 
 
-@contextmanager
-def only_one(own: SuperLinkHome) -> Iterator[None]:
+def only_one(own: SuperLinkHome) -> AbstractContextManager[None]:
     """Hold a home's SuperLink for this process.
 
     Raises:
-        SuperLinkFailed: if another process has it.
+        SuperLinkFailed: on entry, if another process has it.
     """
-    own.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        held = flower_program.hold(own.folder / "lock")
-    except BlockingIOError:
-        raise SuperLinkFailed(
-            f"the SuperLink of {own.folder.parent} runs already; see weft superlink status"
-        ) from None
-    with held:
-        yield
+    taken = SuperLinkFailed(
+        f"the SuperLink of {own.folder.parent} runs already; see weft superlink status"
+    )
+    return flower_program.held(own.folder / "lock", taken)
 
 
 def _check_free(listening: Listening) -> None:

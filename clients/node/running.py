@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, TypeAlias
@@ -202,23 +202,17 @@ class SuperNode:
         return let_in
 
 
-@contextmanager
-def alone(settings: Settings) -> Iterator[None]:
+def alone(settings: Settings) -> AbstractContextManager[None]:
     """Hold a node.yaml's state folder for this process.
 
     Raises:
-        AlreadyRunning: if another process has it.
+        AlreadyRunning: on entry, if another process has it.
     """
-    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        held = flower_program.hold(settings.state / "node.lock")
-    except BlockingIOError:
-        raise AlreadyRunning(
-            f"{settings.name} runs already with the state in {settings.state}; stop it first, "
-            "or give each node.yaml a state folder of its own"
-        ) from None
-    with held:
-        yield
+    taken = AlreadyRunning(
+        f"{settings.name} runs already with the state in {settings.state}; stop it first, "
+        "or give each node.yaml a state folder of its own"
+    )
+    return flower_program.held(settings.state / "node.lock", taken)
 
 
 @contextmanager
